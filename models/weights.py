@@ -1,0 +1,232 @@
+"""Weights in and out: files that timm and torchvision read, a model card beside them, and a hash to compare runs by."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+from models.backbones import create_timm_model
+
+WEIGHTS_NAME = "backbone.safetensors"
+CARD_NAME = "model_card.json"
+
+# What wrappers (DDP, torch.compile, other trainers) put in front of a backbone's own names.
+_PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.")
+# Where other trainers' checkpoints keep the weights.
+_ENTRIES = ("state_dict", "model_state_dict", "model", "backbone")
+_HEADS = ("fc.", "head.", "classifier.", "classif.", "last_linear.")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadReport:
+    """What a file gave to a backbone; every field but the first lists names."""
+
+    path: str
+    loaded: tuple[str, ...]
+    head: tuple[str, ...]  # the file's classifier, which a backbone has no use for
+    unused: tuple[str, ...]  # anything else in the file that the backbone does not have
+    missing: tuple[str, ...]  # buffers that the file lacks and that keep their initial values
+
+    def lines(self) -> list[str]:
+        """Sentences for the console."""
+        lines = [f"{self.path}: {len(self.loaded)} tensors loaded"]
+        for names, text in (
+            (self.head, "of the file's classification head ignored"),
+            (self.unused, "of the file not used by this backbone"),
+            (self.missing, "not in the file, left at their initial values"),
+        ):
+            if names:
+                lines.append(f"{len(names)} tensors {text}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}")
+        return lines
+
+
+def save_backbone(backbone: nn.Module, folder_or_path: str | os.PathLike, card: dict) -> Path:
+    """Write the weights and, beside them, the model card; each appears whole or not at all.
+
+    backbone: as from `build_backbone`, also compiled or wrapped by DDP. folder_or_path: a folder, made if need be, for
+    `backbone.safetensors` and `model_card.json`; or a path that ends in .safetensors. card: anything that JSON can hold.
+
+    Returns the path of the weights. They load with `timm.create_model(name, num_classes=0, checkpoint_path=path)`, and for
+    architectures that torchvision shares, into torchvision's model with strict=False (its classifier is missing).
+    """
+    path = Path(folder_or_path)
+    if path.suffix != ".safetensors":
+        path = path / WEIGHTS_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Cloned: safetensors refuses tensors that share memory or are laid out channels-last.
+    tensors = {
+        _strip(name, prefixes=_PREFIXES[:2]): tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in backbone.state_dict().items()
+    }
+    # The card first: weights that are there have a card.
+    _write_atomically(path.with_name(CARD_NAME), json.dumps(card, indent=2, ensure_ascii=False).encode() + b"\n")
+    _write_atomically(path, safetensors.torch.save(tensors, {"format": "pt"}))
+    return path
+
+
+def load_backbone_weights(backbone: nn.Module, path: str | os.PathLike) -> LoadReport:
+    """Put a file's weights into a backbone, in place.
+
+    path: a .safetensors file, a folder that holds `backbone.safetensors` (a run), or a state dict saved by torch.save
+    (.pt, .pth, ..., bare or under `state_dict`, `model_state_dict`, `model` or `backbone`; nothing else is unpickled).
+    The prefixes `module.`, `_orig_mod.`, `backbone.` and `encoder.` are taken off the file's names.
+
+    Returns a report of what was and wasn't loaded. Raises ValueError, with the backbone untouched, when the file cannot be
+    read, when it matches nothing, when a shape differs, and when a parameter of the backbone is not in it (another
+    architecture: the rest would silently stay random).
+    """
+    path = Path(path)
+    own = backbone.state_dict()
+    found = {_strip(name, keep=own): tensor for name, tensor in _read_tensors(path).items()}
+    loaded = {name: tensor for name, tensor in found.items() if name in own}
+    missing = [name for name in own if name not in found]
+    if not loaded:
+        example = f" (the file has {next(iter(found))}, the backbone {next(iter(own))})" if found and own else ""
+        raise ValueError(f"{path} matches nothing of this backbone{example}: give --backbone the architecture it was saved from")
+    for name, tensor in loaded.items():
+        if tensor.shape != own[name].shape:
+            shapes = f"{name} is {tuple(tensor.shape)} there and {tuple(own[name].shape)} here"
+            raise ValueError(f"{path} is of another architecture or image size: {shapes}; give the one that it was saved from")
+    parameters = {name for name, _ in backbone.named_parameters()}
+    lacking = [name for name in missing if name in parameters]
+    if lacking:
+        count = f"{len(lacking)} of the backbone's {len(parameters)} parameters are not in it"
+        raise ValueError(f"{path} is of another architecture: {count} ({lacking[0]}, ...); give the one that it was saved from")
+    backbone.load_state_dict(loaded, strict=False)
+    extra = [name for name in found if name not in own]
+    heads = _head_prefixes(backbone)
+    return LoadReport(
+        path=str(path),
+        loaded=tuple(loaded),
+        head=tuple(name for name in extra if name.startswith(heads)),
+        unused=tuple(name for name in extra if not name.startswith(heads)),
+        missing=tuple(missing),
+    )
+
+
+def imagenet_weights(name: str, image_size: int | None = None) -> dict[str, torch.Tensor]:
+    """timm's pretrained weights of a backbone, without the classifier, fitted to an image size (None: the model's own).
+
+    They are downloaded on first use and kept in Hugging Face's cache. Without a connection the cache is asked at once.
+    Raises ValueError when there are none or they cannot be had.
+    """
+    way_out = "give a local file instead (--init PATH, a .safetensors or .pth of the same architecture) or --init scratch"
+    try:
+        with _no_retries_when_offline():
+            return create_timm_model(name, image_size, pretrained=True).state_dict()
+    except (OSError, RuntimeError, huggingface_hub.errors.HfHubHTTPError) as error:
+        reason = " ".join(str(error).split()).split(". ")[0]
+        raise ValueError(f"the ImageNet weights of {name} cannot be had ({reason}): {way_out}") from error
+
+
+def apply_init(backbone: nn.Module, name: str, init: str) -> list[str]:
+    """Give a fresh backbone its first weights, in place. Returns lines that say what was done, for the console.
+
+    name: the backbone's timm name. init: `scratch` (left as built), `imagenet` (timm's weights), or the path of a file or
+    run as for `load_backbone_weights`.
+
+    Raises ValueError when the weights cannot be had or do not fit.
+    """
+    if init == "scratch":
+        return [f"{name}: random weights"]
+    if init == "imagenet":
+        size = getattr(backbone, "image_size", None)
+        backbone.load_state_dict(imagenet_weights(name, size))
+        return [f"{name}: timm's ImageNet weights loaded, {len(backbone.state_dict())} tensors"]
+    if not os.path.exists(init):
+        raise ValueError(f"--init {init}: no such file or folder; give scratch, imagenet, or the path of weights or of a run")
+    return load_backbone_weights(backbone, init).lines()
+
+
+def weights_hash(module: nn.Module) -> str:
+    """The SHA-256, in hex, over names, types, shapes and bytes of all parameters and (persistent) buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        # A view as bytes: numpy knows no bfloat16.
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    if path.is_dir():
+        path = path / WEIGHTS_NAME
+        if not path.exists():
+            raise ValueError(f"{path.parent} holds no {WEIGHTS_NAME}: is that run finished? give a finished run or a file")
+    if not path.exists():
+        raise ValueError(f"{path}: no such file; give a .safetensors, a .pth or a run's folder")
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(path)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is not a readable safetensors file ({error}): save or copy it again") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than tensors, and running what a file says is not safe: "
+            "load it where it was made and save its state dict alone (torch.save(model.state_dict(), ...))"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is not a readable torch file ({' '.join(str(error).split())[:200]}): save it again") from error
+    for entry in _ENTRIES:
+        if isinstance(content, dict) and isinstance(content.get(entry), dict):
+            content = content[entry]
+            break
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict: save model.state_dict()")
+    return {str(name): tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
+
+
+def _strip(name: str, *, keep=(), prefixes: tuple[str, ...] = _PREFIXES) -> str:
+    """The name without wrappers' prefixes, as far as it is not a name in keep: some models have an `encoder.` of their own."""
+    while name not in keep:
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+        if prefix is None:
+            break
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _head_prefixes(backbone: nn.Module) -> tuple[str, ...]:
+    classifier = (getattr(backbone, "default_cfg", None) or {}).get("classifier") or ()
+    names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    return _HEADS + tuple(f"{name}." for name in names)
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _no_retries_when_offline() -> Iterator[None]:
+    """Hugging Face's loader tries each of several files six times, for a minute: ask once whether it can be reached."""
+    constants = huggingface_hub.constants
+    before = constants.HF_HUB_OFFLINE
+    if not before:
+        try:
+            huggingface_hub.utils.get_session().head(constants.ENDPOINT, timeout=5)
+        except Exception:  # whatever the HTTP library in use raises when nobody answers
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before

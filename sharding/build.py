@@ -1,0 +1,88 @@
+"""Pack folders of patch images into a shard set.
+
+    python sharding/build.py data/breast --out shards/breast --layout '{class}/{slide}/{magnification}/{name}' \
+        --where magnification=x40 --group-by slide --split train=0.8,test=0.2
+
+The set is ready when the command ends: tars that WebDataset and DALI read, and a manifest with one row per patch. Every image
+is fully decoded on the way; what cannot be decoded is left out and listed in quarantine.parquet.
+"""
+
+import sys
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from sharding.command import option, positional, required, run_script
+from sharding.packing import Summary, build_shards
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """The settings of a build, as sharding.packing.build_shards takes them."""
+
+    sources: list[str] = positional("folders that hold the images, at any depth")
+    out: str = required("the folder of the new shard set, such as shards/breast")
+    layout: str | None = option(
+        None,
+        "what a path under a source folder means: a template such as {class}/{slide}/{name}, or regex: and a Python pattern with "
+        "named groups, searched for in the path (default: {class}/{name})",
+    )
+    where: list[str] = option([], "take only images with this value of a field of the layout, such as magnification=x40")
+    unlabelled: bool = option(False, "store no class; without --layout, take every image at any depth")
+    split: str | None = option(None, "shares of each class, such as train=0.8,test=0.2 (default: everything is train)")
+    group_by: str | None = option(
+        None, "the field of the layout that names the slide or patient of a patch; it stays whole in one split"
+    )
+    split_by: Literal["auto", "patch", "group"] = option(
+        "auto", "group: keep each group whole in one split; patch: only record the groups; auto: group where --group-by is given"
+    )
+    encode: Literal["keep"] = option("keep", "keep: store each file's bytes as they are")
+    name: str | None = option(None, "the set's name (default: that of the folder --out)")
+    min_size: int = option(1, "refuse images with a side below this, in pixels")
+    strict: bool = option(False, "stop at refused images and write nothing, instead of listing them in quarantine.parquet")
+    shard_size: float = option(256, "about how large each tar is, in MB")
+    shard_patches: int | None = option(None, "at most how many patches each tar holds")
+    workers: int = option(0, "processes to work with (0: one per core)")
+    seed: int = option(42, "seed of the split and of the stored order")
+
+
+def main(config: BuildConfig) -> None:
+    """Build the set and say what was done."""
+    report(build_shards(**asdict(config)))
+
+
+def report(summary: Summary) -> None:
+    """Print the patches per class and split, what is worth knowing, and where the set is."""
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    if summary.was_there:
+        console.print("The set is there already, built from the same images with the same arguments.")
+    splits = sorted(summary.counts, key=lambda split: -sum(summary.counts[split].values()))
+    table = Table("class", *(f"{split}" for split in splits), "all")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    classes = list(next(iter(summary.counts.values())))
+    for name in classes:
+        counts = [summary.counts[split][name] for split in splits]
+        table.add_row(name or "(unlabelled)", *(f"{count:,}" for count in [*counts, sum(counts)]))
+    if len(classes) > 1:
+        totals = [sum(summary.counts[split].values()) for split in splits]
+        table.add_row("all", *(f"{count:,}" for count in [*totals, sum(totals)]))
+    console.print(table)
+    for note in summary.notes:
+        console.print(f"- {note}")
+    shards = "1 shard" if summary.shards == 1 else f"{summary.shards:,} shards"
+    console.print(f"{summary.found:,} images found = {summary.packed:,} packed + {summary.quarantined:,} quarantined")
+    console.print(f"{summary.name}: {summary.packed:,} patches in {shards}: {summary.out}")
+
+
+DESCRIPTION = (
+    "Pack folders of patch images into a shard set: tars that WebDataset and DALI read, and a manifest with one row per patch. "
+    "Every image is fully decoded on the way; what cannot be decoded is left out and listed in quarantine.parquet. Example: "
+    "python sharding/build.py data/breast --out shards/breast --layout '{class}/{slide}/{magnification}/{name}' "
+    "--where magnification=x40 --group-by slide --split train=0.8,test=0.2"
+)
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, BuildConfig, prog="sharding/build.py", description=DESCRIPTION))

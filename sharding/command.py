@@ -1,0 +1,116 @@
+"""The command line of every script: a config dataclass becomes flags, and a user's mistake becomes one sentence.
+
+A config is a frozen dataclass; a field made by `option` or `positional` is its flag. `--config FILE.yaml` sets any of
+them, flags override it, and field names are the YAML keys.
+"""
+
+import dataclasses
+import os
+import signal
+import sys
+import typing
+from collections.abc import Callable, Sequence
+
+import rich.console
+from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter
+
+
+def option(default, text: str, *, identity: bool = True):
+    """A config field that becomes `--field-name`, with its default and its line of help.
+
+    identity: whether the field decides the result; where, how fast and by how many something is done does not.
+    """
+    metadata = {"help": text, "identity": identity}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def required(text: str, *, identity: bool = True):
+    """A config field that becomes `--field-name` and must be given."""
+    return dataclasses.field(metadata={"help": text, "identity": identity})
+
+
+def positional(text: str, *, identity: bool = True):
+    """A config field that is given by its place; a list takes one or more."""
+    return dataclasses.field(metadata={"help": text, "identity": identity, "positional": True})
+
+
+class _HelpFormatter(DefaultHelpFormatter):
+    """jsonargparse's, at a width that a terminal shows."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=34, width=min(140, rich.console.Console().width))
+
+
+class _Parser(ArgumentParser):
+    """jsonargparse's, with a wrong flag answered by one sentence and exit code 2."""
+
+    def error(self, message, ex=None):
+        text = " ".join(str(message).split()).replace("<class '", "").replace("'>", "")
+        print(f"{self.prog}: {text} (see {self.prog} --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def build_parser(config_class: type, *, prog: str, description: str) -> ArgumentParser:
+    """A parser with one flag per field of config_class, and --config.
+
+    A list field takes one or more values, a bool field is `--name` or `--no-name`.
+    """
+    parser = _Parser(prog=prog, description=description, formatter_class=_HelpFormatter)
+    parser.add_argument("--config", action="config", help="a YAML file with any of the settings below; flags override it")
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        hint, flag = hints[field.name], "--" + field.name.replace("_", "-")
+        settings: dict[str, typing.Any] = {"help": field.metadata["help"]}
+        if hint is bool:
+            settings["action"] = ActionYesNo(no_prefix="no-")
+        elif typing.get_origin(hint) is list:
+            settings |= {"type": typing.get_args(hint)[0], "nargs": "+"}
+        else:
+            settings["type"] = hint
+        if field.metadata.get("positional"):
+            parser.add_argument(field.name, **settings)
+        elif field.default is not dataclasses.MISSING:
+            parser.add_argument(flag, default=field.default, **settings)
+        elif field.default_factory is not dataclasses.MISSING:
+            parser.add_argument(flag, default=field.default_factory(), **settings)
+        else:
+            parser.add_argument(flag, required=True, **settings)
+    return parser
+
+
+def parse(config_class: type, arguments: Sequence[str] | None, *, prog: str, description: str):
+    """The config that the arguments (default: sys.argv) ask for. Exits with code 2 when they are wrong."""
+    parser = build_parser(config_class, prog=prog, description=description)
+    values = parser.parse_args(arguments)
+    return config_class(**{field.name: values[field.name] for field in dataclasses.fields(config_class)})
+
+
+def run_script(main: Callable, config_class: type, *, prog: str, description: str, arguments: Sequence[str] | None = None) -> int:
+    """Parse, call main(config), and turn a user's mistake into one sentence on stderr.
+
+    Returns the exit code: 0, 2 for a mistake in the input (ValueError, or a file that cannot be read or written), 130
+    after Ctrl-C. Anything else is our fault and keeps its traceback.
+    """
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head` ends quietly
+    config = parse(config_class, arguments, prog=prog, description=description)
+    try:
+        main(config)
+    except (ValueError, OSError) as error:
+        if os.environ.get("PATCHCLR_TRACEBACK"):
+            raise
+        print(f"{prog}: {describe(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted; the same command goes on from where it was", file=sys.stderr)
+        return 130
+    return 0
+
+
+def describe(error: BaseException) -> str:
+    """One line for a person: the message, and the file for an operating system's error."""
+    if isinstance(error, OSError) and error.strerror:
+        name = f"{error.filename}: " if error.filename else ""
+        return f"{name}{error.strerror}"
+    return " ".join(str(error).split())

@@ -1,0 +1,141 @@
+"""What a shard set says of itself: dataset.json and manifest.parquet.
+
+    shards/breast/
+      dataset.json          format version, name, class names, counts, the build's arguments, sha256 of every other file
+      manifest.parquet      one row per patch, in id order
+      shard-000000.tar      WebDataset: <key>.jpg|png, and <key>.cls (class index as text) where labelled
+      shard-000000.idx      DALI's index of the tar, version 1.2
+      quarantine.parquet    every refused file: source, reason, detail, sha256
+
+dataset.json is written last, so a folder that has one is whole.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+FORMAT_VERSION = 1
+
+_WORDS = pa.dictionary(pa.int32(), pa.string())  # few different values: stored once each
+
+COLUMNS = {
+    "id": pa.int64(),  # row number
+    "key": pa.string(),  # the sample's name in the tar
+    "shard": pa.int32(),
+    "offset": pa.int64(),  # of the image's bytes in the tar
+    "size": pa.int64(),  # of the image, bytes
+    "label": pa.int32(),  # index into the class names, -1 where unlabelled
+    "class": _WORDS,
+    "group": _WORDS,  # slide or patient; null where not known
+    "split": _WORDS,
+    "width": pa.int32(),  # pixels, as displayed
+    "height": pa.int32(),
+    "format": _WORDS,  # jpeg or png
+    "sha256": pa.string(),  # of the image's bytes, hex
+    "source": pa.string(),  # path as given
+}
+QUARANTINE_COLUMNS = {"source": pa.string(), "reason": pa.string(), "detail": pa.string(), "sha256": pa.string()}
+
+
+def shard_file(number: int) -> str:
+    """The name of a shard's tar; its index has .idx instead of .tar."""
+    return f"shard-{number:06d}.tar"
+
+
+def index_file(number: int) -> str:
+    """The name of the DALI index of a shard."""
+    return f"shard-{number:06d}.idx"
+
+
+def read_dataset(shards: str | Path) -> dict:
+    """The content of dataset.json.
+
+    Raises ValueError where the folder is missing, is no shard set, or was written in a newer format than this one.
+    """
+    folder = Path(shards)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: there is no such folder; pack one with sharding/build.py")
+    path = folder / "dataset.json"
+    if not path.exists():
+        raise ValueError(f"{folder} is not a shard set (it has no dataset.json); pack one with sharding/build.py")
+    try:
+        dataset = json.loads(path.read_bytes())
+        version = dataset["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: pack the set again, or copy the file again") from error
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise ValueError(f"{folder} has format {version}, and this PatchCLR reads up to {FORMAT_VERSION}: upgrade PatchCLR")
+    if not isinstance(dataset.get("files"), dict) or not isinstance(dataset.get("classes"), list):
+        raise ValueError(f"{path} is damaged: pack the set again, or copy the file again")
+    return dataset
+
+
+def read_manifest(shards: str | Path) -> pa.Table:
+    """One row per patch, in id order; columns as in COLUMNS, and then one for each further field of the layout.
+
+    Raises ValueError as read_dataset does, and where manifest.parquet is missing or damaged.
+    """
+    read_dataset(shards)
+    path = Path(shards) / "manifest.parquet"
+    try:
+        # Not memory-mapped: the set may lie on a network drive that goes away.
+        table = pq.read_table(path, memory_map=False)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: pack the set again, or copy it again") from None
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is damaged: pack the set again, or copy it again") from error
+    if missing := [name for name in COLUMNS if name not in table.column_names]:
+        raise ValueError(f"{path} has no column {missing[0]!r}: pack the set again, or copy it again")
+    return table.unify_dictionaries().combine_chunks()
+
+
+def fingerprint(shards: str | Path) -> str:
+    """64 hex digits that change with any byte of the set's patches, labels, splits or order, and not with its place or name."""
+    dataset = read_dataset(shards)
+    content = {name: dataset[name] for name in ("format_version", "classes", "files")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def class_names(shards: str | Path) -> list[str]:
+    """The names of the classes; a label is an index into this list. Empty for an unlabelled set."""
+    return list(read_dataset(shards)["classes"])
+
+
+def manifest_table(columns: Mapping[str, object]) -> pa.Table:
+    """A manifest from one array or list per column. Columns beyond COLUMNS are taken as words."""
+    return pa.table({name: _array(values, COLUMNS.get(name, _WORDS)) for name, values in columns.items()})
+
+
+def _array(values, kind: pa.DataType) -> pa.Array:
+    if not pa.types.is_dictionary(kind):
+        return pa.array(values, kind)
+    words = pa.array(values, pa.string())
+    # Sorted, so that the bytes of the file do not depend on which value comes first.
+    order = sorted({word for word in words.unique().to_pylist() if word is not None})
+    return pa.DictionaryArray.from_arrays(pc.index_in(words, pa.array(order, pa.string())), order).cast(kind)
+
+
+def decoded(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
+    """A column of words as (n,) int64 codes, -1 for null, and the sorted list of words that the codes index."""
+    array = column.combine_chunks()
+    if not pa.types.is_dictionary(array.type):
+        array = array.dictionary_encode()
+    if isinstance(array, pa.ChunkedArray):
+        array = array.unify_dictionaries().combine_chunks()
+    words = array.dictionary.to_pylist()
+    order = sorted(words)
+    place = {word: index for index, word in enumerate(order)}
+    codes = array.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+    lookup = np.array([place[word] for word in words] + [-1], np.int64)  # -1 indexes the last: null stays -1
+    return lookup[codes], order
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """Write Parquet whose bytes depend on the table alone (and on the version of pyarrow)."""
+    pq.write_table(table, path, compression="zstd", row_group_size=2**20, store_schema=True)

@@ -1,0 +1,150 @@
+"""The two scripts, as a user runs them: what goes wrong is one sentence and exit code 2, and leaves nothing behind."""
+
+import re
+import shutil
+
+import pytest
+from conftest import BREAST_LAYOUT, assert_refused, encoded, run_python, write_tree
+
+from sharding.inspect_shards import verify
+from sharding.packing import build_shards
+
+
+def build(*arguments, cwd=None):
+    return run_python("sharding/build.py", *arguments, cwd=cwd)
+
+
+def test_build_then_inspect(breast, tmp_path):
+    (breast / "Benign/S B0/x40/cut.jpg").write_bytes(encoded(1)[:-2])
+    arguments = [
+        breast, "--out", "shards/breast", "--layout", BREAST_LAYOUT, "--where", "magnification=x40",
+        "--split", "train=0.8,test=0.2", "--group-by", "slide", "--encode", "keep", "--workers", 2, "--seed", 42,
+    ]  # fmt: skip
+    done = build(*arguments, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "56 images found = 55 packed + 1 quarantined" in done.stdout
+    assert f"1 image was refused (1 undecodable), the first: {breast}/Benign/S B0/x40/cut.jpg" in done.stdout
+    assert re.search(r"종양 \(tumour\)\s*│\s*\d+ │\s*\d+ │\s*23 │", done.stdout)
+
+    again = build(*arguments, cwd=tmp_path)
+    assert again.returncode == 0
+    assert "there already" in again.stdout
+
+    shown = run_python("sharding/inspect_shards.py", tmp_path / "shards/breast", "--verify", "--workers", 1)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "verified: 4 files and 55 patches" in shown.stdout
+    assert re.search(r"Benign +│ +\d+ \(1\) │ +\d+ \(2\) │ +20 \(3\)", shown.stdout)
+    assert "16 x 12" in shown.stdout
+
+
+def test_help_names_every_flag_of_the_contract():
+    done = build("--help")
+    assert done.returncode == 0
+    for flag in (
+        "--out",
+        "--layout",
+        "--where",
+        "--split",
+        "--group-by",
+        "--encode",
+        "--workers",
+        "--seed",
+        "--unlabelled",
+        "--name",
+    ):
+        assert flag in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["{tmp}/nowhere"], "no such folder"),
+        (["{in}/empty"], "no image"),
+        (["{in}", "--layout", "{{class}}/{{name}}"], "does not match|matches none"),
+        (["{in}", "--layout", "regex:("], "regular expression"),
+        (["{in}", "--layout", "{{slide}}/x/{{name}}"], "--unlabelled"),
+        (["{in}", "--where", "magnification=x5"], "is one of x40"),
+        (["{in}", "--where", "stain=HE"], "no field 'stain'"),
+        (["{in}", "--split", "train=0.8,test=0.3"], "sum to 1.1"),
+        (["{in}", "--group-by", "patient"], "slide, magnification"),
+        (["{in}", "--split-by", "group"], "--group-by"),
+        (["{in}", "--split-by", "slide"], "split_by"),
+        (["{in}", "--encode", "jpeg:95"], "encode"),
+        (["{in}", "--workers", "-1"], "--workers"),
+        (["{in}", "--shard-size", "0"], "--shard-size"),
+        (["{in}", "--shard-patches", "0"], "--shard-patches"),
+        (["{in}", "--min-size", "0"], "--min-size"),
+        (["{in}", "--min-size", "500"], "all 55 images were refused"),
+        (["{in}", "--seed", "-1"], "--seed"),
+        (["{in}", "--colour", "red"], "--colour"),
+        ([], "sources"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_leaves_nothing(breast, tmp_path, arguments, words):
+    (breast / "empty").mkdir()
+    arguments = [argument.format(**{"in": breast, "tmp": tmp_path}) for argument in arguments]
+    if "--layout" not in arguments:
+        arguments += ["--layout", BREAST_LAYOUT]
+    done = build(*arguments, "--out", tmp_path / "new" / "set")
+    assert_refused(done)
+    assert re.search(words, done.stderr), done.stderr
+    assert not (tmp_path / "new").exists() or list((tmp_path / "new").iterdir()) == []
+
+
+def test_out_is_required(breast):
+    assert_refused(build(breast), "out")
+
+
+def test_out_that_is_something_else_is_left_alone(breast, tmp_path):
+    write_tree(tmp_path, {"set/thesis.tex": b"years of work", "file": b"x"})
+    common = [breast, "--layout", BREAST_LAYOUT, "--workers", 1, "--out"]
+    assert_refused(build(*common, tmp_path / "set"), "choose another --out")
+    assert_refused(build(*common, tmp_path / "file"), "choose another --out")
+    assert_refused(build(*common, tmp_path / "file" / "set"), "Not a directory")
+    assert (tmp_path / "set" / "thesis.tex").read_bytes() == b"years of work"
+    assert not (tmp_path / "set.partial").exists()
+
+
+@pytest.fixture(scope="module")
+def small_set(tmp_path_factory):
+    root = tmp_path_factory.mktemp("small")
+    files = {f"{name}/{i}.jpg": encoded(10 * j + i) for j, name in enumerate("ab") for i in range(5)}
+    build_shards([write_tree(root / "in", files)], root / "set", shard_patches=5)
+    return root / "set"
+
+
+def change_byte(path, place):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda s: change_byte(s / "shard-000001.tar", 700), "shard-000001.tar"),
+        (lambda s: change_byte(s / "shard-000000.tar", -1), "shard-000000.tar"),
+        (lambda s: change_byte(s / "shard-000000.idx", 30), "shard-000000.idx"),
+        (lambda s: change_byte(s / "quarantine.parquet", 10), "quarantine.parquet"),
+        (lambda s: (s / "shard-000001.tar").unlink(), "is missing"),
+        (lambda s: (s / "shard-000001.idx").unlink(), "is missing"),
+        (lambda s: (s / "shard-000000.tar").rename(s / "shard-000001.tar"), "is missing"),
+    ],
+)
+def test_verify_finds_any_damage(small_set, tmp_path, damage, words):
+    copy = shutil.copytree(small_set, tmp_path / "set")
+    verify(copy)
+    damage(copy)
+    with pytest.raises(ValueError, match=words):
+        verify(copy)
+
+
+def test_inspect_refuses_in_one_sentence(small_set, tmp_path):
+    copy = shutil.copytree(small_set, tmp_path / "set")
+    change_byte(copy / "shard-000000.tar", 600)
+    assert run_python("sharding/inspect_shards.py", copy).returncode == 0  # it was not asked to verify
+    assert_refused(run_python("sharding/inspect_shards.py", copy, "--verify"), "shard-000000.tar")
+    assert_refused(run_python("sharding/inspect_shards.py", tmp_path / "nowhere"), "no such folder")
+    assert_refused(run_python("sharding/inspect_shards.py", tmp_path), "not a shard set")
+    (copy / "manifest.parquet").write_bytes(b"")
+    assert_refused(run_python("sharding/inspect_shards.py", copy), "damaged")

@@ -1,0 +1,89 @@
+"""The stages' configs: one frozen dataclass each, every field a flag and a YAML key.
+
+Fields marked identity=False (where things lie, how many workers, how often to log) do not decide what comes out, and are
+no part of a stage's key.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sharding.command import option, required
+
+Precision = Literal["fp32", "bf16", "fp64"]
+Optimizer = Literal["lars", "adam", "adamw", "sgd"]
+
+_DATA = "folder of the shard set (from sharding/build.py)"
+_NAME = "the run's name; its folder is STORAGE/NAME"
+_SEED = "seed of everything random: order, views, initial weights"
+_WORKERS = "Ray Train workers (one GPU each where there are GPUs); 0: in this process, without Ray"
+_THREADS = "threads that decode and augment, per worker; 0: the worker's share of the cores"
+_STORAGE = "folder for runs; on a cluster one that all nodes share"
+_PRECISION = "numbers of the forward and backward pass: bf16 is autocast, fp64 is for tests"
+_OPTIMIZER = "lars as in SimCLR, adam, adamw or sgd (momentum 0.9)"
+_IMAGE_SIZE = "side of a view, pixels"
+_BATCH = "patches per step over all workers"
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Self-supervised pretraining of a backbone."""
+
+    data: str = required(_DATA, identity=False)
+    name: str = required(_NAME, identity=False)
+    method: Literal["simclr"] = option("simclr", "what is learnt: simclr (NT-Xent on two views)")
+    backbone: str = option("resnet18", "any timm model name")
+    init: str = option("scratch", "scratch, imagenet, an earlier run's name or folder, or a weights file", identity=False)
+    split: str = option("train", "the split to learn from")
+    fraction: float = option(1.0, "share of that split to use, 0 to 1 (5 %% lies inside 25 %%)")
+    image_size: int = option(224, _IMAGE_SIZE)
+    batch_size: int = option(256, _BATCH)
+    projection_dim: int = option(128, "width of the projection head's output")
+    temperature: float = option(0.5, "temperature of NT-Xent")
+    optimizer: Optimizer = option("lars", _OPTIMIZER)
+    learning_rate: float | None = option(None, "peak learning rate; default 0.3 x batch / 256 for lars and sgd, 3e-4 for adam")
+    weight_decay: float = option(1e-6, "decay of weights; biases and norms have none")
+    epochs: int = option(100, "passes over the selected patches")
+    warmup_epochs: float = option(10.0, "epochs of linear warm-up, at most a tenth of all; cosine decay follows")
+    precision: Precision = option("fp32", _PRECISION)
+    seed: int = option(42, _SEED)
+    workers: int = option(1, _WORKERS, identity=False)
+    threads: int = option(0, _THREADS, identity=False)
+    compile: bool = option(False, "torch.compile the model (worth it on a GPU)", identity=False)
+    log_every: int = option(10, "steps between two rows of metrics.jsonl", identity=False)
+    checkpoint_every: int = option(0, "steps between checkpoints; 0: one per epoch", identity=False)
+    max_failures: int = option(3, "how often Ray may restart the workers from the last checkpoint", identity=False)
+    storage: str = option("runs", _STORAGE, identity=False)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Judging a backbone on a labelled set."""
+
+    data: str = required(_DATA, identity=False)
+    backbone: str = option(
+        "resnet18", "a run's name or folder, a weights file, or (for --mode supervised) a timm model name", identity=False
+    )
+    mode: Literal["linear", "finetune", "supervised"] = option(
+        "linear", "linear: a classifier on frozen features; finetune: train all; supervised: train all from random weights"
+    )
+    name: str | None = option(None, "the run's name; default: made from backbone, mode, fraction and seed", identity=False)
+    architecture: str | None = option(None, "timm model name of a weights file that has no model card beside it", identity=False)
+    split: str = option("train", "the split whose labels are used")
+    test_split: str = option("test", "the split to judge on")
+    fraction: float = option(1.0, "share of the labels to use, 0 to 1 (5 %% lies inside 50 %%)")
+    balance: bool = option(False, "cut every class to the size of the smallest")
+    validation: float = option(0.2, "share of the used labels that the regularisation is chosen on (linear)")
+    image_size: int | None = option(None, _IMAGE_SIZE + "; default: the backbone's own")
+    batch_size: int = option(64, _BATCH + " (finetune and supervised)")
+    optimizer: Optimizer = option("adam", _OPTIMIZER)
+    learning_rate: float | None = option(None, "peak learning rate; default 1e-3 for supervised, 1e-4 for finetune")
+    weight_decay: float = option(1e-4, "decay of weights; biases and norms have none")
+    epochs: int = option(50, "passes over the used labels (finetune and supervised)")
+    warmup_epochs: float = option(1.0, "epochs of linear warm-up, at most a tenth of all; cosine decay follows")
+    precision: Precision = option("fp32", _PRECISION)
+    seed: int = option(42, _SEED + ", and of which labels are used")
+    workers: int = option(0, _WORKERS, identity=False)
+    threads: int = option(0, _THREADS, identity=False)
+    log_every: int = option(10, "steps between two rows of metrics.jsonl", identity=False)
+    max_failures: int = option(3, "how often Ray may restart the workers from the last checkpoint", identity=False)
+    storage: str = option("runs", _STORAGE, identity=False)

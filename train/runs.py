@@ -1,0 +1,195 @@
+"""Run records: a stage's key, its folder, and what was done there.
+
+A stage is a pure function of its config and its inputs, so its key is a hash of both and of a version number that is
+raised when the code's results change. A run is a name for a stage: finished under that name, it is not run again; cut
+off, it goes on; and a name that stands for another stage is refused.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+# Raise a stage's version when the same config and data would come out with other figures.
+STAGE_VERSIONS = {"pretrain": 1, "linear": 1, "finetune": 1, "supervised": 1}
+
+_PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "ray", "numpy", "numba", "pyarrow", "torchmetrics")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What decides a result. config: the identity fields; data: the shard set's fingerprint; parent: what the weights come
+    from ("scratch", "imagenet", an earlier stage's key, or a file's hash)."""
+
+    kind: str
+    config: dict[str, Any]
+    data: str
+    parent: str
+
+    def describe(self) -> dict[str, Any]:
+        """The stage as plain data, with its version."""
+        version = STAGE_VERSIONS[self.kind]
+        return {"kind": self.kind, "version": version, "config": self.config, "data": self.data, "parent": self.parent}
+
+    @property
+    def key(self) -> str:
+        """Hex digest of all that decides the result."""
+        return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()
+
+
+def identity(config) -> dict[str, Any]:
+    """A config's fields that decide the result."""
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.metadata["identity"]}
+
+
+class Run:
+    """A run's folder: config.yaml, run.json, metrics.jsonl, and whatever its stage leaves."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder).absolute()  # Ray's workers have another working directory
+        self.name = self.folder.name
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """run.json. Raises ValueError when there is none."""
+        return read_json(self.folder / "run.json", "this is no run's folder: give a run that train/ or tune/ made")
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """result.json of a finished run. Raises ValueError when it is not finished."""
+        return read_json(self.folder / "result.json", "this run is not finished: run its command again and it goes on")
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "result.json").exists()
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl so far; one that is being written is left out."""
+        path = self.folder / "metrics.jsonl"
+        text = path.read_text() if path.exists() else ""
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+    def begin(self, stage: Stage, config) -> bool:
+        """Take the folder for a stage. Returns False when the stage is already finished there.
+
+        Raises ValueError, with every field that differs, when the name stands for another stage.
+        """
+        if (self.folder / "run.json").exists():
+            differences = _differences(self.record["stage"], stage.describe())
+            if differences:
+                raise ValueError(
+                    f"the name {self.name!r} is taken by a run with {', '.join(differences)}:"
+                    f" choose another --name, or remove {self.folder}"
+                )
+            if self.finished:
+                return False
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(self.folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))
+        started = self.record["started"] if (self.folder / "run.json").exists() else _now()
+        self._write_record(stage, config, {"started": started, "status": "running"})
+        return True
+
+    def finish(self, result: dict[str, Any], *, wall_seconds: float, device: str) -> None:
+        """Write result.json, which makes the run a finished one."""
+        record = self.record | {"status": "finished", "ended": _now(), "wall_seconds": round(wall_seconds, 1), "device": device}
+        write_json(self.folder / "run.json", record)
+        write_json(self.folder / "result.json", result)
+
+    def _write_record(self, stage, config, extra):
+        record = {
+            "name": self.name,
+            "key": stage.key,
+            "stage": stage.describe(),
+            "data": str(Path(config.data).absolute()),
+            "seed": config.seed,
+            "command": sys.argv,
+            "commit": _commit(),
+            "versions": versions(),
+            "machine": {"host": platform.node(), "cores": os.cpu_count(), "system": platform.platform()},
+        }
+        write_json(self.folder / "run.json", record | extra)
+
+
+def find_run(name: str, storage: str) -> Run | None:
+    """The run of that name in the storage, or at that path; None when there is none."""
+    for folder in (Path(storage) / name, Path(name)):
+        if (folder / "run.json").exists():
+            return Run(folder)
+    return None
+
+
+def read_json(path: Path, hint: str) -> dict[str, Any]:
+    """A JSON file's content. Raises ValueError, with the hint, when it is missing or broken."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; {hint}") from None
+    except json.JSONDecodeError:
+        raise ValueError(f"{path}: this file is damaged; {hint}") from None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write atomically: the whole file or the one that was there before."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write atomically: the whole file or the one that was there before."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _differences(theirs: dict, ours: dict) -> list[str]:
+    """Each field in which two stages differ, as a person reads it."""
+    if theirs["kind"] != ours["kind"]:
+        return [f"stage {theirs['kind']} (now {ours['kind']})"]
+    fields = {name for part in (theirs, ours) for name in part["config"]}
+    found = [
+        f"{name} {theirs['config'].get(name)} (now {ours['config'].get(name)})"
+        for name in sorted(fields)
+        if theirs["config"].get(name) != ours["config"].get(name)
+    ]
+    if theirs["data"] != ours["data"]:
+        found.append("other data (the shard set's fingerprint differs)")
+    if theirs["parent"] != ours["parent"]:
+        found.append("other initial weights")
+    if theirs["version"] != ours["version"]:
+        found.append(f"an older version {theirs['version']} of this stage's code (now {ours['version']})")
+    return found
+
+
+def _commit() -> str:
+    """The code's git commit, with "+" after it where files were changed; "unknown" outside a checkout."""
+    folder = Path(__file__).parent
+    try:
+        git = ["git", "-C", str(folder)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + ("+" if changed else "")
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
