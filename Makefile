@@ -6,10 +6,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-DEMO ?= demo
+DEMO := demo
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test lint gpu-check install clean-demo
+.PHONY: demo test lint gpu-check clean-demo
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -28,3 +28,20 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The commands that a user types, on drawn patches. Each says so and goes on where it was when it is run again.
+demo: $(INSTALLED)
+	@bash -c 'set -e -o pipefail; started=$$SECONDS; run() { echo; echo "$$ $$*"; "$$@"; }; PATH="$$PWD/$(BIN):$$PATH"; \
+	run python sharding/synthetic.py --out $(DEMO)/images/kidney --organ kidney --patches 1536 --size 96 --slides 12 --seed 1; \
+	run python sharding/synthetic.py --out $(DEMO)/images/breast --organ breast --patches 1800 --size 96 --slides 24 --seed 2; \
+	run python sharding/build.py $(DEMO)/images/kidney --out $(DEMO)/shards/kidney --layout "{slide}/{name}" --group-by slide --unlabelled; \
+	run python sharding/build.py $(DEMO)/images/breast --out $(DEMO)/shards/breast --layout "{class}/{slide}/{name}" --group-by slide \
+		--split train=0.7,test=0.3; \
+	run python tune/grid.py tune/studies/demo.yaml; \
+	echo; echo "The demo took $$((SECONDS - started)) s."'
+
+clean-demo:
+	rm -rf $(DEMO)
+
+gpu-check: $(INSTALLED)
+	$(BIN)/python benchmarks/gpu_check.py --out benchmarks/results $(if $(DRY),--dry)

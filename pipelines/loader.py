@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines.colour import colour_rows
 from pipelines.order import epoch_order, rank_slice, steps_per_epoch
 from pipelines.recipes import Recipe
 from pipelines.reference import reference_views
@@ -144,7 +143,7 @@ class ViewLoader:
         if self._graph is None:
             largest = -(-self.batch_size // self.world_size)
             self._graph = DaliGraph(
-                views=self.recipe.views,
+                recipe=self.recipe,
                 batch_size=largest,
                 image_size=self.image_size,
                 device=self.device,
@@ -170,5 +169,4 @@ class ViewLoader:
             yield views
 
     def _put(self, graph, ids):
-        parameters = self.parameters(ids)
-        graph.put(self.reader.read(ids), parameters, colour_rows(parameters, self.recipe))
+        graph.put(self.reader.read(ids), self.parameters(ids))

@@ -46,7 +46,12 @@ class Recipe:
 
     @property
     def is_random(self) -> bool:
-        return self.crop is not None or self.flip > 0 or self.jitter is not None or self.grey > 0
+        return self.crop is not None or self.flip > 0 or self.has_colour
+
+    @property
+    def has_colour(self) -> bool:
+        """Whether a view's colours may differ from its patch's."""
+        return self.jitter is not None or self.grey > 0
 
 
 def simclr(strength: float = 1.0) -> Recipe:

@@ -52,12 +52,14 @@ class _Parser(ArgumentParser):
         sys.exit(2)
 
 
-def build_parser(config_class: type, *, prog: str, description: str) -> ArgumentParser:
+def build_parser(config_class: type, *, prog: str, description: str, exit_on_error: bool = True) -> ArgumentParser:
     """A parser with one flag per field of config_class, and --config.
 
-    A list field takes one or more values, a bool field is `--name` or `--no-name`.
+    A list field takes one or more values, a bool field is `--name` or `--no-name`. With exit_on_error False a wrong value
+    raises jsonargparse.ArgumentError.
     """
-    parser = _Parser(prog=prog, description=description, formatter_class=_HelpFormatter)
+    parser_class = _Parser if exit_on_error else ArgumentParser
+    parser = parser_class(prog=prog, description=description, formatter_class=_HelpFormatter, exit_on_error=exit_on_error)
     parser.add_argument("--config", action="config", help="a YAML file with any of the settings below; flags override it")
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):

@@ -1,6 +1,209 @@
-"""report.html"""
+"""report.html of one or several runs, self-contained: python train/report.py runs/a runs/b --out report.html"""
+
+import base64
+import html
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sharding.command import option, positional, run_script
+from train import figures
+from train.metrics import TITLES
+from train.runs import Run, find_run, write_text
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --soft: #667; --line: #d8d8de; --warn: #fff4d6 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e8e8ec; --paper: #17181c; --soft: #a0a4b0; --line: #3a3c44; --warn: #4a3d14 }
+}
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper) }
+body { max-width: 64rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.5rem; margin-bottom: 0 } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem }
+p.note { color: var(--soft); margin-top: .2rem }
+.warn { background: var(--warn); padding: .5rem .8rem; border-radius: 4px; margin: .4rem 0 }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { text-align: right; padding: .3rem .7rem; border-bottom: 1px solid var(--line); white-space: nowrap }
+th:first-child, td:first-child { text-align: left } th { font-weight: 600 } td.best { font-weight: 700 }
+.row { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start }
+figure { margin: 0; padding: .5rem; max-width: 100%; background: #fff; color: #000 }
+figure { border: 1px solid var(--line); border-radius: 4px }
+figure svg, figure img { max-width: 100%; height: auto; display: block }
+details { margin: .4rem 0 } pre { overflow-x: auto; font-size: .8rem; border: 1px solid var(--line); padding: .6rem }
+@media print { body { max-width: none; margin: 0 } details { display: none } figure { break-inside: avoid } }
+"""
 
 
-def write_report(runs, path):
-    path.write_text("x")
+@dataclass(frozen=True)
+class ReportConfig:
+    """Which runs, and where to."""
+
+    runs: list[str] = positional("runs, by name or folder")
+    out: str = option("report.html", "the file to write")
+    title: str = option("Runs side by side", "the heading")
+    storage: str = option("runs", "folder for runs")
+
+
+def write_report(runs: Sequence[Run], path: Path, *, title: str | None = None) -> Path:
+    """Write the report of finished runs. Returns its path. Raises ValueError when a run is not finished."""
+    results = {run.name: run.result for run in runs}
+    learnt = [run for run in runs if run.metrics()]
+    judged = [run for run in runs if "metrics" in results[run.name]]
+    pretrained = [run for run in runs if results[run.name]["kind"] == "pretrain"]
+    parts = [_header(title or runs[0].name, runs), *_warnings(results)]
+    if judged:
+        parts += ["<h2>Judged</h2>", _judged_table(judged, results)]
+    if pretrained:
+        parts += ["<h2>Pretrained</h2>", _pretrained_table(pretrained, results)]
+    if learnt:
+        parts += ["<h2>Training</h2>", _curves(learnt)]
+    if judged:
+        parts += ["<h2>Confusion matrices</h2>", _confusions(judged, results)]
+    parts += [_pairs(run) for run in pretrained]
+    parts += ["<h2>Records</h2>", *(_record(run) for run in runs)]
+    body = "\n".join(parts)
+    heading = html.escape(title or runs[0].name)
+    write_text(
+        path,
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{heading}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>\n'
+        f"<body>\n{body}\n</body></html>\n",
+    )
     return path
+
+
+def _header(title, runs):
+    record = runs[0].record
+    note = f"{record['started'][:10]} · commit {record['commit'][:10]} · {record['machine']['cores']} cores · {record['device']}"
+    return f'<h1>{html.escape(title)}</h1><p class="note">{html.escape(note)}</p>'
+
+
+def _warnings(results):
+    said: dict[str, list[str]] = {}
+    for name, result in results.items():
+        for warning in result.get("warnings", []):
+            said.setdefault(warning, []).append(name)
+    return [f'<p class="warn">⚠ {html.escape(text)} ({html.escape(", ".join(names))})</p>' for text, names in said.items()]
+
+
+def _judged_table(runs, results):
+    best = {}
+    for name in TITLES:
+        lower = name in ("log_loss", "calibration_error")
+        values = [results[run.name]["metrics"][name] for run in runs if results[run.name]["metrics"][name] is not None]
+        best[name] = (min if lower else max)(values, default=None)
+    rows = []
+    for run in runs:
+        result = results[run.name]
+        chain = " → ".join(result["chain"]) or "random weights"
+        cells = [run.name, f"{chain} → {result['kind']}", f"{result['labels']:,}", f"{result['test_patches']:,}"]
+        line = [_cell(cell) for cell in cells]
+        for name in TITLES:
+            value = result["metrics"][name]
+            text = "–" if value is None else f"{value:.3f}"
+            line.append(_cell(text, best=len(runs) > 1 and value is not None and value == best[name]))
+        rows.append(line)
+    return _table(["run", "chain", "labels", "test patches", *TITLES.values()], rows)
+
+
+def _pretrained_table(runs, results):
+    rows = []
+    for run in runs:
+        result, record = results[run.name], run.record
+        cells = [
+            run.name,
+            " → ".join(result["chain"]),
+            f"{result['patches']:,}",
+            f"{result['steps']:,}",
+            f"{result['final']['loss']:.3f}",
+            f"{result['nothing_learned_loss']:.3f}",
+            f"{result['final']['top1']:.1%}" if "top1" in result["final"] else "–",
+            f"{result['patches_per_s']:.0f}",
+            f"{result['data_wait']:.1%}",
+            f"{record['wall_seconds']:.0f}",
+        ]
+        rows.append([_cell(cell) for cell in cells])
+    titles = ["run", "chain", "patches", "steps", "loss", "if nothing is learned", "top-1", "patches/s", "data wait", "seconds"]
+    return _table(titles, rows)
+
+
+def _curves(runs):
+    metrics = {run.name: run.metrics() for run in runs}
+    drawn = []
+    # The losses of different tasks have nothing in common, so each task has its own axes.
+    for kind, measure in (("NT-Xent", "top1"), ("cross-entropy", "train_accuracy")):
+        chosen = {name: rows for name, rows in metrics.items() if measure in rows[-1]}
+        if chosen:
+            names = ", ".join(chosen)
+            title = "contrastive top-1 accuracy" if measure == "top1" else "accuracy on the training batch"
+            drawn += [
+                _figure(figures.curves(chosen, "loss", f"loss ({kind})"), f"Loss over steps of {names}"),
+                _figure(figures.curves(chosen, measure, title), f"{title} over steps of {names}"),
+                _figure(figures.curves(chosen, "learning_rate", "learning rate"), f"Learning rate over steps of {names}"),
+            ]
+    return f'<div class="row">{"".join(drawn)}</div>'
+
+
+def _confusions(runs, results):
+    drawn = []
+    for run in runs:
+        result = results[run.name]
+        svg = figures.confusion(result["metrics"]["confusion"], result["classes"], run.name)
+        drawn.append(_figure(svg, f"Confusion matrix of {run.name}: rows are the truth, columns the prediction"))
+    return f'<div class="row">{"".join(drawn)}</div>'
+
+
+def _pairs(run):
+    record = run.record
+    config = record["stage"]["config"]
+    heading = f"<h2>Views of {html.escape(run.name)}</h2>"
+    try:
+        png = _views_png(run, record, config)
+    except ValueError as error:  # the data may have moved since; the report says so instead of a picture
+        return f'{heading}<p class="note">No picture: {html.escape(str(error))}</p>'
+    image = f'<img alt="Patches and the views made of them" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    note = '<p class="note">Left: the patch. Right: its two views in the first epoch, and what was drawn for each.</p>'
+    return f"{heading}{note}<figure>{image}</figure>"
+
+
+def _views_png(run, record, config):
+    """The sheet, made once and kept in the run's folder."""
+    path = run.folder / "views.png"
+    if not path.exists():
+        png = figures.pairs(record["data"], recipe=config["method"], image_size=config["image_size"], seed=config["seed"])
+        path.write_bytes(png)
+    return path.read_bytes()
+
+
+def _record(run):
+    text = json.dumps(run.record, indent=2, ensure_ascii=False)
+    return f"<details><summary>{html.escape(run.name)}</summary><pre>{html.escape(text)}</pre></details>"
+
+
+def _figure(svg, alt):
+    return f'<figure role="img" aria-label="{html.escape(alt)}">{svg}</figure>'
+
+
+def _cell(text, *, best=False):
+    return f"<td{' class=best' if best else ''}>{html.escape(text)}</td>"
+
+
+def _table(titles, rows):
+    head = "".join(f"<th>{html.escape(title)}</th>" for title in titles)
+    body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def main(config: ReportConfig) -> None:
+    runs = []
+    for name in config.runs:
+        run = find_run(name, config.storage)
+        if run is None:
+            raise ValueError(f"{name}: no run of that name in {config.storage}, and no run's folder")
+        runs.append(run)
+    print(write_report(runs, Path(config.out), title=config.title))
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, ReportConfig, prog="report.py", description="Lay runs side by side in one HTML file."))

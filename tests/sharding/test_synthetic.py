@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 
 from sharding import synthetic
-from sharding.synthetic import Config, draw_patch, draw_set, encode, patch_classes, slide_name
+from sharding.synthetic import Config, draw_patch, draw_set, encode, patch_classes
 
 
 def contents(folder):
@@ -45,7 +45,7 @@ def test_kidney_has_no_classes(tmp_path):
     assert Counter(slide for slide, _ in paths) == {"KI-001": 3, "KI-002": 3, "환자 03": 3}
 
 
-def test_a_patch_does_not_depend_on_how_many_there_are():
+def test_a_patch_is_a_function_of_its_number_class_and_slide():
     few, many = patch_classes(10, 7), patch_classes(1000, 7)
     assert Counter(few) == {"benign": 5, "in_situ": 3, "invasive": 2}
     assert Counter(many) == {"benign": 500, "in_situ": 300, "invasive": 200}
