@@ -155,11 +155,11 @@ def colour_step(out, image, row):
 def colour_batch(images_BHWC: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
     """The same step for a batch in torch, for a GPU: (B, H, W, 3) uint8 and (B, 15) rows -> (B, 3, H, W) float32.
 
-    Which images take which operation is known on the host, so nothing waits for the device.
+    Which images take which operation is known on the host, and constants are numbers and not tensors, so nothing waits for
+    the device.
     """
     device = images_BHWC.device
     x_BCHW = images_BHWC.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) * (1 / 255)
-    luma_C11 = torch.tensor([_RED, _GREEN, _BLUE], device=device).view(3, 1, 1)
     for place in range(4):
         for operation in range(4):
             chosen = np.flatnonzero(rows[:, place] == operation)
@@ -167,20 +167,26 @@ def colour_batch(images_BHWC: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
                 continue
             index = torch.from_numpy(chosen).to(device, non_blocking=True)
             factor_n111 = torch.from_numpy(rows[chosen, 4 + operation]).to(device, non_blocking=True).view(-1, 1, 1, 1)
-            x_BCHW[index] = _operate(x_BCHW[index], operation, factor_n111, luma_C11)
+            x_BCHW[index] = _operate(x_BCHW[index], operation, factor_n111)
     greyed = torch.from_numpy(rows[:, 8] > 0).to(device, non_blocking=True).view(-1, 1, 1, 1)
-    x_BCHW = torch.where(greyed, (x_BCHW * luma_C11).sum(1, keepdim=True), x_BCHW)
+    x_BCHW = torch.where(greyed, _luma(x_BCHW), x_BCHW)
     normalise = torch.from_numpy(rows[:, 9:15]).to(device, non_blocking=True).view(-1, 2, 3, 1, 1)
     return x_BCHW * normalise[:, 0] + normalise[:, 1]
 
 
-def _operate(x_nCHW, operation, factor_n111, luma_C11):
+def _luma(x_nCHW):
+    r, g, b = x_nCHW.split(1, dim=1)
+    return float(_RED) * r + float(_GREEN) * g + float(_BLUE) * b
+
+
+def _operate(x_nCHW, operation, factor_n111):
     if operation == _BRIGHTNESS:
         return (x_nCHW * factor_n111).clamp_(0, 1)
     if operation in (_CONTRAST, _SATURATION):
-        grey = (x_nCHW * luma_C11).sum(1, keepdim=True)
+        grey = _luma(x_nCHW)
         if operation == _CONTRAST:
-            grey = grey.mean(dim=(2, 3), keepdim=True)
+            # In double: how torch splits the sum depends on the number of images, and a view must not.
+            grey = grey.mean(dim=(2, 3), keepdim=True, dtype=torch.float64).float()
         return (x_nCHW * factor_n111 + grey * (1 - factor_n111)).clamp_(0, 1)
     high_n1HW = x_nCHW.amax(1, keepdim=True)
     chroma_n1HW = high_n1HW - x_nCHW.amin(1, keepdim=True)
@@ -190,5 +196,5 @@ def _operate(x_nCHW, operation, factor_n111, luma_C11):
         high_n1HW == r, (g - b) / divisor, torch.where(high_n1HW == g, 2 + (b - r) / divisor, 4 + (r - g) / divisor)
     )
     sector = torch.remainder(sector / 6 + factor_n111, 1) * 6
-    k_nCHW = torch.remainder(sector + torch.tensor([5.0, 3.0, 1.0], device=x_nCHW.device).view(3, 1, 1), 6)
+    k_nCHW = torch.remainder(torch.cat([sector + 5, sector + 3, sector + 1], dim=1), 6)
     return high_n1HW - chroma_n1HW * torch.minimum(k_nCHW, 4 - k_nCHW).clamp_(0, 1)

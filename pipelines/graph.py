@@ -13,7 +13,6 @@ import nvidia.dali.fn as fn
 import nvidia.dali.types as types
 import torch
 from nvidia.dali.pipeline import Pipeline
-from nvidia.dali.plugin.numba.fn.experimental import numba_function
 from nvidia.dali.plugin.pytorch import feed_ndarray, to_torch_type
 from PIL import Image
 
@@ -22,6 +21,11 @@ from pipelines.recipes import Recipe
 from pipelines.views import ViewParameters, draw_views
 
 AHEAD = 2  # batches in the graph at once: one being made while the other is being used
+
+
+# The hardware engine's pixels differ slightly from those of nvJPEG's kernels, and DALI would give it a share of each batch:
+# then the batch size would decide a patch's pixels. Fancy upsampling of chroma is what libjpeg-turbo does on the CPU.
+_GPU_DECODER = {"device": "mixed", "hw_decoder_load": 0.0, "jpeg_fancy_upsampling": True}
 
 
 def _colour_shapes(outs, ins):
@@ -52,7 +56,9 @@ class DaliGraph:
         )
         with self._pipeline:
             encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-            images = fn.decoders.image(encoded, device="mixed" if device == "cuda" else "cpu", output_type=types.RGB)
+            images = fn.decoders.image(
+                encoded, output_type=types.RGB, **(_GPU_DECODER if device == "cuda" else {"device": "cpu"})
+            )
             self._pipeline.set_outputs(*(self._view(images, view) for view in range(recipe.views)))
         self._warm_up()
 
@@ -81,6 +87,8 @@ class DaliGraph:
         x = fn.flip(x, device=place, horizontal=flip)
         if self.device == "cuda":
             return x
+        from nvidia.dali.plugin.numba.fn.experimental import numba_function  # a host with a GPU may do without Numba's part
+
         return numba_function(
             x,
             fn.external_source(name=f"colour{view}", dtype=types.FLOAT, ndim=1),

@@ -79,7 +79,8 @@ class ViewLoader:
         if len(self.ids) == 0:
             raise ValueError(f"{self.reader.folder}: no patch is selected")
         if self.ids.min() < 0 or self.ids.max() >= len(self.reader):
-            raise ValueError(f"{self.reader.folder}: has patches 0 to {len(self.reader) - 1}, not {self.ids.max()}")
+            wrong = self.ids.min() if self.ids.min() < 0 else self.ids.max()
+            raise ValueError(f"{self.reader.folder}: has patches 0 to {len(self.reader) - 1}, not {wrong}")
         if self.batch_size < 1 or (self.drop_last and self.batch_size % self.world_size):
             raise ValueError(
                 f"batch size {self.batch_size} is the global batch and must divide by the {self.world_size} workers;"
@@ -119,12 +120,13 @@ class ViewLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         order = self._order()
-        steps = range(self.step, len(self))
-        plan = [rank_slice(order, step, self.batch_size, rank=self.rank, world_size=self.world_size) for step in steps]
-        while plan and len(plan[-1]) == 0:  # an incomplete last batch may have nothing for this rank
-            plan.pop()
+        parts = {
+            step: rank_slice(order, step, self.batch_size, rank=self.rank, world_size=self.world_size)
+            for step in range(self.step, len(self))
+        }
+        plan = {step: ids for step, ids in parts.items() if len(ids)}  # a batch smaller than the world has nothing for some
         make = self._dali_views if self.backend == "dali" else self._reference_views
-        for step, ids, views in zip(steps, plan, make(plan), strict=False):
+        for (step, ids), views in zip(plan.items(), make(list(plan.values())), strict=True):
             # Set before the batch is handed out: a checkpoint taken while it is in use says what comes next.
             self.step = step + 1
             yield Batch(views, torch.from_numpy(ids), torch.from_numpy(self.reader.labels[ids]))
@@ -140,6 +142,11 @@ class ViewLoader:
     def _dali_views(self, plan):
         from pipelines.graph import AHEAD, DaliGraph
 
+        try:
+            while self._graph and self._graph.pending:  # of an iteration that was left early
+                self._graph.get()
+        except RuntimeError:  # a patch that cannot be decoded: said when it is read again
+            self._graph = None
         if self._graph is None:
             largest = -(-self.batch_size // self.world_size)
             self._graph = DaliGraph(
@@ -150,8 +157,6 @@ class ViewLoader:
                 threads=self.threads,
             )
         graph = self._graph
-        while graph.pending:  # of an iteration that was left early
-            graph.get()
         for k, ids in enumerate(plan):
             started = time.perf_counter()
             for ahead in range(k + graph.pending, min(k + AHEAD, len(plan))):

@@ -1,6 +1,7 @@
 """The report's figures, as SVG text or PNG bytes."""
 
 import io
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from pipelines.shards import ShardReader
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _STYLE: Any = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # names are text, also with two dollar signs in them
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.spines.top": False,
@@ -84,6 +86,9 @@ def _cycle(count):
 
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with warnings.catch_warnings():
+        # Text stays text in the SVG, so the reader's browser has the letters that matplotlib's own font lacks.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = buffer.getvalue()
     return text[text.index("<svg") :]

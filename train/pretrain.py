@@ -110,7 +110,8 @@ def _finish(run, job, stage, seconds, device):
     }
     run.finish(result, wall_seconds=seconds, device=device)
     report = write_report([run], run.folder / "report.html")
-    print(f"{run.name}: loss {last['loss']:.3f} (nothing learned: {result['nothing_learned_loss']:.3f}), {report}", flush=True)
+    loss = "is not a number: try a smaller --learning-rate" if last["loss"] is None else f"{last['loss']:.3f}"
+    print(f"{run.name}: loss {loss} (nothing learned: {result['nothing_learned_loss']:.3f}), {report}", flush=True)
 
 
 def main(config: PretrainConfig) -> None:

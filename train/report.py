@@ -116,7 +116,7 @@ def _pretrained_table(runs, results):
             " → ".join(result["chain"]),
             f"{result['patches']:,}",
             f"{result['steps']:,}",
-            f"{result['final']['loss']:.3f}",
+            "–" if result["final"]["loss"] is None else f"{result['final']['loss']:.3f}",
             f"{result['nothing_learned_loss']:.3f}",
             f"{result['final']['top1']:.1%}" if "top1" in result["final"] else "–",
             f"{result['patches_per_s']:.0f}",

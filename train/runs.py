@@ -130,11 +130,14 @@ def find_run(name: str, storage: str) -> Run | None:
 def read_json(path: Path, hint: str) -> dict[str, Any]:
     """A JSON file's content. Raises ValueError, with the hint, when it is missing or broken."""
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; {hint}") from None
-    except json.JSONDecodeError:
-        raise ValueError(f"{path}: this file is damaged; {hint}") from None
+    except ValueError:  # neither JSON nor, it may be, text
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: this file is damaged; {hint}")
+    return content
 
 
 def write_json(path: Path, content: Any) -> None:

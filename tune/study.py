@@ -72,6 +72,11 @@ def read_study(path: str | Path) -> Study:
     if not isinstance(content, dict) or not isinstance(content.get("stages"), dict) or not content["stages"]:
         raise ValueError(f"{path}: a study is a mapping with at least `stages`, itself a mapping of names to stages")
     _only(content, _KEYS, f"{path}")
+    defaults = content.get("defaults")
+    for key, mapping in (("data", content.get("data")), ("defaults", defaults), *_parts(defaults)):
+        if not isinstance(mapping or {}, dict):
+            raise ValueError(f"{path}: `{key}` is a mapping of names to values, not {mapping!r}")
+    _only(defaults or {}, KINDS, f"{path}, defaults")
     name = content.get("name", Path(path).stem)
     storage = content.get("storage", f"runs/{name}")
     report = Path(content.get("report", Path(storage) / "report.html"))
@@ -82,22 +87,29 @@ def read_study(path: str | Path) -> Study:
 
 
 def _cells(stage, body, content, storage, place, earlier):
-    if not isinstance(body, dict) or len(body) != 1 or next(iter(body)) not in KINDS:
+    if not isinstance(body, dict) or len(body) != 1 or not all(k in KINDS and isinstance(v or {}, dict) for k, v in body.items()):
         raise ValueError(f"{place}: a stage is one of {' or '.join(f'`{kind}: {{...}}`' for kind in KINDS)}")
-    kind, fields = next(iter(body.items()))
-    fields = (content.get("defaults") or {}).get(kind, {}) | (fields or {})
+    kind, own = next(iter(body.items()))
+    own, defaults = own or {}, (content.get("defaults") or {}).get(kind) or {}
+    fields = own | defaults | own  # its own ones first: a default that is added later must not reorder the names
     known = {field.name for field in dataclasses.fields(KINDS[kind])}
     _only(fields, known - {"name", "storage"}, place)
+    for name, value in fields.items():
+        if value == [] or any(isinstance(v, list | dict) for v in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"{place}: {name} is {value!r}, and should be a value or a list of values")
     axes = {name: value for name, value in fields.items() if isinstance(value, list)}
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
         name = "-".join([stage, *(f"{axis}-{value}" for axis, value in chosen.items())])
+        if name in earlier:
+            raise ValueError(f"{place}: two stages have the name {name}; rename one of them")
         settled = fields | chosen | {"name": name, "storage": storage}
         data = content.get("data") or {}
         settled["data"] = data.get(settled.get("data"), settled.get("data"))
         parent = settled.get(_PARENT_FIELDS[kind])
         if parent in content["stages"] and parent not in earlier:
             raise ValueError(f"{place}: starts from {parent}, which comes later or has axes; name an earlier stage without axes")
+        earlier.add(name)
         yield Cell(kind, _config(KINDS[kind], settled, place))
 
 
@@ -109,6 +121,10 @@ def _config(config_class, fields, place):
         raise ValueError(f"{place}: {' '.join(str(error).split())}") from None
     hints = typing.get_type_hints(config_class)
     return config_class(**{name: values[name] for name in hints})
+
+
+def _parts(mapping):
+    return [(f"defaults: {name}", value) for name, value in mapping.items()] if isinstance(mapping, dict) else []
 
 
 def _only(mapping, known, place):

@@ -7,7 +7,6 @@ from rich.table import Table
 from train.metrics import TITLES
 from train.runs import Run
 
-
 _SHOWN = ("accuracy", "balanced_accuracy", "f1", "auroc")  # what a console has room for; the report has them all
 
 

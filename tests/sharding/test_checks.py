@@ -6,10 +6,10 @@ import zlib
 
 import numpy as np
 import pytest
-from conftest import encoded
 from PIL import Image
 
 from sharding.checks import Refusal, Verdict, check_image, silent_decoders
+from tests.helpers import encoded
 
 
 def png_header(width, height):

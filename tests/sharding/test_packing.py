@@ -14,12 +14,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import webdataset
-from conftest import BREAST_LAYOUT, ROOT, breast_files, encoded, folder_bytes, write_tree
 
 from sharding import packing
 from sharding.manifest import COLUMNS, class_names, fingerprint, read_dataset, read_manifest
 from sharding.packing import build_shards
 from sharding.plan import sample_key, shard_of_each
+from tests.helpers import BREAST_LAYOUT, ROOT, breast_files, encoded, folder_bytes, write_tree
 
 SETTINGS = dict(layout=BREAST_LAYOUT, split="train=0.8,test=0.2", shard_patches=20)
 

@@ -4,10 +4,10 @@ import re
 import shutil
 
 import pytest
-from conftest import BREAST_LAYOUT, assert_refused, encoded, run_python, write_tree
 
 from sharding.inspect_shards import verify
 from sharding.packing import build_shards
+from tests.helpers import BREAST_LAYOUT, assert_refused, encoded, run_python, write_tree
 
 
 def build(*arguments, cwd=None):

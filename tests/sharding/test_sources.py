@@ -3,9 +3,9 @@
 import os
 
 import pytest
-from conftest import BREAST_LAYOUT, write_tree
 
 from sharding.sources import scan_sources
+from tests.helpers import BREAST_LAYOUT, write_tree
 
 
 def relative(scan, root):

@@ -1,0 +1,152 @@
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.shards import ShardReader
+from sharding.packing import build_shards
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # benchmarks/ is no installed package
+
+from benchmarks.colour_histogram import Config, Fold, group_folds, histograms, judge, main, the_split, vote_shares  # noqa: E402
+
+PER_CLASS, SLIDES = 40, 8
+COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
+
+
+def _encoded(rng, colour, kind) -> bytes:
+    pixels = np.clip(np.array(colour) + rng.integers(-25, 26, (12, 16, 3)), 0, 255).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+def _shards(folder: Path, *, by_class: bool) -> Path:
+    """Three classes of noisy patches on 8 slides each, whose colour is their class's, or any."""
+    rng = np.random.default_rng(5)
+    for label, own in enumerate(COLOURS.values()):
+        for i in range(PER_CLASS):
+            colour = own if by_class else list(COLOURS.values())[rng.integers(3)]
+            kind = ("PNG", "JPEG")[i % 2]
+            path = folder / "images" / list(COLOURS)[label] / f"s{label}-{i % SLIDES}" / f"{i}.{'png' if i % 2 == 0 else 'jpg'}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(_encoded(rng, colour, kind))
+    out = folder / "shards"
+    build_shards(
+        [folder / "images"], out, layout="{class}/{slide}/{name}", split="train=0.75,test=0.25", group_by="slide", workers=1
+    )
+    return out
+
+
+@pytest.fixture(scope="module")
+def coloured(tmp_path_factory) -> Path:
+    return _shards(tmp_path_factory.mktemp("coloured"), by_class=True)
+
+
+@pytest.fixture(scope="module")
+def uncoloured(tmp_path_factory) -> Path:
+    return _shards(tmp_path_factory.mktemp("uncoloured"), by_class=False)
+
+
+def _split_figures(shards: Path) -> dict:
+    reader = ShardReader(shards)
+    (figures,) = judge(reader, [the_split(reader, split="train", test_split="test", fraction=1.0, seed=42)])
+    return figures
+
+
+def test_classes_of_different_colours_are_told_apart(coloured):
+    figures = _split_figures(coloured)
+    assert figures["accuracy"] == figures["balanced_accuracy"] == 1.0
+
+
+def test_classes_of_equal_colours_are_guessed(uncoloured):
+    assert _split_figures(uncoloured)["balanced_accuracy"] < 0.6  # 1/3 by chance, of 30 patches
+
+
+def test_histograms_have_length_one_and_count_colours(coloured):
+    reader = ShardReader(coloured)
+    rows = histograms(reader, np.arange(len(reader)), bins=2)
+    assert rows.shape == (3 * PER_CLASS, 8)
+    np.testing.assert_allclose((rows.astype(np.float64) ** 2).sum(1), 1, atol=1e-6)
+    # Codes are red x 4 + green x 2 + blue: blue is 1, green 2, red 4, and labels are in the order of the names.
+    np.testing.assert_array_equal(rows.argmax(1), np.array([1, 2, 4])[reader.labels])
+
+
+def test_votes_against_a_slow_count():
+    rng = np.random.default_rng(0)
+    train, test, labels = rng.random((60, 4)), rng.random((25, 4)), rng.integers(0, 3, 60)
+    shares = vote_shares(train, labels, test, classes=3)
+    for row, share in zip(test, shares, strict=True):
+        nearest = labels[np.argsort(((train - row) ** 2).sum(1))[:5]]
+        np.testing.assert_allclose(share, np.bincount(nearest, minlength=3) / 5, atol=1e-6)
+
+
+def test_a_draw_goes_to_the_nearest():
+    train, labels = np.array([[1.0], [2.0], [3.0], [4.0]]), np.array([1, 0, 0, 1])
+    shares = vote_shares(train, labels, np.array([[0.0]]), classes=2, k=4)
+    assert shares.argmax(1) == [1]
+    assert vote_shares(train, labels, np.array([[5.0]]), classes=2, k=3).argmax(1) == [0]
+
+
+def test_folds_keep_groups_whole_and_cover_the_set(coloured):
+    reader = ShardReader(coloured)
+    folds = group_folds(reader, folds=4, fraction=1.0, seed=3)
+    groups = np.array(reader.manifest["group"].to_pylist())
+    np.testing.assert_array_equal(np.sort(np.concatenate([fold.test for fold in folds])), np.arange(len(reader)))
+    for fold in folds:
+        assert len(fold.train) + len(fold.test) == len(reader)
+        assert not set(groups[fold.train]) & set(groups[fold.test])
+        assert set(reader.labels[fold.test]) == {0, 1, 2}
+    again = group_folds(reader, folds=4, fraction=1.0, seed=3)
+    assert all(np.array_equal(a.test, b.test) for a, b in zip(folds, again, strict=True))
+
+
+def test_a_fraction_is_of_the_training_part_alone(coloured):
+    reader = ShardReader(coloured)
+    folds = group_folds(reader, folds=4, fraction=0.5, seed=3)
+    assert sum(len(fold.test) for fold in folds) == len(reader)
+    assert all(0 < len(fold.train) < 0.7 * (len(reader) - len(fold.test)) for fold in folds)
+
+
+def test_unlabelled_patches_are_refused(coloured, tmp_path):
+    build_shards([coloured.parent / "images"], tmp_path / "shards", unlabelled=True, workers=1)
+    reader = ShardReader(tmp_path / "shards")
+    with pytest.raises(ValueError, match="at least two classes"):
+        list(judge(reader, [Fold(np.arange(5), np.arange(5, 10))]))
+    with pytest.raises(ValueError, match="--group-by"):
+        group_folds(reader, folds=2, fraction=1.0, seed=0)
+
+
+def _run(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "benchmarks/colour_histogram.py", *map(str, arguments)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120, check=False)
+
+
+def test_the_command_prints_each_fold_and_the_mean(coloured):
+    done = _run("--data", coloured, "--folds", 3)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4
+    assert re.fullmatch(r"fold 1: accuracy 1\.000, balanced accuracy 1\.000, \d+ train and \d+ test patches", lines[0])
+    assert lines[3].startswith("mean of 3 folds: accuracy 1.000")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"test_split": "train"}, "--split and --test-split are both 'train'"),
+        ({"folds": 99}, "--folds 99 is out of range: give 2 to 24"),
+        ({"split": "trian"}, "no split 'trian'"),
+    ],
+)
+def test_slips_are_told(coloured, settings, words):
+    with pytest.raises(ValueError, match=words):
+        main(Config(str(coloured), **settings))

@@ -1,0 +1,64 @@
+"""Small trees of drawn images, and a way to run the scripts."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def encoded(number: int, *, size: tuple[int, int] = (16, 12), mode: str = "RGB", format: str = "JPEG", **settings) -> bytes:
+    """An encoded image, different for each number. size: (width, height) in pixels."""
+    pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(file, format, **settings)
+    return file.getvalue()
+
+
+def write_tree(root: Path, files: dict[str, bytes]) -> Path:
+    """Write each file under root, making its folders."""
+    for name, data in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return root
+
+
+def breast_files(counts: dict[str, int], *, slides: int = 3) -> dict[str, bytes]:
+    """A tree as labs have it: blanks, parentheses, the same file name under several slides, PNG and JPEG mixed."""
+    files = {}
+    for label, (name, count) in enumerate(counts.items()):
+        for i in range(count):
+            kind = "PNG" if i % 3 == 0 else "JPEG"
+            path = f"{name}/S {name[0]}{i % slides}/x40/patch x40 ({i // slides}).{'png' if kind == 'PNG' else 'jpg'}"
+            files[path] = encoded(1000 * label + i, format=kind)
+    return files
+
+
+BREAST_LAYOUT = "{class}/{slide}/{magnification}/{name}"
+
+
+def run_python(script: str, *arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    """Run a script of the project as a user does."""
+    environment = {**os.environ, "COLUMNS": "140"}
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd or ROOT, env=environment, timeout=120, check=False)
+
+
+def assert_refused(done: subprocess.CompletedProcess, *words: str) -> None:
+    """One line on stderr that holds the words, exit code 2, no traceback."""
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}

@@ -1,0 +1,272 @@
+"""The training loop in this process: it learns, and a run that was cut off ends as if it had not been."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from models.backbones import build_backbone
+from models.weights import load_backbone_weights
+from pipelines.loader import ViewLoader
+from pipelines.recipes import RandomCrop, Recipe
+from sharding.packing import build_shards
+from train import loop
+from train.loop import CHECKPOINT_NAME, HEAD_NAME, Job, fit, plain_place
+from train.methods import SimCLR, Supervised
+from train.runs import Run
+
+CPU = torch.device("cpu")
+
+
+class CutOff(Exception):
+    """What ends a run before its time."""
+
+
+@pytest.fixture(autouse=True)
+def _reference_views(monkeypatch):
+    """The same views by torchvision: DALI's graph with colours takes seconds to compile, for every one of the runs here."""
+    monkeypatch.setattr(loop, "ViewLoader", functools.partial(ViewLoader, backend="torchvision"))
+
+
+def job_of(folder, data, **changes) -> Job:
+    """20 patches, 5 steps of 4 in an epoch, 2 epochs; no batch norm."""
+    job = Job(
+        folder=folder,
+        data=data,
+        ids=np.arange(20),
+        method=SimCLR(projection_dim=8, temperature=0.5),
+        backbone="test_efficientnet_ln",
+        init="scratch",
+        image_size=32,
+        batch_size=4,
+        epochs=2,
+        optimizer="adam",
+        peak_learning_rate=1e-3,
+        weight_decay=1e-4,
+        warmup_epochs=0.2,
+        precision="fp32",
+        seed=3,
+        threads=1,
+        compile=False,
+        log_every=1,
+        checkpoint_every=2,
+        max_failures=0,
+        card={"method": "simclr", "chain": ["simclr on small"], "key": "k"},
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    return dataclasses.replace(job, **changes)
+
+
+def cut_after(place, step):
+    """The place, ending the run right after the checkpoint of that step."""
+
+    def save(at, write):
+        place.save(at, write)
+        if at == step:
+            raise CutOff
+
+    return dataclasses.replace(place, save=save)
+
+
+def cut_before_saving(place, step):
+    """The place, ending the run at that step's checkpoint before it is written: rows of metrics.jsonl are ahead of it."""
+
+    def save(at, write):
+        if at == step:
+            raise CutOff
+        place.save(at, write)
+
+    return dataclasses.replace(place, save=save)
+
+
+def rows_of(folder):
+    return [(row["epoch"], row["step"], row["loss"], row["learning_rate"], row["top1"]) for row in Run(folder).metrics()]
+
+
+def weights_of(folder):
+    return load_file(folder / "backbone.safetensors") | torch.load(folder / HEAD_NAME, weights_only=True)
+
+
+def assert_same_weights(one, two):
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+
+
+# Learning
+
+
+@dataclasses.dataclass(frozen=True)
+class MildSimCLR(SimCLR):
+    """Views that leave a patch's colours as they are, so that a few steps can learn to tell patches apart."""
+
+    @property
+    def recipe(self):
+        return Recipe(views=2, crop=RandomCrop(area=(0.7, 1.0)), flip=0.5)
+
+
+def test_learns_to_tell_patches_apart(tmp_path, monkeypatch):
+    """Eight patches, each of a colour of its own: far below ln(2N - 1), the loss of a model that knows nothing."""
+    monkeypatch.setattr(loop, "ViewLoader", ViewLoader)
+    for k, colour in enumerate(itertools.product((30, 220), repeat=3)):
+        path = tmp_path / "images" / f"{k}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (32, 32), colour).save(path)
+    build_shards([tmp_path / "images"], tmp_path / "shards", unlabelled=True)
+    job = job_of(tmp_path / "run", tmp_path / "shards", ids=np.arange(8), method=MildSimCLR(8, 0.5), batch_size=8, epochs=40)
+    job = dataclasses.replace(job, log_every=40, checkpoint_every=1000, peak_learning_rate=2e-3)
+    fit(job, plain_place(job.folder, CPU))
+    (row,) = Run(job.folder).metrics()
+    assert row["loss"] < 0.6 * math.log(2 * 8 - 1)
+    assert row["top1"] > 0.9
+
+
+def test_what_a_run_leaves(tmp_path, small_set):
+    job = job_of(tmp_path / "run", small_set)
+    fit(job, plain_place(job.folder, CPU))
+    rows = Run(job.folder).metrics()
+    assert [(row["epoch"], row["step"]) for row in rows] == [(k // 5, k + 1) for k in range(10)]
+    assert all(row["loss"] > 0 and 0 <= row["top1"] <= 1 and row["patches_per_s"] > 0 for row in rows)
+    assert all(0 <= row["data_wait"] <= 1 for row in rows)
+    assert rows[0]["learning_rate"] == 1e-3 > rows[1]["learning_rate"] * 0.999  # one step of warm-up, then down
+    assert rows[-1]["learning_rate"] < 1e-4
+    card = json.loads((job.folder / "model_card.json").read_text())
+    assert (card["backbone"], card["image_size"], card["chain"]) == ("test_efficientnet_ln", 32, ["simclr on small"])
+    assert card["recipe"]["views"] == 2 and card["mean"] == [0.485, 0.456, 0.406]
+    backbone = build_backbone(job.backbone, 32)
+    assert card["features"] == backbone.num_features
+    load_backbone_weights(backbone, job.folder)  # raises where anything is missing
+    assert [path.name for path in (job.folder / "checkpoints").iterdir()] == ["step-000000010"]
+    assert list((job.folder / "tensorboard").iterdir())
+    assert json.loads((job.folder / "init.json").read_text()) == ["test_efficientnet_ln: random weights"]
+
+
+def test_weights_start_from_init(tmp_path, small_set):
+    """With a learning rate of next to nothing, what comes out is what went in."""
+    first = job_of(tmp_path / "first", small_set, epochs=1)
+    fit(first, plain_place(first.folder, CPU))
+    second = job_of(tmp_path / "second", small_set, epochs=1, init=str(first.folder), peak_learning_rate=1e-30, seed=99)
+    fit(second, plain_place(second.folder, CPU))
+    assert_same_weights(*(load_file(job.folder / "backbone.safetensors") for job in (first, second)))
+    assert "tensors loaded" in (second.folder / "init.json").read_text()
+
+
+def test_seed_decides_everything(tmp_path, small_set):
+    weights = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        job = job_of(tmp_path / name, small_set, epochs=1, seed=seed)
+        torch.manual_seed(len(weights))  # what ran before does not matter
+        fit(job, plain_place(job.folder, CPU))
+        weights.append(weights_of(job.folder))
+    assert_same_weights(weights[0], weights[1])
+    kernels = [name for name, tensor in weights[0].items() if tensor.ndim == 4]
+    assert kernels
+    assert not any(torch.equal(weights[0][name], weights[2][name]) for name in kernels)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp64"])
+def test_precisions_agree_about_the_loss(tmp_path, small_set, precision):
+    losses = []
+    for name in ("fp32", precision):
+        job = job_of(tmp_path / name, small_set, epochs=1, precision=name, ids=np.arange(4))
+        fit(job, plain_place(job.folder, CPU))
+        losses.append(Run(job.folder).metrics()[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=0.02 if precision == "bf16" else 1e-5)
+    assert losses[0] != losses[1]
+
+
+def test_labels_are_learnt(tmp_path, small_set, monkeypatch):
+    """The supervised method on DALI's views: patches of noise are learnt by heart, with their own labels."""
+    monkeypatch.setattr(loop, "ViewLoader", ViewLoader)
+    ids = np.arange(0, 90, 6)
+    job = job_of(
+        tmp_path / "run", small_set, ids=ids, batch_size=15, epochs=60, method=Supervised(classes=3), peak_learning_rate=3e-3
+    )
+    job = dataclasses.replace(job, log_every=60, checkpoint_every=1000)
+    fit(job, plain_place(job.folder, CPU))
+    assert Run(job.folder).metrics()[-1]["train_accuracy"] > 0.8
+
+
+# Going on
+
+
+@pytest.mark.parametrize("backbone", ["test_efficientnet_ln", "test_efficientnet"])
+def test_cut_off_run_ends_as_an_undisturbed_one(tmp_path, small_set, backbone):
+    """Cut in mid-epoch, at an epoch's end, and between metrics and their checkpoint. The second backbone has batch norm."""
+    plain = job_of(tmp_path / "undisturbed", small_set, backbone=backbone)
+    fit(plain, plain_place(plain.folder, CPU))
+    wanted, rows = weights_of(plain.folder), rows_of(plain.folder)
+    assert len(rows) == 10
+
+    def check(name, places, **changes):
+        job = job_of(tmp_path / name, small_set, backbone=backbone, **changes)
+        for place in places:
+            with pytest.raises(CutOff):
+                fit(job, place(plain_place(job.folder, CPU)))
+            assert not (job.folder / "backbone.safetensors").exists()
+        fit(job, plain_place(job.folder, CPU))
+        assert_same_weights(weights_of(job.folder), wanted)
+        assert rows_of(job.folder) == rows
+
+    check("mid-epoch", [lambda place: cut_after(place, 2)])
+    check("epoch's end", [lambda place: cut_after(place, 5)], checkpoint_every=0)
+    check("thrice", [lambda place: cut_before_saving(place, 4), lambda place: cut_before_saving(place, 6),
+                     lambda place: cut_after(place, 10)])  # fmt: skip
+
+
+def test_cut_off_before_the_first_checkpoint_starts_over(tmp_path, small_set):
+    job = job_of(tmp_path / "run", small_set, epochs=1)
+    with pytest.raises(CutOff):
+        fit(job, cut_before_saving(plain_place(job.folder, CPU), 2))
+    assert len(rows_of(job.folder)) == 2
+    fit(job, plain_place(job.folder, CPU))
+    assert [row[1] for row in rows_of(job.folder)] == [1, 2, 3, 4, 5]
+
+
+def test_half_a_row_of_metrics_is_taken_away(tmp_path, small_set):
+    job = job_of(tmp_path / "run", small_set, epochs=1)
+    with pytest.raises(CutOff):
+        fit(job, cut_after(plain_place(job.folder, CPU), 2))
+    with open(job.folder / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 0, "step": 3, "lo')
+    fit(job, plain_place(job.folder, CPU))
+    assert [row[1] for row in rows_of(job.folder)] == [1, 2, 3, 4, 5]
+
+
+def test_half_written_checkpoint_is_no_checkpoint(tmp_path):
+    place = plain_place(tmp_path, CPU)
+
+    def write_half(folder):
+        (folder / CHECKPOINT_NAME).write_text("half")
+        raise CutOff
+
+    with place.restore() as folder:
+        assert folder is None
+    with pytest.raises(CutOff):
+        place.save(1, write_half)
+    with place.restore() as folder:
+        assert folder is None
+    for step in (2, 10, 9_999):
+        place.save(step, lambda folder, step=step: (folder / CHECKPOINT_NAME).write_text(str(step)))
+        with place.restore() as folder:
+            assert (folder / CHECKPOINT_NAME).read_text() == str(step)
+    place.save(9_999, lambda folder: (folder / CHECKPOINT_NAME).write_text("again"))
+    with place.restore() as folder:
+        assert (folder / CHECKPOINT_NAME).read_text() == "again"
+    assert len(list((tmp_path / "checkpoints").glob("step-*"))) == 1
+
+
+def test_loss_that_is_no_number_becomes_null(tmp_path, small_set):
+    """JSON knows no NaN, and a report must open all the same."""
+    job = job_of(tmp_path / "run", small_set, epochs=1, peak_learning_rate=1e30)
+    fit(job, plain_place(job.folder, CPU))
+    text = (job.folder / "metrics.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    assert Run(job.folder).metrics()[-1]["loss"] is None

@@ -1,0 +1,49 @@
+"""The scripts as a user runs them."""
+
+import pytest
+
+from tests.helpers import assert_refused, run_python
+
+SCRIPTS = ("train/pretrain.py", "train/evaluate.py", "train/report.py", "tune/grid.py", "pipelines/preview.py")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_names_every_flag(script):
+    done = run_python(script, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout
+    assert done.stderr == ""
+
+
+def test_pretrain_refuses_a_missing_set(tmp_path):
+    done = run_python("train/pretrain.py", "--data", tmp_path / "none", "--name", "x", "--storage", tmp_path / "runs")
+    assert_refused(done, "pretrain.py:", str(tmp_path / "none"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_pretrain_refuses_a_wrong_flag(tmp_path):
+    assert_refused(
+        run_python("train/pretrain.py", "--data", tmp_path, "--name", "x", "--batch-size", "many"), "batch_size", "many"
+    )
+
+
+def test_a_set_from_the_future_is_refused(tmp_path, small_set):
+    import json
+    import shutil
+
+    shutil.copytree(small_set, tmp_path / "shards")
+    dataset = json.loads((tmp_path / "shards" / "dataset.json").read_text())
+    dataset["format_version"] += 1
+    (tmp_path / "shards" / "dataset.json").write_text(json.dumps(dataset))
+    done = run_python("train/evaluate.py", "--data", tmp_path / "shards", "--storage", tmp_path / "runs")
+    assert_refused(done, "has format 2", "upgrade PatchCLR")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_report_refuses_what_is_no_run(tmp_path):
+    assert_refused(run_python("train/report.py", "nothing", "--storage", tmp_path), "nothing", "no run of that name")
+
+
+def test_grid_refuses_a_misspelt_field(tmp_path):
+    (tmp_path / "study.yaml").write_text("stages: {a: {pretrain: {data: x, epohs: 3}}}\n")
+    assert_refused(run_python("tune/grid.py", tmp_path / "study.yaml"), "study.yaml, stage a", "epohs", "did you mean epochs?")
