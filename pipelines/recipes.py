@@ -54,16 +54,20 @@ class Recipe:
         return self.jitter is not None or self.grey > 0
 
 
-def simclr(strength: float = 1.0) -> Recipe:
-    """The augmentation of Chen et al. 2020 (SimCLR, appendix A) without blur: colour jitter of the given strength s."""
+def simclr(strength: float = 1.0, area: float = 0.08) -> Recipe:
+    """The augmentation of Chen et al. 2020 (SimCLR, appendix A) without blur.
+
+    strength: s, of the colour jitter; area: the smallest crop, as a share of the image.
+    """
     s = strength
-    return Recipe(
-        views=2, crop=RandomCrop(), flip=0.5, jitter=ColourJitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, probability=0.8), grey=0.2
-    )
+    jitter = ColourJitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, probability=0.8)
+    return Recipe(views=2, crop=RandomCrop(area=(area, 1.0)), flip=0.5, jitter=jitter, grey=0.2)
 
 
 RECIPES = {
     "simclr": simclr(),
+    # For small patches, where a crop of 8 % holds a nucleus or two, and for short runs.
+    "simclr-mild": simclr(strength=0.5, area=0.3),
     "supervised": Recipe(crop=RandomCrop(area=(0.5, 1.0)), flip=0.5),
     "eval": Recipe(),
     "eval-plain": Recipe(keep_aspect=False),

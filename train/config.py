@@ -31,6 +31,9 @@ class PretrainConfig:
     data: str = required(_DATA, identity=False)
     name: str = required(_NAME, identity=False)
     method: Literal["simclr"] = option("simclr", "what is learnt: simclr (NT-Xent on two views)")
+    recipe: Literal["simclr", "simclr-mild"] = option(
+        "simclr", "augmentation: simclr (the paper's), or a milder one for small patches"
+    )
     backbone: str = option("resnet18", "any timm model name")
     init: str = option("scratch", "scratch, imagenet, an earlier run's name or folder, or a weights file", identity=False)
     split: str = option("train", "the split to learn from")
@@ -61,13 +64,19 @@ class EvaluateConfig:
 
     data: str = required(_DATA, identity=False)
     backbone: str = option(
-        "resnet18", "a run's name or folder, a weights file, or (for --mode supervised) a timm model name", identity=False
+        "resnet18",
+        "a run's name or folder, a weights file, scratch, imagenet, or (for --mode supervised) a timm model name",
+        identity=False,
     )
     mode: Literal["linear", "finetune", "supervised"] = option(
         "linear", "linear: a classifier on frozen features; finetune: train all; supervised: train all from random weights"
     )
     name: str | None = option(None, "the run's name; default: made from backbone, mode, fraction and seed", identity=False)
-    architecture: str | None = option(None, "timm model name of a weights file that has no model card beside it", identity=False)
+    architecture: str | None = option(
+        None,
+        "timm model name, where --backbone does not say what it is: scratch, imagenet, a file without a card",
+        identity=False,
+    )
     split: str = option("train", "the split whose labels are used")
     test_split: str = option("test", "the split to judge on")
     fraction: float = option(1.0, "share of the labels to use, 0 to 1 (5 %% lies inside 50 %%)")

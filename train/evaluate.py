@@ -140,6 +140,7 @@ def _default_name(config, parent, architecture):
 
 
 def _linear(config, reader, chosen, parent, architecture, image_size):
+    torch.manual_seed(config.seed)  # --backbone scratch: random weights, the same ones every time
     backbone = build_backbone(architecture, image_size)
     lines = apply_init(backbone, architecture, parent.source)
     features = {

@@ -22,10 +22,11 @@ class SimCLR:
 
     projection_dim: int
     temperature: float
+    recipe_name: str = "simclr"
 
     @property
     def recipe(self) -> Recipe:
-        return get_recipe("simclr")
+        return get_recipe(self.recipe_name)
 
     def build_head(self, features: int) -> nn.Module:
         return ProjectionHead(features, self.projection_dim)

@@ -36,7 +36,7 @@ def pretrain(config: PretrainConfig) -> Run:
     if not run.begin(stage, config):
         print(f"{run.name}: finished already, {run.folder}", flush=True)
         return run
-    method = SimCLR(projection_dim=config.projection_dim, temperature=config.temperature)
+    method = SimCLR(projection_dim=config.projection_dim, temperature=config.temperature, recipe_name=config.recipe)
     job = Job(
         folder=run.folder,
         data=Path(config.data).absolute(),

@@ -19,13 +19,14 @@ _STYLE = """
   :root { --ink: #e8e8ec; --paper: #17181c; --soft: #a0a4b0; --line: #3a3c44; --warn: #4a3d14 }
 }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper) }
-body { max-width: 64rem; margin: 2rem auto; padding: 0 1rem }
+body { max-width: 68rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem; margin-bottom: 0 } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem }
 p.note { color: var(--soft); margin-top: .2rem }
 .warn { background: var(--warn); padding: .5rem .8rem; border-radius: 4px; margin: .4rem 0 }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { text-align: right; padding: .3rem .7rem; border-bottom: 1px solid var(--line); white-space: nowrap }
-th:first-child, td:first-child { text-align: left } th { font-weight: 600 } td.best { font-weight: 700 }
+th, td { text-align: right; padding: .3rem .55rem; border-bottom: 1px solid var(--line); white-space: nowrap }
+th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left } td:nth-child(2) { white-space: normal }
+th { font-weight: 600; white-space: normal; vertical-align: bottom } td.best { font-weight: 700 }
 .row { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start }
 figure { margin: 0; padding: .5rem; max-width: 100%; background: #fff; color: #000 }
 figure { border: 1px solid var(--line); border-radius: 4px }
@@ -171,7 +172,7 @@ def _views_png(run, record, config):
     """The sheet, made once and kept in the run's folder."""
     path = run.folder / "views.png"
     if not path.exists():
-        png = figures.pairs(record["data"], recipe=config["method"], image_size=config["image_size"], seed=config["seed"])
+        png = figures.pairs(record["data"], recipe=config["recipe"], image_size=config["image_size"], seed=config["seed"])
         path.write_bytes(png)
     return path.read_bytes()
 
@@ -202,7 +203,11 @@ def main(config: ReportConfig) -> None:
         if run is None:
             raise ValueError(f"{name}: no run of that name in {config.storage}, and no run's folder")
         runs.append(run)
-    print(write_report(runs, Path(config.out), title=config.title))
+    if len({run.name for run in runs}) < len(runs):
+        raise ValueError("two of these runs have the same name, and a table could not tell them apart: report them one by one")
+    out = Path(config.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    print(write_report(runs, out, title=config.title))
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ class Run:
             "data": str(Path(config.data).absolute()),
             "seed": config.seed,
             "command": sys.argv,
-            "commit": _commit(),
+            "commit": code_commit(),
             "versions": versions(),
             "machine": {"host": platform.node(), "cores": os.cpu_count(), "system": platform.platform()},
         }
@@ -182,7 +182,7 @@ def _differences(theirs: dict, ours: dict) -> list[str]:
     return found
 
 
-def _commit() -> str:
+def code_commit() -> str:
     """The code's git commit, with "+" after it where files were changed; "unknown" outside a checkout."""
     folder = Path(__file__).parent
     try:

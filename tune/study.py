@@ -100,7 +100,7 @@ def _cells(stage, body, content, storage, place, earlier):
     axes = {name: value for name, value in fields.items() if isinstance(value, list)}
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
-        name = "-".join([stage, *(f"{axis}-{value}" for axis, value in chosen.items())])
+        name = "-".join([stage, *(f"{axis}-{value}".replace("/", "_") for axis, value in chosen.items())])
         if name in earlier:
             raise ValueError(f"{place}: two stages have the name {name}; rename one of them")
         settled = fields | chosen | {"name": name, "storage": storage}

@@ -53,3 +53,11 @@ def test_pairs_is_a_sheet_of_the_first_patches(small_set):
         assert sheet.size == (columns * (2 * cell + 8), rows * (cell + 38) + 8)
     assert png == figures.pairs(str(small_set), recipe="supervised", image_size=64, seed=3)
     assert png != figures.pairs(str(small_set), recipe="supervised", image_size=64, seed=4)
+
+
+def test_dollars_in_names_are_text():
+    """And no formula, which would swallow them or fail."""
+    names = ["$5 & $6", r"$\frac$"]
+    svg = figures.confusion([[1, 0], [0, 1]], names, "a $run$")
+    assert {"$5 &amp; $6", r"$\frac$", "a $run$"} <= set(texts(svg))
+    assert "my $run$" in texts(figures.curves({"my $run$": [{"step": 1, "x": 1.0}], "b": []}, "x", "t"))

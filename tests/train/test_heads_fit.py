@@ -54,8 +54,8 @@ def test_is_at_a_minimum(decay):
 
 
 def test_path_is_the_fit_of_each_decay():
-    features, labels = some_features(9)
-    for order in (DECAYS, DECAYS[::-1]):
+    features, labels = some_features(9, n=100, width=6)
+    for order in ((1e-3, 1e-1, 10.0), (1.0, 1e-2)):
         heads = fit_path(features, labels, classes=3, decays=order)
         assert tuple(head.decay for head in heads) == order
         for head in heads:

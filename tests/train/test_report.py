@@ -29,7 +29,7 @@ PNG = b"\x89PNG not really"
 def run_of(storage, name, kind, result, rows=()):
     config = PretrainConfig(data=str(storage / "no shards"), name=name, seed=7)
     run = Run(storage / name)
-    stage = Stage(kind, {"method": "simclr", "image_size": 64, "seed": 7}, "d" * 64, "scratch")
+    stage = Stage(kind, {"method": "simclr", "recipe": "simclr", "image_size": 64, "seed": 7}, "d" * 64, "scratch")
     run.begin(stage, config)
     lines = [
         f'{{"epoch": 0, "step": {s}, "loss": {loss}, "learning_rate": 0.1, "{measure}": 0.5}}\n' for s, loss, measure in rows
@@ -111,8 +111,9 @@ def page_of(runs, tmp_path, **settings):
     return text, page
 
 
-@pytest.fixture
-def full(tmp_path):
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("full")
     supervised = [(1, 0.7, "train_accuracy"), (9, 0.2, "train_accuracy")]
     runs = [
         pretrained(tmp_path / "runs"),
