@@ -22,9 +22,10 @@ from rich.table import Table
 
 from sharding.command import option, positional, run_script
 from sharding.manifest import decoded, fingerprint, index_file, read_dataset, read_manifest, shard_file
-from sharding.packing import ShardTask, count_patches, shard_tasks
+from sharding.packing import count_patches
 from sharding.plan import index_text
 from sharding.workers import available_cores, ordered_map
+from sharding.writing import ShardTask, shard_tasks
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,12 @@ build that was cut off goes on from its finished shards. The same images and arg
 number of workers.
 """
 
-import fcntl
 import functools
 import hashlib
-import itertools
 import json
 import os
-import re
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -33,21 +28,30 @@ from sharding.manifest import (
     FORMAT_VERSION,
     QUARANTINE_COLUMNS,
     decoded,
-    index_file,
     manifest_table,
     read_dataset,
     read_manifest,
-    shard_file,
-    write_table,
 )
-from sharding.plan import BLOCK, EXTENSIONS, image_offsets, index_text, member, sample_key, shard_of_each, tar_end, tar_sizes
+from sharding.plan import image_offsets, sample_key, shard_of_each
 from sharding.sources import Record, Scan, printable, scan_sources
 from sharding.splits import content_keys, parse_shares, shared_groups, split_groups, split_patches
 from sharding.workers import available_cores, ordered_map
+from sharding.writing import (
+    ShardTask,
+    check_space,
+    clear_stale,
+    partial_folder,
+    publish,
+    read_file,
+    shard_length,
+    shard_tasks,
+    write_parquet,
+    write_shard,
+    write_whole,
+)
 
 _CHUNK = 64  # images per piece of work in the first pass
 _ONE_SPLIT = "train=1"  # where no split is asked for
-_OURS = re.compile(r"(shard-\d{6}\.(tar|idx)|(manifest|quarantine)\.parquet|dataset\.json)(\.tmp)?")
 
 
 @dataclass
@@ -135,20 +139,20 @@ def build_shards(
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} exists and is not a shard set: choose another --out, or remove it")
 
-    with _own_folder(out) as partial:
+    with partial_folder(out) as partial:
         examined = _examine_all(scan.records, min_size=min_size, decode=True, workers=workers, title="checking")
         notes = scan.notes + _refusal_notes(out, scan.records, examined, strict)
         plan = _plan(scan, examined, shares, arguments)
-        _clear(partial, plan.tasks)
-        _check_space(partial, plan.tasks)
+        clear_stale(partial, plan.tasks)
+        check_space(partial, plan.tasks)
 
         files: dict[str, str] = {}
         for written in ordered_map(
-            functools.partial(_write_shard, folder=partial), plan.tasks, workers=workers, weight=_shard_length, title="packing"
+            functools.partial(write_shard, folder=partial), plan.tasks, workers=workers, weight=shard_length, title="packing"
         ):
             files |= written
-        files["manifest.parquet"] = _write_parquet(plan.manifest, partial / "manifest.parquet")
-        files["quarantine.parquet"] = _write_parquet(_quarantine_table(scan.records, examined), partial / "quarantine.parquet")
+        files["manifest.parquet"] = write_parquet(plan.manifest, partial / "manifest.parquet")
+        files["quarantine.parquet"] = write_parquet(_quarantine_table(scan.records, examined), partial / "quarantine.parquet")
         dataset = {
             "format_version": FORMAT_VERSION,
             "name": name,
@@ -160,8 +164,8 @@ def build_shards(
             "arguments": arguments,
             "files": dict(sorted(files.items())),
         }
-        _write_whole(partial / "dataset.json", [(json.dumps(dataset, indent=2, ensure_ascii=False) + "\n").encode()])
-        _finish(partial, out)
+        write_whole(partial / "dataset.json", [(json.dumps(dataset, indent=2, ensure_ascii=False) + "\n").encode()])
+        publish(partial, out)
     return _summary(out, dataset, notes + plan.notes)
 
 
@@ -207,7 +211,7 @@ def _examine(paths: list[str], *, min_size: int, decode: bool) -> list[Examined]
 
 def _examine_one(path: str, min_size: int, decode: bool) -> Examined:
     try:
-        data = _read(path)
+        data = read_file(path)
     except OSError as error:
         return Examined("", 0, "", 0, 0, Refusal("unreadable", error.strerror or "cannot be read"))
     digest = hashlib.sha256(data).hexdigest()
@@ -217,11 +221,6 @@ def _examine_one(path: str, min_size: int, decode: bool) -> Examined:
     if isinstance(found, Refusal):
         return Examined(digest, len(data), "", 0, 0, found)
     return Examined(digest, len(data), found.format, found.width, found.height, None)
-
-
-def _read(path: str) -> bytes:
-    with open(path, "rb", buffering=0) as file:
-        return file.read()
 
 
 def _refusal_notes(out: Path, records: Sequence[Record], examined: Sequence[Examined], strict: bool) -> list[str]:
@@ -252,19 +251,6 @@ def _quarantine_table(records: Sequence[Record], examined: Sequence[Examined]) -
 
 
 # The plan
-
-
-class ShardTask(NamedTuple):
-    """One shard to write: a list entry per patch, in order."""
-
-    number: int
-    paths: list[str]
-    keys: list[str]
-    extensions: list[str]
-    offsets: list[int]
-    sizes: list[int]
-    labels: list[int]
-    digests: list[str]
 
 
 class _Plan(NamedTuple):
@@ -367,175 +353,6 @@ def _duplicate_notes(digests: Sequence[str], splits: np.ndarray, labels: np.ndar
         if spread := sum(count > 1 for count in apart.values()):
             notes.append(f"{spread:,} {'image lies' if spread == 1 else 'images lie'} as exact copies in several {what}")
     return notes
-
-
-def shard_tasks(manifest: pa.Table, paths: Sequence[str]) -> list[ShardTask]:
-    """One task per shard. paths: the file to open for each row of the manifest."""
-    shards = manifest["shard"].to_numpy()
-    bounds = [*np.flatnonzero(np.diff(shards, prepend=-1)).tolist(), len(shards)]
-    extensions = [EXTENSIONS[name] for name in manifest["format"].to_pylist()]
-    columns = [manifest[name].to_pylist() for name in ("offset", "size", "label", "sha256")]
-    keys = manifest["key"].to_pylist()
-    return [
-        ShardTask(number, *(list(column[start:end]) for column in (paths, keys, extensions, *columns)))
-        for number, (start, end) in enumerate(itertools.pairwise(bounds))
-    ]
-
-
-def _shard_length(task: ShardTask) -> int:
-    return len(task.keys)
-
-
-# The second pass
-
-
-def _write_shard(task: ShardTask, *, folder: Path) -> dict[str, str]:
-    """Write a tar and its index, unless a build that was cut off left them whole. Returns the sha256 of each file."""
-    tar = folder / shard_file(task.number)
-    digest = _digest_if_whole(tar, task) or _write_whole(tar, _tar_blocks(task, _read_source))
-    text = index_text(task.keys, task.extensions, task.offsets, task.sizes, task.labels)
-    index = folder / index_file(task.number)
-    return {tar.name: digest, index.name: _write_whole(index, [text.encode()])}
-
-
-def _tar_blocks(task: ShardTask, read: Callable[[ShardTask, int], bytes]) -> Iterator[bytes]:
-    """The bytes of a shard, sample by sample. read(task, i) gives the bytes of its patch i."""
-    length = 0
-    for i, (key, extension, label) in enumerate(zip(task.keys, task.extensions, task.labels, strict=True)):
-        data = read(task, i)
-        assert (length + BLOCK, len(data)) == (task.offsets[i], task.sizes[i]), (key, length, len(data))
-        block = member(f"{key}.{extension}", data)
-        if label >= 0:
-            block += member(f"{key}.cls", str(label).encode())
-        length += len(block)
-        yield block
-    yield tar_end(length)
-
-
-def _read_source(task: ShardTask, i: int) -> bytes:
-    """The bytes of a source image, which must still be those that were checked."""
-    try:
-        data = _read(task.paths[i])
-    except OSError as error:
-        raise ValueError(f"{task.paths[i]} cannot be read any more ({error.strerror}): start the build again") from None
-    if hashlib.sha256(data).hexdigest() != task.digests[i]:
-        raise ValueError(f"{task.paths[i]} was changed while the set was being built: start the build again")
-    return data
-
-
-class _NotWhole(Exception):
-    """A shard of an earlier build does not hold what it should."""
-
-
-def _digest_if_whole(tar: Path, task: ShardTask) -> str | None:
-    """The sha256 of a shard that is there already, or None where it is missing or not what this plan would write."""
-    try:
-        with tar.open("rb") as file:
-            actual = hashlib.file_digest(file, "sha256").hexdigest()
-
-            def read_stored(task: ShardTask, i: int) -> bytes:
-                data = os.pread(file.fileno(), task.sizes[i], task.offsets[i])
-                if hashlib.sha256(data).hexdigest() != task.digests[i]:
-                    raise _NotWhole
-                return data
-
-            expected = hashlib.sha256()
-            for block in _tar_blocks(task, read_stored):
-                expected.update(block)
-    except (FileNotFoundError, _NotWhole):
-        return None
-    return actual if actual == expected.hexdigest() else None
-
-
-def _write_whole(path: Path, blocks: Iterable[bytes]) -> str:
-    """Write a file under another name, and give it its own when it is safely on the disk. Returns its sha256."""
-    digest = hashlib.sha256()
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            for block in blocks:
-                file.write(block)
-                digest.update(block)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        error.filename = error.filename or str(temporary)  # a full disk does not say where
-        raise
-    temporary.rename(path)
-    return digest.hexdigest()
-
-
-def _write_parquet(table: pa.Table, path: Path) -> str:
-    write_table(table, path)
-    with path.open("rb+") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())
-    return digest
-
-
-# The folder
-
-
-@contextmanager
-def _own_folder(out: Path) -> Iterator[Path]:
-    """`<out>.partial`, held by a lock that ends with this process. It is removed again where nothing was written."""
-    partial = out.with_name(out.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        _lock(handle, out)
-        # Between our mkdir and our lock, another build may have finished and renamed the folder away.
-        if not partial.exists() or not os.path.samestat(os.fstat(handle), partial.stat()):
-            raise ValueError(f"another build of {out} has just ended: look there, or start again")
-        try:
-            yield partial
-        finally:  # only where the lock is ours: the folder of another build may still be empty
-            if partial.exists() and not any(partial.iterdir()):
-                partial.rmdir()
-    finally:
-        os.close(handle)
-
-
-def _lock(handle: int, out: Path) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"another build is writing {out}: wait for it, or choose another --out") from None
-    except OSError:
-        pass  # a file system without locks, as some network drives are
-
-
-def _clear(partial: Path, tasks: Sequence[ShardTask]) -> None:
-    """Remove what a build that was cut off left behind and this one does not take up."""
-    keep = {shard_file(task.number) for task in tasks}
-    for stale in sorted(partial.iterdir()):
-        if not _OURS.fullmatch(stale.name):
-            raise ValueError(f"{stale} is not of a build that was cut off: move it away, or choose another --out")
-        if stale.name not in keep:
-            stale.unlink()
-
-
-def _check_space(partial: Path, tasks: Sequence[ShardTask]) -> None:
-    needed = sum(int(tar_sizes(np.array(task.sizes), task.labels[0] >= 0).sum()) for task in tasks)
-    there = sum(file.stat().st_size for file in partial.iterdir())
-    free = shutil.disk_usage(partial).free
-    if needed - there > free:
-        raise ValueError(f"{partial.parent} has {free / 1e9:,.1f} GB free, and the set needs {(needed - there) / 1e9:,.1f} GB")
-
-
-def _finish(partial: Path, out: Path) -> None:
-    """Give the whole folder its final name, in one step."""
-    _sync_folder(partial)
-    partial.rename(out)
-    _sync_folder(out.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _already_there(out: Path, name: str, arguments: dict, scan: Scan, workers: int) -> Summary:

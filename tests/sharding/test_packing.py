@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 
-from sharding import packing
+from sharding import packing, writing
 from sharding.manifest import COLUMNS, class_names, fingerprint, read_dataset, read_manifest
 from sharding.packing import build_shards
 from sharding.plan import sample_key, shard_of_each
@@ -266,7 +266,7 @@ def test_a_name_that_is_not_utf8_is_packed_too(tmp_path):
 
 
 def test_a_worker_that_is_killed_is_one_sentence(breast, tmp_path, monkeypatch):
-    monkeypatch.setattr(packing, "_write_shard", _kill_this_process)
+    monkeypatch.setattr(packing, "write_shard", _kill_this_process)
     with pytest.raises(ValueError, match="fewer --workers"):
         build_shards([breast], tmp_path / "set", workers=2, **SETTINGS)
     assert not (tmp_path / "set").exists()
@@ -301,9 +301,9 @@ def test_a_source_that_changes_or_vanishes_during_the_build_is_named(breast, tmp
 
 KILLED_BUILD = """
 import os, signal, sys
-from sharding import packing
+from sharding import packing, writing
 
-write, left = packing._write_whole, [int(sys.argv[3])]
+write, left = writing.write_whole, [int(sys.argv[3])]
 
 def write_or_die(path, blocks):
     # Die in the middle of the file whose turn it is: half of it is on the disk.
@@ -314,7 +314,7 @@ def write_or_die(path, blocks):
         os.kill(os.getpid(), signal.SIGKILL)
     return write(path, blocks)
 
-packing._write_whole = write_or_die
+writing.write_whole = packing.write_whole = write_or_die
 packing.build_shards([sys.argv[1]], sys.argv[2], layout=sys.argv[4], split="train=0.8,test=0.2", shard_patches=20)
 """
 
@@ -354,7 +354,7 @@ def test_a_strangers_file_is_not_removed(breast, tmp_path):
 
 
 def test_two_builds_at_once_are_refused(breast, tmp_path):
-    with packing._own_folder(tmp_path / "set") as partial:
+    with writing.partial_folder(tmp_path / "set") as partial:
         with pytest.raises(ValueError, match="another build"):
             build_shards([breast], tmp_path / "set", **SETTINGS)
         assert partial.exists()  # the first build goes on
@@ -362,7 +362,7 @@ def test_two_builds_at_once_are_refused(breast, tmp_path):
 
 
 def test_a_full_disk_is_told_before_anything_is_written(breast, tmp_path, monkeypatch):
-    monkeypatch.setattr(packing.shutil, "disk_usage", lambda path: type("usage", (), {"free": 50_000})())
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda path: type("usage", (), {"free": 50_000})())
     with pytest.raises(ValueError, match="GB free"):
         build_shards([breast], tmp_path / "new" / "set", **SETTINGS)
     assert list((tmp_path / "new").iterdir()) == []
