@@ -3,6 +3,7 @@
 A new pretext method is a class here and an entry in METHODS.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from models.heads import LinearHead, ProjectionHead
 from models.ntxent import contrastive_top1, nt_xent
 from pipelines.recipes import Recipe, get_recipe
+from train.config import PretrainConfig
 
 # V views, B local patches, D width of the head's output
 
@@ -63,3 +65,8 @@ class Supervised:
 
 
 Method = SimCLR | Supervised
+
+# What --method may name, and how the config makes it.
+METHODS: dict[str, Callable[[PretrainConfig], Method]] = {
+    "simclr": lambda config: SimCLR(config.projection_dim, config.temperature, config.recipe),
+}

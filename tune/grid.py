@@ -6,10 +6,7 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from sharding.command import option, positional, run_script
-from train.report import write_report
-from tune.stages import is_finished, run_study
 from tune.study import read_study
-from tune.table import result_table
 
 
 @dataclass(frozen=True)
@@ -22,6 +19,11 @@ class GridConfig:
 
 def main(config: GridConfig) -> None:
     study = read_study(config.study)
+    # After the study file was found right: these import torch, which takes seconds.
+    from train.report import write_report
+    from tune.stages import is_finished, run_study
+    from tune.table import result_table
+
     if config.plan:
         for cell in study.cells:
             print(f"{'finished' if is_finished(study, cell) else 'to do':9} {cell.kind:9} {cell.name}")

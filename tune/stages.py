@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from train.evaluate import evaluate
-from train.pretrain import pretrain
+from train.evaluation import evaluate
+from train.pretraining import pretrain
 from train.runs import Run
 from tune.study import Cell, Study
 

@@ -11,9 +11,9 @@ import yaml
 
 from sharding.packing import build_shards
 from train.config import EvaluateConfig, PretrainConfig
-from train.evaluate import evaluate
+from train.evaluation import evaluate
 from train.metrics import score
-from train.pretrain import pretrain
+from train.pretraining import pretrain
 from train.runs import Run
 
 TINY = "test_resnet"
