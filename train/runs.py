@@ -81,11 +81,12 @@ class Run:
     def begin(self, stage: Stage, config) -> bool:
         """Take the folder for a stage. Returns False when the stage is already finished there.
 
-        Raises ValueError, with every field that differs, when the name stands for another stage.
+        Raises ValueError, with every field that differs, when the name stands for another stage. A run that failed before
+        its first step (a misspelt backbone, say) holds nothing to lose, and its name is free.
         """
         if (self.folder / "run.json").exists():
             differences = _differences(self.record["stage"], stage.describe())
-            if differences:
+            if differences and self._has_work():
                 raise ValueError(
                     f"the name {self.name!r} is taken by a run with {', '.join(differences)}:"
                     f" choose another --name, or remove {self.folder}"
@@ -97,6 +98,10 @@ class Run:
         started = self.record["started"] if (self.folder / "run.json").exists() else _now()
         self._write_record(stage, config, {"started": started, "status": "running"})
         return True
+
+    def _has_work(self) -> bool:
+        kept = (path for pattern in ("step-*", "checkpoint_2*") for path in (self.folder / "checkpoints").glob(pattern))
+        return self.finished or bool(self.metrics()) or any(kept)
 
     def finish(self, result: dict[str, Any], *, wall_seconds: float, device: str) -> None:
         """Write result.json, which makes the run a finished one."""

@@ -79,6 +79,15 @@ def test_a_name_that_stands_for_another_stage_is_refused(settings, pretrained):
         pretrain(dataclasses.replace(settings, temperature=0.2))
 
 
+def test_a_run_that_failed_before_its_first_step_leaves_its_name_free(settings):
+    settings = dataclasses.replace(settings, name="misspelt")
+    with pytest.raises(ValueError, match="resnet81"):
+        pretrain(dataclasses.replace(settings, backbone="resnet81"))
+    assert pretrain(settings).finished
+    with pytest.raises(ValueError, match="'misspelt' is taken by a run with backbone test_resnet"):
+        pretrain(dataclasses.replace(settings, backbone="resnet81"))
+
+
 def test_a_chain_names_its_stages(settings, pretrained):
     run = pretrain(dataclasses.replace(settings, name="second", init="tiny", seed=2))
     assert run.result["chain"] == ["simclr on shards", "simclr on shards"]

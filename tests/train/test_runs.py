@@ -112,23 +112,36 @@ def test_where_and_how_fast_may_differ(tmp_path):
         (Stage("linear", identity(CONFIG), "d" * 64, "scratch"), "stage pretrain (now linear)"),
     ],
 )
-@pytest.mark.parametrize("finished", [True, False])
-def test_name_of_another_stage_is_refused(tmp_path, stage, words, finished):
+@pytest.mark.parametrize("work", ["finished", "a step", "a checkpoint", "a checkpoint of Ray's"])
+def test_name_of_another_stage_is_refused(tmp_path, stage, words, work):
     run = Run(tmp_path / "kidney")
     run.begin(stage_of(), CONFIG)
-    if finished:
+    if work == "finished":
         run.finish({}, wall_seconds=1, device="CPU")
-    before = {path.name: path.read_bytes() for path in run.folder.iterdir()}
+    elif work == "a step":
+        (run.folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    else:
+        name = "step-000000001" if work == "a checkpoint" else "checkpoint_2026-11-23_01-02-03.456789"
+        (run.folder / "checkpoints" / name).mkdir(parents=True)
+    before = {path.name: path.read_bytes() for path in run.folder.iterdir() if path.is_file()}
     with pytest.raises(ValueError, match="is taken by a run with") as error:
         run.begin(stage, CONFIG)
     for part in (words, "'kidney'", str(run.folder)):
         assert part in str(error.value)
-    assert {path.name: path.read_bytes() for path in run.folder.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in run.folder.iterdir() if path.is_file()} == before
+
+
+def test_name_of_a_run_that_did_nothing_is_free(tmp_path):
+    run, other = Run(tmp_path / "kidney"), stage_of(parent="imagenet")
+    run.begin(stage_of(), CONFIG)
+    assert run.begin(other, CONFIG)
+    assert run.record["key"] == other.key
 
 
 def test_older_version_is_refused(tmp_path, monkeypatch):
     run = Run(tmp_path / "kidney")
     run.begin(stage_of(), CONFIG)
+    (run.folder / "metrics.jsonl").write_text('{"step": 1}\n')
     monkeypatch.setitem(STAGE_VERSIONS, "pretrain", 99)
     with pytest.raises(ValueError, match="older version 1 of this stage's code \\(now 99\\)"):
         run.begin(stage_of(), CONFIG)
