@@ -232,9 +232,9 @@ def _refusal_notes(out: Path, records: Sequence[Record], examined: Sequence[Exam
     images = "1 image was refused" if len(refused) == 1 else f"{len(refused):,} images were refused"
     first = f"{images} ({reasons}), the first: {record.source} ({refusal.detail})"
     if len(refused) == len(records):
-        raise ValueError(f"all {first}")
+        raise ValueError(f"all {first}: give images that can be decoded")
     if strict:
-        raise ValueError(f"{first}; nothing was written because of --strict")
+        raise ValueError(f"{first}; mend or remove it, or leave out --strict: nothing was written")
     return [f"{first}; the list is {out / 'quarantine.parquet'}"]
 
 

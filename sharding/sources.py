@@ -56,7 +56,7 @@ def scan_sources(sources: Sequence[str], *, layout: str | None = None, where: Se
     for source in sources:
         images = _images_under(source, visited, skipped)
         if not images:
-            raise ValueError(f"{source} holds no image" + skipped.hint())
+            raise ValueError(f"{source} holds no image: give the folder that does" + skipped.hint())
         found += [(os.path.join(source, relative), relative) for relative in images]
 
     records, unmatched = [], []
@@ -69,7 +69,8 @@ def scan_sources(sources: Sequence[str], *, layout: str | None = None, where: Se
     if not records:
         assert parsed is not None
         raise ValueError(
-            f"--layout {parsed.text!r} matches none of {len(found):,} images, for example not {printable(unmatched[0])!r}"
+            f"--layout {parsed.text!r} matches none of {len(found):,} images, for example not"
+            f" {printable(unmatched[0])!r}: give one that fits the paths below the source, or --unlabelled without a layout"
         )
 
     notes = skipped.notes()
@@ -111,7 +112,7 @@ def _nothing_where(records: list[Record], conditions: dict[str, set[str]]) -> st
 def _images_under(source: str, visited: set[tuple[int, int]], skipped: "_Skipped") -> list[str]:
     """Relative posix paths of the images under one source folder, sorted."""
     if not os.path.exists(source):
-        raise ValueError(f"{source}: there is no such folder")
+        raise ValueError(f"{source}: there is no such folder; give the one that holds the images")
     if not os.path.isdir(source):
         raise ValueError(f"{source} is a file: give the folder that holds the images")
     images: list[str] = []
