@@ -1,5 +1,6 @@
 import math
 import os
+import sys
 
 import pytest
 import torch
@@ -157,7 +158,11 @@ def one_rank(rank, world_size, patches, folder):
         nt_xent(torch.ones(2, 3 if rank else 4, 4), 0.2, dist.group.WORLD)
     result = step(model, joint_batch(patches)[:, rank * own : (rank + 1) * own], dist.group.WORLD)
     torch.save(result, f"{folder}/{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    # Gloo's and autograd's threads may still be ending, and a C++ thread that Python's exit cuts off aborts the process.
+    os._exit(0)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
