@@ -12,7 +12,7 @@ from pipelines.loader import ViewLoader
 from pipelines.recipes import Recipe, get_recipe
 from pipelines.reference import decode
 from pipelines.shards import ShardReader
-from pipelines.views import OPERATIONS, ViewParameters, draw_views
+from pipelines.views import OPERATIONS, ViewParameters
 from sharding.command import option, required, run_script
 from sharding.selection import select
 
@@ -40,7 +40,7 @@ def view_sheet(
     loader = ViewLoader(reader, ids, batch_size=len(ids), image_size=image_size, recipe=recipe, seed=seed, shuffle=False)
     loader.load_state_dict({"epoch": epoch, "step": 0})
     views_VBHWC = _pixels(next(iter(loader)).views, recipe)
-    parameters = draw_views(ids, seed=seed, epoch=epoch, recipe=recipe, sizes=reader.sizes[ids])
+    parameters = loader.parameters(ids)
     cell, row_height = image_size + _GAP, image_size + _GAP + _CAPTION
     width = cell * (1 + recipe.views) + _GAP
     sheet = Image.new("RGB", (width * columns, row_height * -(-len(ids) // columns) + _GAP), "white")

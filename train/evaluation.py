@@ -26,7 +26,7 @@ from train.metrics import TITLES, score
 from train.parents import Parent, resolve_init
 from train.progress import follow
 from train.report import write_report
-from train.runs import Run, Stage, find_run, identity
+from train.runs import Run, Stage, find_run, identity, replacing
 from train.workers import run_job
 
 _PEAKS = {"supervised": 1e-3, "finetune": 1e-4}
@@ -141,6 +141,7 @@ def _linear(config, reader, chosen, parent, architecture, image_size):
     torch.manual_seed(config.seed)  # --backbone scratch: random weights, the same ones every time
     backbone = build_backbone(architecture, image_size)
     lines = apply_init(backbone, architecture, parent.source)
+    whole_split = select(reader.manifest, split=config.split)  # so that every fraction and seed finds the same file
     features = {
         name: frozen_features(
             backbone,
@@ -152,10 +153,9 @@ def _linear(config, reader, chosen, parent, architecture, image_size):
             threads=config.threads or None,
             title=f"features of {name}",
         )
-        # All of the split, so that every fraction and seed finds the same file.
-        for name, ids in {"train": select(reader.manifest, split=config.split), "test": chosen.test}.items()
+        for name, ids in {"train": whole_split, "test": chosen.test}.items()
     }
-    rows = np.searchsorted(select(reader.manifest, split=config.split), chosen.used)
+    rows = np.searchsorted(whole_split, chosen.used)
     head, losses = fit_with_validation(
         features["train"][rows], chosen.labels[chosen.used], chosen.held_out, classes=len(chosen.classes)
     )
@@ -220,9 +220,8 @@ def _write_predictions(path: Path, reader: ShardReader, chosen: Labels, probabil
         .append_column("prediction", pa.array(probabilities.argmax(1)))
         .append_column("probabilities", pa.FixedSizeListArray.from_arrays(flat, probabilities.shape[1]))
     )
-    partial = path.with_name(f".{path.name}.partial")
-    pq.write_table(table, partial)
-    partial.replace(path)
+    with replacing(path) as partial:
+        pq.write_table(table, partial)
 
 
 def _warnings(reader: ShardReader, chosen: Labels) -> list[str]:

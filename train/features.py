@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from pipelines.loader import ViewLoader
 from pipelines.recipes import Recipe, describe_recipe
 from pipelines.shards import ShardReader
 from sharding.manifest import fingerprint
+from train.runs import replacing
 
 # Raise when the same backbone, data and recipe would give other features.
 FEATURES_VERSION = 1
@@ -54,10 +54,8 @@ def frozen_features(
     features = compute_features(backbone, reader, ids, recipe=recipe, image_size=image_size, threads=threads, title=title)
     assert weights_hash(backbone) == before, "the backbone changed while it should have been frozen"
     cache.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with open(partial, "wb") as file:
+    with replacing(path) as partial, open(partial, "wb") as file:
         np.save(file, features)
-    os.replace(partial, path)
     return features
 
 

@@ -5,6 +5,7 @@ raised when the code's results change. A run is a name for a stage: finished und
 off, it goes on; and a name that stands for another stage is refused.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -14,6 +15,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -152,8 +154,15 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write atomically: the whole file or the one that was there before."""
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of the given one when the block ends well."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    temporary.write_text(text)
+    yield temporary
     os.replace(temporary, path)
 
 
