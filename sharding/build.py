@@ -22,27 +22,37 @@ from sharding.packing import Summary, build_shards
 class BuildConfig:
     """The settings of a build, as sharding.packing.build_shards takes them."""
 
-    sources: list[str] = positional("folders that hold the images, at any depth")
-    out: str = required("the folder of the new shard set, such as shards/breast")
+    sources: list[str] = positional("folders that hold the images, at any depth, or tars and zips of them")
+    out: str = required("the folder of the shard set, such as shards/breast")
     layout: str | None = option(
         None,
-        "what a path under a source folder means: a template such as {class}/{slide}/{name}, or regex: and a Python pattern with "
+        "what a path under a source means: a template such as {class}/{slide}/{name}, or regex: and a Python pattern with "
         "named groups, searched for in the path (default: {class}/{name})",
     )
-    where: list[str] = option([], "take only images with this value of a field of the layout, such as magnification=x40")
-    unlabelled: bool = option(False, "store no class; without --layout, take every image at any depth")
-    split: str | None = option(None, "shares of each class, such as train=0.8,test=0.2 (default: everything is train)")
-    group_by: str | None = option(
-        None, "the field of the layout that names the slide or patient of a patch; it stays whole in one split"
+    table: str | None = option(
+        None, "a .csv, .tsv or .parquet with a column path (under a source, or absolute) and fields such as class, group, split"
     )
+    where: list[str] = option([], "take only images with this value of a field, such as magnification=x40; != leaves them out")
+    unlabelled: bool = option(False, "store no class; without --layout, take every image at any depth")
+    split: str | None = option(
+        None, "shares of each class, such as train=0.8,test=0.2, or column:NAME, a field that says it (default: all is train)"
+    )
+    group_by: str | None = option(None, "the field that names the slide or patient of a patch; it stays whole in one split")
     split_by: Literal["auto", "patch", "group"] = option(
         "auto", "group: keep each group whole in one split; patch: only record the groups; auto: group where --group-by is given"
     )
-    encode: Literal["keep"] = option("keep", "keep: store each file's bytes as they are")
-    name: str | None = option(None, "the set's name (default: that of the folder --out)")
+    duplicates: Literal["together", "apart"] = option("together", "keep exact copies in one split, or wherever they fall")
+    encode: str = option(
+        "keep", "keep: each file's bytes as they are; png, jpeg:QUALITY or jpeg2000 (lossless): what is not a JPEG becomes one"
+    )
+    resize: int | None = option(None, "shrink images to this shorter side, in pixels; needs --encode png, jpeg:95 or jpeg2000")
+    check: Literal["decode", "header"] = option("decode", "decode every image in full, or (fast) look at its header only")
     min_size: int = option(1, "refuse images with a side below this, in pixels")
+    min_tissue: float = option(0.0, "refuse images with a smaller share of tissue than this, such as 0.05 (0: keep blank ones)")
     strict: bool = option(False, "stop at refused images and write nothing, instead of listing them in quarantine.parquet")
-    shard_size: float = option(256, "about how large each tar is, in MB")
+    append: bool = option(False, "add what is new to the set that is there, as new shards; nothing of the old changes")
+    name: str | None = option(None, "the set's name (default: that of the folder --out)")
+    shard_size: float = option(128, "about how large each tar is, in MB")
     shard_patches: int | None = option(None, "at most how many patches each tar holds")
     workers: int = option(0, "processes to work with (0: one per core)")
     seed: int = option(42, "seed of the split and of the stored order")
@@ -57,7 +67,7 @@ def report(summary: Summary) -> None:
     """Print the patches per class and split, what is worth knowing, and where the set is."""
     console = Console(soft_wrap=True, highlight=False, markup=False)
     if summary.was_there:
-        console.print("The set is there already, built from the same images with the same arguments.")
+        console.print("The set is there already, with all of these images.")
     splits = sorted(summary.counts, key=lambda split: -sum(summary.counts[split].values()))
     table = Table("class", *(f"{split}" for split in splits), "all")
     for column in table.columns[1:]:
@@ -74,12 +84,15 @@ def report(summary: Summary) -> None:
         console.print(f"- {note}")
     shards = "1 shard" if summary.shards == 1 else f"{summary.shards:,} shards"
     console.print(f"{summary.found:,} images found = {summary.packed:,} packed + {summary.quarantined:,} quarantined")
+    if summary.added and summary.added < summary.packed:
+        console.print(f"{summary.added:,} patches were added")
     console.print(f"{summary.name}: {summary.packed:,} patches in {shards}: {summary.out}")
 
 
 DESCRIPTION = (
     "Pack folders of patch images into a shard set: tars that WebDataset and DALI read, and a manifest with one row per patch. "
-    "Every image is fully decoded on the way; what cannot be decoded is left out and listed in quarantine.parquet. Example: "
+    "Every image is fully decoded on the way; what cannot be decoded is left out and listed in quarantine.parquet. A build that "
+    "was cut off goes on when it is started again. Example: "
     "python sharding/build.py data/breast --out shards/breast --layout '{class}/{slide}/{magnification}/{name}' "
     "--where magnification=x40 --group-by slide --split train=0.8,test=0.2"
 )

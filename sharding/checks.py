@@ -1,119 +1,162 @@
-"""An image file's bytes -> what it is, or why it is refused.
+"""An encoded image's bytes -> what its header says, its pixels, or why it is refused.
 
 The trainer decodes by DALI, which sits on nvImageCodec, and a file that it cannot decode kills the whole pipeline, often
-without a name. So every image is decoded here in full by nvImageCodec's own CPU decoders. (Pillow would be too lenient: it
-accepts a JPEG without its last two bytes and a PNG without its last twelve.)
+without a name. So what a set may hold is decoded here in full by nvImageCodec's own CPU decoders. (Pillow would be too
+lenient: it accepts a JPEG without its last two bytes and a PNG without its last twelve.) They do not survive everything:
 
-To add a rule, write a function like those in RULES and add it there.
+- a damaged JPEG 2000 file ends the process, by its header (SIGFPE) or by its data (SIGSEGV): Pillow decodes it first;
+- a PNG of which one chunk claims 4 GB makes them take 4 GB: the chunks are walked first;
+- EXIF data that its parts read differently corrupt the heap, as one of them turns the image: they are taken out first;
+- a TIFF can corrupt the heap, and a WebP take gigabytes: these, which DALI never meets in a set, are left to Pillow.
+
+To read another kind of file, add it to PILLOW_FORMATS in sharding/pictures.py, and how it begins to sharding/formats.py.
 """
 
 import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from sharding.formats import (
+    NO_EXIF,
+    WAY_OUT,
+    Exif,
+    Refusal,
+    damaged,
+    kind_of,
+    png_chunks,
+    read_jpeg,
+    several_images,
+    too_large,
+)
+from sharding.pictures import PILLOW_FORMATS, Picture, picture_of
 
 # Read when nvImageCodec is first imported. A refused file is told in quarantine.parquet, not on the terminal.
 os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
 
-MAX_SIDE = 16_384  # pixels; a patch is far smaller, and a header that asks for more would fill the memory
-
-_KINDS = (
-    (b"\xff\xd8\xff", "jpeg"),
-    (b"\x89PNG\r\n\x1a\n", "png"),
-    (b"GIF8", "GIF"),
-    (b"II*\0", "TIFF"),
-    (b"MM\0*", "TIFF"),
-    (b"BM", "BMP"),
-    (b"RIFF", "WebP"),
-    (b"\0\0\0\x0cjP  ", "JPEG 2000"),
-)
+STORABLE = {"JPEG": "jpeg", "PNG": "png", "JPEG 2000": "jpeg2000"}  # the kinds that a set may hold, as its manifest names them
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """A good image: 'jpeg' or 'png', and its size in pixels as displayed (after its EXIF orientation)."""
+class Header(NamedTuple):
+    """What a file says of itself.
 
-    format: str
+    width, height: pixels, before an EXIF orientation is applied. oddities: what keeps it from being a plain 8-bit RGB file
+    of a storable kind, in words. exif: what a decoder must not see, and the orientation to apply. coding: of a JPEG, its
+    process and chroma subsampling, "baseline 4:2:0". picture: of another kind than JPEG and PNG, which had to be decoded.
+    """
+
+    kind: str
     width: int
     height: int
+    oddities: tuple[str, ...]
+    exif: Exif = NO_EXIF
+    coding: str | None = None
+    picture: Picture | None = None
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """A refused image: one of a few reasons to count by, and a detail for the person who looks for the file."""
-
-    reason: str
-    detail: str
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a file says of itself, before it is decoded: sizes in pixels."""
-
-    format: str
-    width: int
-    height: int
-
-
-def _not_too_large(header: Header, min_size: int) -> Refusal | None:
-    if max(header.width, header.height) > MAX_SIDE:
-        return Refusal("too large", f"{header.width} x {header.height} px by its header; at most {MAX_SIDE} a side")
-    return None
-
-
-def _not_too_small(header: Header, min_size: int) -> Refusal | None:
-    if min(header.width, header.height) < min_size:
-        return Refusal("too small", f"{header.width} x {header.height} px; --min-size is {min_size}")
-    return None
-
-
-RULES = (_not_too_large, _not_too_small)  # on the header, before the image is decoded
-
-
-def check_image(data: bytes, *, min_size: int = 1) -> Verdict | Refusal:
-    """Decode one encoded image in full. min_size: the least width and height in pixels."""
+def read_header(data: bytes) -> Header | Refusal:
+    """All that can be said of a JPEG or PNG without decoding it, in about 10 us. Other kinds are decoded, by Pillow."""
     if not data:
         return Refusal("empty", "0 bytes")
-    kind = next((name for magic, name in _KINDS if data.startswith(magic)), "")
-    if kind not in ("jpeg", "png"):
-        return Refusal("not a JPEG or PNG", f"looks like {kind}" if kind else f"begins with {data[:8].hex(' ')}")
-    codec = _codec()
+    kind = kind_of(data)
+    if kind == "JPEG":
+        return _jpeg_header(data)
+    if kind == "PNG":
+        return _png_header(data)
+    if kind in PILLOW_FORMATS:
+        return _other_header(data, kind)
+    if kind:
+        return Refusal("undecodable", f"looks like {kind}, which DALI cannot decode: save it as PNG")
+    return Refusal("not an image", f"begins with {data[:8].hex(' ')}")
+
+
+def _jpeg_header(data: bytes) -> Header | Refusal:
+    frame = read_jpeg(data)
+    if frame is None:
+        return damaged(data, "JPEG")
+    if frame.bits != 8:
+        return Refusal("undecodable", f"a JPEG of {frame.bits} bits per sample: {WAY_OUT}")
+    stream = _read_stream(data, "JPEG")
+    if isinstance(stream, Refusal):
+        return stream
+    if stream.channels == 3:
+        oddities = ["JPEG of RGB"] * frame.rgb  # not every decoder heeds that it is no YCbCr
+    else:
+        oddities = ["grey" if stream.channels == 1 else "CMYK"]
+    return _header("JPEG", stream, oddities, frame.exif, frame.coding)
+
+
+def _png_header(data: bytes) -> Header | Refusal:
+    structure = png_chunks(data)
+    if structure is None:
+        return damaged(data, "PNG")
+    chunks, exif = structure
+    stream = _read_stream(data, "PNG")
+    if isinstance(stream, Refusal):
+        return stream
+    if b"acTL" in chunks:
+        return several_images("an animation")
+    transparent = b"tRNS" in chunks  # a colour, or some of the palette's
+    if transparent and stream.bits > 8:
+        return Refusal("undecodable", f"a PNG of 16 bits with a transparent colour: {WAY_OUT}")
+    oddities = ["palette"] * (stream.colours == "PALETTE") + ["16-bit"] * (stream.bits > 8)
+    if transparent or stream.channels in (2, 4):
+        oddities.append("LA" if stream.channels <= 2 else "RGBA")
+    elif stream.channels == 1:
+        oddities.append("grey")
+    return _header("PNG", stream, oddities, exif, None)
+
+
+def _header(kind: str, stream: "_Stream", oddities: list[str], exif: Exif, coding: str | None) -> Header:
+    if exif.orientation == 1:
+        return Header(kind, stream.width, stream.height, tuple(oddities), coding=coding)
+    oddities.append("rotated by EXIF" if exif.orientation else "damaged EXIF")
+    return Header(kind, stream.width, stream.height, tuple(oddities), exif, coding)
+
+
+def _other_header(data: bytes, kind: str) -> Header | Refusal:
+    picture = picture_of(data, kind)
+    if isinstance(picture, Refusal):
+        return picture
+    height, width, _ = picture.pixels.shape
+    if kind in STORABLE:
+        stream = _read_stream(data, kind)
+        if not isinstance(stream, Refusal) and (stream.channels, stream.bits, stream.colours) == (3, 8, "SRGB"):
+            return Header(kind, width, height, (), picture=picture)
+    return Header(kind, width, height, (kind, *picture.oddities), picture=picture)
+
+
+class _Stream(NamedTuple):
+    width: int
+    height: int
+    channels: int
+    bits: int
+    colours: str
+
+
+def _read_stream(data: bytes, kind: str) -> _Stream | Refusal:
+    """nvImageCodec's view of a header."""
     try:
-        stream = codec.CodeStream(data)
-        header = Header(stream.codec_name, stream.width, stream.height)
-    except RuntimeError:
-        return Refusal("undecodable", _damage(data, kind))
-    for rule in RULES:
-        if refusal := rule(header, min_size):
-            return refusal
-    if kind == "jpeg" and not _jpeg_ends(data):
-        return Refusal("undecodable", _damage(data, kind))
-    image = _decoder().decode(data)
-    if image is None:  # how this decoder says that it failed
-        return Refusal("undecodable", _damage(data, kind))
-    height, width, _ = image.shape
-    return Verdict(header.format, width, height)
+        stream = _codec().CodeStream(data)
+        found = _Stream(stream.width, stream.height, stream.num_channels, stream.precision, stream.color_spec.name)
+    except Exception:  # whatever a parser in C++ makes of damage
+        return damaged(data, kind)
+    return too_large(found.width, found.height) or found
 
 
-def _jpeg_ends(data: bytes) -> bool:
-    """Whether the end marker follows the first scan.
+def decode(data: bytes) -> np.ndarray | None:
+    """(height, width, 3) uint8 RGB, as DALI's CPU decoder gives it, or None.
 
-    Half a file padded with zeros, as a broken download leaves it, decodes without complaint: to half an image. Inside a
-    scan the end marker's two bytes cannot occur, but a thumbnail in the header has an end of its own.
+    Only for JPEG, PNG and JPEG 2000 that have passed read_header, without EXIF data that give another orientation than 1.
     """
-    place = 2
-    while place + 4 <= len(data) and data[place] == 0xFF and data[place + 1] != 0xDA:
-        # 0xFF may fill the space before a marker; any other segment says how long it is.
-        place += 1 if data[place + 1] == 0xFF else 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-    return data.find(b"\xff\xd9", place) >= 0
-
-
-def _damage(data: bytes, kind: str) -> str:
-    end = b"\xff\xd9" if kind == "jpeg" else b"IEND"
-    if end not in data[-64:]:
-        return f"damaged or cut short: {len(data)} bytes that do not end as a {kind.upper()} ends"
-    return "damaged: its header or its data cannot be decoded"
+    try:
+        image = _decoder().decode(data)
+    except Exception:
+        return None
+    return None if image is None else np.asarray(image)
 
 
 @functools.cache
@@ -133,7 +176,7 @@ def _decoder():
 
 @contextmanager
 def silent_decoders() -> Iterator[None]:
-    """Keep libpng's own messages off the terminal: it writes to file descriptor 2 itself, past Python."""
+    """Keep the decoders' own messages off the terminal: libpng, libtiff and OpenCV write to file descriptor 2, past Python."""
     saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(null, 2)

@@ -19,6 +19,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
 _ROUNDS = 10
+_SLICE = 65_536  # ids at a time
 
 
 def philox(counter, key):
@@ -69,5 +70,9 @@ def priorities(ids, *, seed, stream, epoch=0):
 
     Sorting by it shuffles; taking the first k of the sorted ids takes a random subset, nested for growing k.
     """
-    words = _words(ids, 1, seed=seed, stream=stream, epoch=epoch, view=0)[0]
-    return words[0] << _SHIFT | words[1]
+    ids = np.asarray(ids)
+    found = np.empty(len(ids), np.uint64)
+    for start in range(0, len(ids), _SLICE):  # in slices, because the rounds need ten times the memory of the result
+        words = _words(ids[start : start + _SLICE], 1, seed=seed, stream=stream, epoch=epoch, view=0)[0]
+        found[start : start + _SLICE] = words[0] << _SHIFT | words[1]
+    return found

@@ -2,14 +2,11 @@
 
     python sharding/inspect_shards.py shards/breast --verify
 
-Without --verify only dataset.json and manifest.parquet are read. With it, every byte is: the sha256 of each file against
-dataset.json, each tar and each index against the manifest, and the sha256 of each patch.
+Without --verify only dataset.json, manifest.parquet and quarantine.parquet are read. With it, every byte is: see
+sharding.verifying.
 """
 
-import functools
-import hashlib
 import sys
-import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +14,19 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
 from sharding.command import option, positional, run_script
-from sharding.manifest import decoded, fingerprint, index_file, read_dataset, read_manifest, shard_file
-from sharding.packing import count_patches
-from sharding.plan import index_text
-from sharding.workers import available_cores, ordered_map
-from sharding.writing import ShardTask, shard_tasks
+from sharding.manifest import decoded, fingerprint, read_dataset, read_manifest
+from sharding.splits import content_digests
+from sharding.verifying import verify
+from sharding.workers import available_cores
+
+_SHOWN = 12  # rows of a table that could be long
+# What a hardware JPEG decoder takes, by NVIDIA's documentation of nvJPEG's hardware backend.
+_HARDWARE = tuple(f"baseline {chroma}" for chroma in ("4:4:4", "4:2:2", "4:2:0"))
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,14 @@ class InspectConfig:
     """The settings of an inspection."""
 
     shards: str = positional("the folder of the shard set")
-    verify: bool = option(False, "read every byte and compare it with the manifest")
+    verify: bool = option(False, "read every byte, compare it with the manifest, and decode every image")
     workers: int = option(0, "processes to verify with (0: one per core)")
 
 
 def main(config: InspectConfig) -> None:
     """Print the set's tables; verify it where asked."""
+    if config.workers < 0:
+        raise ValueError(f"--workers {config.workers} is out of range: give at least 1, or 0 for all cores")
     console = Console(soft_wrap=True, highlight=False, markup=False)
     dataset, manifest = read_dataset(config.shards), read_manifest(config.shards)
     shards = "1 shard" if dataset["shards"] == 1 else f"{dataset['shards']:,} shards"
@@ -47,142 +50,201 @@ def main(config: InspectConfig) -> None:
         f"{dataset['name']}: {len(manifest):,} patches, {size / 1e6:,.1f} MB in {shards}, {dataset['quarantined']:,} quarantined"
     )
     console.print(f"fingerprint {fingerprint(config.shards)}")
+    for growth in dataset["appended"]:
+        console.print(f"grown by {growth['patches']:,} patches, from id {growth['first_id']:,}")
     console.print(_classes_table(manifest))
+    groups = _groups_table(manifest)
+    if groups:
+        console.print(groups)
     console.print(_sizes_table(manifest))
-    for line in _duplicates(manifest):
+    console.print(_decoders_table(manifest))
+    for table in (_words_table(manifest, "converted", "converted"), _quarantine_table(Path(config.shards))):
+        if table:
+            console.print(table)
+    for line in (*_losses(manifest), *_copies(manifest)):
         console.print(line)
     if config.verify:
-        if config.workers < 0:
-            raise ValueError(f"--workers {config.workers} is out of range: give at least 1, or 0 for all cores")
         verify(config.shards, workers=config.workers or available_cores())
-        console.print(f"verified: {len(dataset['files']):,} files and {len(manifest):,} patches are as they were packed")
+        files, patches = f"{len(dataset['files']):,} files", f"{len(manifest):,} patches"
+        console.print(f"verified: {files} and {patches} are as they were packed, and every image decodes")
+
+
+def _table(title: str, *columns: str, words: int = 1) -> Table:
+    """A table whose columns after the first `words` hold numbers."""
+    table = Table(*columns, title=title, title_justify="left")
+    for column in table.columns[words:]:
+        column.justify = "right"
+    return table
 
 
 def _classes_table(manifest: pa.Table) -> Table:
     """Patches (and groups) per class and split."""
-    counts = count_patches(manifest)
     splits, split_names = decoded(manifest["split"])
     classes, class_names = decoded(manifest["class"])
     groups, group_names = decoded(manifest["group"])
-    table = Table(
-        "class",
+    names = class_names or ["(unlabelled)"]
+    classes = np.maximum(classes, 0)
+    counts = np.zeros((len(names) + 1, len(split_names) + 1), np.int64)  # the last row and column are of all
+    np.add.at(counts, (classes, splits), 1)
+    counts[-1], counts[:, -1] = counts.sum(0), counts.sum(1)
+    counts[-1, -1] = len(manifest)
+    held = _distinct(classes, splits, groups, counts.shape) if group_names else None
+    what = "patches (groups)" if group_names else "patches"
+    table = _table(f"{what} per class and split", "class", *split_names, "all")
+    for row, name in enumerate([*names, "all"]):
+        if name == "all" and len(names) == 1:
+            continue
+        cells = [
+            f"{n:,}" if held is None else f"{n:,} ({g:,})"
+            for n, g in zip(counts[row], (held if held is not None else counts)[row], strict=True)
+        ]
+        table.add_row(name, *cells)
+    return table
+
+
+def _distinct(classes: np.ndarray, splits: np.ndarray, groups: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Number of groups per class and split, with the sums' row and column counted anew: a group may be in several."""
+    known = groups >= 0
+    rows, columns = shape
+    found = np.zeros(shape, np.int64)
+    for row_codes in (classes, np.full(len(classes), rows - 1)):
+        for column_codes in (splits, np.full(len(splits), columns - 1)):
+            cell = (row_codes * columns + column_codes)[known]
+            pairs = np.unique(cell * (groups.max() + 1) + groups[known]) // (groups.max() + 1)
+            found += np.bincount(pairs, minlength=rows * columns).reshape(shape)
+    return found
+
+
+def _groups_table(manifest: pa.Table) -> Table | None:
+    """The largest groups: patches and split."""
+    groups, names = decoded(manifest["group"])
+    if not names:
+        return None
+    splits, split_names = decoded(manifest["split"])
+    known = groups >= 0
+    counts = np.zeros((len(names), len(split_names)), np.int64)
+    np.add.at(counts, (groups[known], splits[known]), 1)
+    totals = counts.sum(1)
+    table = _table(
+        f"{len(names):,} groups of {totals.min():,} to {totals.max():,} patches, median {np.median(totals):,.0f}",
+        "group",
         *split_names,
-        "all",
-        title="patches (groups) per class and split" if group_names else "patches per class and split",
     )
-    for column in table.columns[1:]:
-        column.justify = "right"
-
-    def cell(patches: int, mask: np.ndarray) -> str:
-        if not group_names:
-            return f"{patches:,}"
-        return f"{patches:,} ({len(np.unique(groups[mask & (groups >= 0)])):,})"
-
-    everything = np.ones(len(manifest), bool)
-    names = class_names or [""]
-    for index, name in enumerate(names):
-        mine = classes == index if class_names else everything
-        cells = [cell(counts[split][name], mine & (splits == code)) for code, split in enumerate(split_names)]
-        table.add_row(name or "(unlabelled)", *cells, cell(int(mine.sum()), mine))
-    if len(names) > 1:
-        cells = [cell(sum(counts[split].values()), splits == code) for code, split in enumerate(split_names)]
-        table.add_row("all", *cells, cell(len(manifest), everything))
+    order = sorted(range(len(names)), key=lambda group: (-totals[group], names[group]))
+    for group in order[:_SHOWN]:
+        table.add_row(names[group], *(f"{n:,}" if n else "" for n in counts[group]))
+    if len(names) > _SHOWN:
+        table.add_row(f"{len(names) - _SHOWN:,} smaller", *(f"{n:,}" for n in counts[order[_SHOWN:]].sum(0)))
+    if not known.all():
+        table.add_row("(no group)", *(f"{n:,}" for n in np.bincount(splits[~known], minlength=len(split_names))))
     return table
 
 
 def _sizes_table(manifest: pa.Table) -> Table:
     """Patches per format and size in pixels, the most common first."""
-    table = Table("format", "px", "patches", "mean KB", title="formats and sizes")
-    for column in table.columns[2:]:
-        column.justify = "right"
+    table = _table("formats and sizes", "format", "px", "patches", "mean KB", words=2)
     plain = manifest.select(["width", "height", "size"]).append_column("format", manifest["format"].cast(pa.string()))
     found = plain.group_by(["format", "width", "height"]).aggregate([("size", "count"), ("size", "mean")])
     found = found.sort_by(
         [("size_count", "descending"), ("format", "ascending"), ("width", "ascending"), ("height", "ascending")]
     )
-    shown = 12
-    for row in found.slice(0, shown).to_pylist():
+    for row in found.slice(0, _SHOWN).to_pylist():
         table.add_row(
             row["format"], f"{row['width']} x {row['height']}", f"{row['size_count']:,}", f"{row['size_mean'] / 1e3:,.1f}"
         )
-    if len(found) > shown:
-        rest = pc.sum(found["size_count"].slice(shown)).as_py()
-        table.add_row("", f"{len(found) - shown:,} other sizes", f"{rest:,}", "")
+    if len(found) > _SHOWN:
+        rest = pc.sum(found["size_count"].slice(_SHOWN)).as_py()
+        table.add_row("", f"{len(found) - _SHOWN:,} other sizes", f"{rest:,}", "")
     return table
 
 
-def _duplicates(manifest: pa.Table) -> Iterator[str]:
-    copies = len(manifest) - pc.count_distinct(manifest["sha256"]).as_py()
-    if copies:
-        yield f"{copies:,} patches are exact copies of another one"
+def _decoders_table(manifest: pa.Table) -> Table:
+    """Which decoder takes how many patches, on a GPU and without."""
+    table = _table("decoder on a GPU", "decoder", "patches", "of which", words=1)
+    table.columns[2].justify = "left"
+    paths: dict[str, list[tuple[int, str]]] = {}
+    kinds = pa.table({name: manifest[name].cast(pa.string()) for name in ("format", "coding")})
+    for row in kinds.group_by(["format", "coding"]).aggregate([([], "count_all")]).to_pylist():
+        kind = f"{row['format']} {row['coding'] or ''}".strip()
+        paths.setdefault(decoder_path(row["format"], row["coding"]), []).append((row["count_all"], kind))
+    for path, kinds_of in sorted(paths.items(), key=lambda item: -sum(count for count, _ in item[1])):
+        text = ", ".join(f"{count:,} {kind}" for count, kind in sorted(kinds_of, reverse=True)[:6])
+        table.add_row(path, f"{sum(count for count, _ in kinds_of):,}", text)
+    if "hardware JPEG" in paths:
+        table.caption = "PatchCLR gives these to CUDA as well: the share that the hardware takes would depend on the batch size."
+    return table
 
 
-def verify(shards: str | Path, *, workers: int = 1) -> None:
-    """Compare every byte of a shard set with what its manifest says. Raises ValueError at the first difference."""
-    folder = Path(shards)
-    dataset, manifest = read_dataset(folder), read_manifest(folder)
-    if len(manifest) != dataset["patches"] or not np.array_equal(manifest["id"].to_numpy(), np.arange(len(manifest))):
-        raise ValueError(
-            f"{folder / 'manifest.parquet'} does not list the {dataset['patches']:,} patches of dataset.json in order"
-        )
-    expected = {shard_file(n) for n in range(dataset["shards"])} | {index_file(n) for n in range(dataset["shards"])}
-    if missing := sorted((expected | {"manifest.parquet", "quarantine.parquet"}) - dataset["files"].keys()):
-        raise ValueError(f"{folder / 'dataset.json'} does not list {missing[0]}")
-    for name in sorted(dataset["files"]):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder / name} is missing")
-        if not name.endswith(".tar"):
-            _check_file(folder, name, dataset["files"][name])
-    check = functools.partial(_verify_shard, folder=folder, files=dataset["files"])
-    for _ in ordered_map(
-        check,
-        shard_tasks(manifest, manifest["source"].to_pylist()),
-        workers=workers,
-        weight=lambda shard: len(shard.keys),
-        title="verifying",
-    ):
-        pass
+def decoder_path(image_format: str, coding: str | None) -> str:
+    """What decodes an image in DALI's mixed mode: hardware JPEG (where the GPU has one), CUDA JPEG, nvJPEG2000 or CPU."""
+    if image_format == "jpeg2000":
+        return "nvJPEG2000"
+    if image_format != "jpeg" or not coding:
+        return "CPU"
+    if coding in _HARDWARE:
+        return "hardware JPEG"
+    return "CUDA JPEG" if coding.startswith(("baseline", "progressive", "extended")) else "CPU"
 
 
-def _check_file(folder: Path, name: str, digest: str) -> None:
-    with (folder / name).open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-            raise ValueError(
-                f"{folder / name} is not as it was packed (its sha256 differs): copy it again, or build the set again"
-            )
+def _words_table(manifest: pa.Table, column: str, title: str) -> Table | None:
+    counted = sorted(pc.value_counts(manifest[column].cast(pa.string()).drop_null()).to_pylist(), key=lambda row: -row["counts"])
+    if not counted:
+        return None
+    table = _table(title, "what", "patches")
+    for row in counted[:_SHOWN]:
+        table.add_row(row["values"], f"{row['counts']:,}")
+    return table
 
 
-def _verify_shard(shard: ShardTask, *, folder: Path, files: dict[str, str]) -> int:
-    """Check a tar's bytes, its members, its index and its patches."""
-    tar = folder / shard_file(shard.number)
-    _check_file(folder, tar.name, files[tar.name])
-    text = index_text(shard.keys, shard.extensions, shard.offsets, shard.sizes, shard.labels)
-    if (folder / index_file(shard.number)).read_text() != text:
-        raise ValueError(f"{folder / index_file(shard.number)} does not fit the manifest")
+def _quarantine_table(folder: Path) -> Table | None:
+    """Refused files by reason, with an example each."""
     try:
-        with tarfile.open(tar, "r:") as archive:
-            members = {info.name: (info.offset_data, info.size) for info in archive}
-    except tarfile.TarError as error:
-        raise ValueError(f"{tar} is not a tar: {error}") from error
-    with tar.open("rb") as file:
-        for key, extension, offset, size, label, digest in zip(
-            shard.keys, shard.extensions, shard.offsets, shard.sizes, shard.labels, shard.digests, strict=True
-        ):
-            if members.get(f"{key}.{extension}") != (offset, size):
-                raise ValueError(f"{tar} does not hold {key}.{extension} where the manifest says")
-            file.seek(offset)
-            if hashlib.sha256(file.read(size)).hexdigest() != digest:
-                raise ValueError(f"{tar}: the bytes of {key}.{extension} are not those of the manifest")
-            if label >= 0:
-                file.seek(members.get(f"{key}.cls", (0, 0))[0])
-                if file.read(len(str(label))) != str(label).encode():
-                    raise ValueError(f"{tar}: the label of {key} is not that of the manifest")
-    return len(shard.keys)
+        refused = pq.read_table(folder / "quarantine.parquet")
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(
+            f"{folder / 'quarantine.parquet'} is missing or damaged: pack the set again, or copy it again"
+        ) from error
+    if not len(refused):
+        return None
+    table = _table("quarantined", "reason", "files", "for example")
+    table.columns[2].justify = "left"
+    counted = refused.group_by("reason", use_threads=False).aggregate(
+        [([], "count_all"), ("source", "first"), ("detail", "first")]
+    )
+    for row in counted.sort_by([("count_all", "descending"), ("reason", "ascending")]).to_pylist():
+        table.add_row(row["reason"], f"{row['count_all']:,}", f"{row['source_first']} ({row['detail_first']})")
+    return table
+
+
+def _losses(manifest: pa.Table) -> Iterator[str]:
+    psnr = manifest["psnr"].drop_null()
+    if len(psnr):
+        mean, worst = pc.mean(psnr).as_py(), pc.min(psnr).as_py()
+        yield f"{len(psnr):,} patches were encoded with loss: PSNR mean {mean:.1f} dB, worst {worst:.1f} dB"
+
+
+def _copies(manifest: pa.Table) -> Iterator[str]:
+    """Exact copies, by the source's content; and those that lie in several splits or classes."""
+    digests = content_digests(pc.coalesce(manifest["source_sha256"], manifest["sha256"]))
+    _, content, counts = np.unique(digests, axis=0, return_inverse=True, return_counts=True)
+    copies = len(digests) - len(counts)
+    if not copies:
+        yield "no patch is an exact copy of another one"
+        return
+    yield f"{copies:,} patches are exact copies of another one"
+    for name, what in (("split", "splits"), ("class", "classes")):
+        codes, names = decoded(manifest[name])
+        pairs = np.unique(content.ravel() * (len(names) + 1) + codes + 1) // (len(names) + 1)
+        spread = int((np.bincount(pairs) > 1).sum())
+        if spread:
+            yield f"{spread:,} {'image lies' if spread == 1 else 'images lie'} as exact copies in several {what}"
 
 
 DESCRIPTION = (
-    "Show what a shard set holds: patches per class, split and group, formats and sizes. With --verify, read every byte and "
-    "compare it with what was packed. Example: python sharding/inspect_shards.py shards/breast --verify"
+    "Show what a shard set holds: patches per class, split and group, formats and sizes, which decoder takes them, copies, and "
+    "what was refused or converted. With --verify, read every byte, compare it with what was packed, and decode every image. "
+    "Example: "
+    "python sharding/inspect_shards.py shards/breast --verify"
 )
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     shards/breast/
       dataset.json          format version, name, class names, counts, the build's arguments, sha256 of every other file
       manifest.parquet      one row per patch, in id order
-      shard-000000.tar      WebDataset: <key>.jpg|png, and <key>.cls (class index as text) where labelled
+      shard-000000.tar      WebDataset: <key>.jpg|png|jp2, and <key>.cls (class index as text) where labelled
       shard-000000.idx      DALI's index of the tar, version 1.2
       quarantine.parquet    every refused file: source, reason, detail, sha256
 
@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
-_WORDS = pa.dictionary(pa.int32(), pa.string())  # few different values: stored once each
+WORDS = pa.dictionary(pa.int32(), pa.string())  # few different values: stored once each
 
 COLUMNS = {
     "id": pa.int64(),  # row number
@@ -31,13 +31,17 @@ COLUMNS = {
     "offset": pa.int64(),  # of the image's bytes in the tar
     "size": pa.int64(),  # of the image, bytes
     "label": pa.int32(),  # index into the class names, -1 where unlabelled
-    "class": _WORDS,
-    "group": _WORDS,  # slide or patient; null where not known
-    "split": _WORDS,
+    "class": WORDS,
+    "group": WORDS,  # slide or patient; null where not known
+    "split": WORDS,
     "width": pa.int32(),  # pixels, as displayed
     "height": pa.int32(),
-    "format": _WORDS,  # jpeg or png
+    "format": WORDS,  # jpeg, png or jpeg2000
+    "coding": WORDS,  # of a JPEG, what a hardware decoder asks for: baseline 4:2:0, progressive 4:4:4, ...; otherwise null
+    "converted": WORDS,  # what was done to the image; null where the bytes are those of the source
+    "psnr": pa.float32(),  # dB, of the stored image against what was encoded; null where nothing lossy was written
     "sha256": pa.string(),  # of the image's bytes, hex
+    "source_sha256": pa.string(),  # of the source's bytes; null where they are the image's
     "source": pa.string(),  # path as given
 }
 QUARANTINE_COLUMNS = {"source": pa.string(), "reason": pa.string(), "detail": pa.string(), "sha256": pa.string()}
@@ -70,7 +74,9 @@ def read_dataset(shards: str | Path) -> dict:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: pack the set again, or copy the file again") from error
     if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise ValueError(f"{folder} has format {version}, and this PatchCLR reads up to {FORMAT_VERSION}: upgrade PatchCLR")
+        raise ValueError(f"{folder} has format {version}, and this PatchCLR reads format {FORMAT_VERSION}: upgrade PatchCLR")
+    if version < FORMAT_VERSION:
+        raise ValueError(f"{folder} has format {version}, and this PatchCLR reads format {FORMAT_VERSION}: pack the set again")
     if not isinstance(dataset.get("files"), dict) or not isinstance(dataset.get("classes"), list):
         raise ValueError(f"{path} is damaged: pack the set again, or copy the file again")
     return dataset
@@ -109,7 +115,7 @@ def class_names(shards: str | Path) -> list[str]:
 
 def manifest_table(columns: Mapping[str, object]) -> pa.Table:
     """A manifest from one array or list per column. Columns beyond COLUMNS are taken as words."""
-    return pa.table({name: _array(values, COLUMNS.get(name, _WORDS)) for name, values in columns.items()})
+    return pa.table({name: _array(values, COLUMNS.get(name, WORDS)) for name, values in columns.items()})
 
 
 def _array(values, kind: pa.DataType) -> pa.Array:
@@ -122,20 +128,16 @@ def _array(values, kind: pa.DataType) -> pa.Array:
 
 
 def decoded(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
-    """A column of words as (n,) int64 codes, -1 for null, and the sorted list of words that the codes index."""
+    """A column of words as (n,) int64 codes, -1 for null, and the sorted list of the words that occur, which the codes index."""
     array = column.combine_chunks()
     if not pa.types.is_dictionary(array.type):
         array = array.dictionary_encode()
     if isinstance(array, pa.ChunkedArray):
         array = array.unify_dictionaries().combine_chunks()
     words = array.dictionary.to_pylist()
-    order = sorted(words)
-    place = {word: index for index, word in enumerate(order)}
     codes = array.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
-    lookup = np.array([place[word] for word in words] + [-1], np.int64)  # -1 indexes the last: null stays -1
+    used = np.bincount(codes + 1, minlength=len(words) + 1)[1:] > 0  # a filter leaves words behind that no row has
+    order = sorted(word for word, some in zip(words, used, strict=True) if some)
+    place = {word: index for index, word in enumerate(order)}
+    lookup = np.array([place.get(word, -1) for word in words] + [-1], np.int64)  # -1 indexes the last: null stays -1
     return lookup[codes], order
-
-
-def write_table(table: pa.Table, path: Path) -> None:
-    """Write Parquet whose bytes depend on the table alone (and on the version of pyarrow)."""
-    pq.write_table(table, path, compression="zstd", row_group_size=2**20, store_schema=True)

@@ -1,62 +1,45 @@
-"""Image folders -> shard set, in two passes.
+"""Images -> shard set, in one pass: every source file is read once.
 
-The first reads, hashes and fully decodes every image. From that alone follows a plan: split, order, shard and offset of
-every patch (`plan`). The second copies the bytes there and checks that they are still those of the first pass.
-
-Everything is written into `<out>.partial` and renamed at the very end, so nothing half-written ever has the final name. A
-build that was cut off goes on from its finished shards. The same images and arguments give the same bytes, whatever the
-number of workers.
+A scan lists the files; a seeded shuffle and their sizes decide which shard each goes to. Then shards are written, each by
+itself (`writing`), and from the notes of all follow ids, splits and the manifest (`assembling`). Everything is written into
+`<out>.partial`, which becomes `<out>` at the very end (`staging`). The same images and arguments give the same bytes,
+whatever the number of workers, and however often a build was cut off.
 """
 
 import functools
-import hashlib
+import itertools
 import json
-import os
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from sharding.checks import Refusal, check_image, silent_decoders
+from sharding.assembling import Contents, Written, read_contents, write_manifest, write_quarantine
 from sharding.draws import priorities
-from sharding.manifest import (
-    FORMAT_VERSION,
-    QUARANTINE_COLUMNS,
-    decoded,
-    manifest_table,
-    read_dataset,
-    read_manifest,
-)
-from sharding.plan import image_offsets, sample_key, shard_of_each
-from sharding.sources import Record, Scan, printable, scan_sources
-from sharding.splits import content_keys, parse_shares, shared_groups, split_groups, split_patches
+from sharding.existing import Existing, check_arguments, check_columns, read_existing, what_is_new
+from sharding.manifest import FORMAT_VERSION, decoded, index_file, shard_file
+from sharding.plan import shard_bounds, tar_sizes
+from sharding.roles import Roles, find_roles
+from sharding.sources import Scan, printable, scan_sources
+from sharding.splitting import split_new
+from sharding.staging import check_space, clear, clear_stale, link_files, partial_folder, publish, write_blocks
+from sharding.telling import refusals, treatments
+from sharding.treatment import Treatment
 from sharding.workers import available_cores, ordered_map
-from sharding.writing import (
-    ShardTask,
-    check_space,
-    clear_stale,
-    partial_folder,
-    publish,
-    read_file,
-    shard_length,
-    shard_tasks,
-    write_parquet,
-    write_shard,
-    write_whole,
-)
+from sharding.writing import ShardTask, write_shard
 
-_CHUNK = 64  # images per piece of work in the first pass
-_ONE_SPLIT = "train=1"  # where no split is asked for
+_FIXED = ("unlabelled", "split", "group_by", "split_by", "duplicates", "seed")  # what a set that grows cannot change
 
 
 @dataclass
 class Summary:
-    """What a build did. counts: patches per split and class ("" where unlabelled); notes: one sentence each."""
+    """What a build did. counts: patches per split and class ("" where unlabelled); notes: one sentence each.
+
+    found, packed and quarantined are of the whole set; added is of this build.
+    """
 
     out: Path
     name: str
@@ -67,17 +50,7 @@ class Summary:
     counts: dict[str, dict[str, int]]
     notes: list[str] = field(default_factory=list)
     was_there: bool = False
-
-
-class Examined(NamedTuple):
-    """What the first pass saw of one image file: a good image, or a refusal (its sha256 is "" if it cannot be read)."""
-
-    sha256: str
-    size: int
-    format: str
-    width: int
-    height: int
-    refusal: Refusal | None
+    added: int = 0
 
 
 def build_shards(
@@ -85,308 +58,216 @@ def build_shards(
     out: str | Path,
     *,
     layout: str | None = None,
+    table: str | Path | None = None,
     where: Sequence[str] = (),
     unlabelled: bool = False,
     split: str | None = None,
     group_by: str | None = None,
     split_by: Literal["auto", "patch", "group"] = "auto",
-    encode: Literal["keep"] = "keep",
-    name: str | None = None,
+    duplicates: Literal["together", "apart"] = "together",
+    encode: str = "keep",
+    resize: int | None = None,
+    check: Literal["decode", "header"] = "decode",
     min_size: int = 1,
+    min_tissue: float = 0.0,
     strict: bool = False,
-    shard_size: float = 256,
+    append: bool = False,
+    name: str | None = None,
+    shard_size: float = 128,
     shard_patches: int | None = None,
     workers: int | None = 1,
     seed: int = 42,
 ) -> Summary:
-    """Pack image folders into the shard set `out`.
+    """Pack images into the shard set `out`.
 
-    layout, where, unlabelled: see sharding.sources.scan_sources. split: shares such as "train=0.8,test=0.2"; without it all
-    is "train". group_by: the field that names a patch's slide or patient. split_by: keep whole groups on one side ("group",
-    which is what "auto" means where group_by is given) or not ("patch"). min_size: least side of an image, pixels. strict:
-    a refused image is an error. shard_size: about how large a shard is, MB (10**6 bytes). shard_patches: at most how many
-    patches a shard holds. workers: processes; 1 works in this one, None or 0 takes all cores.
+    sources: folders, tars and zips. layout, table, where, unlabelled: see sharding.sources.scan_sources. split: shares such as
+    "train=0.8,test=0.2", or "column:NAME", a field whose values are the splits; without it all is "train", or what a field
+    `split` says. group_by: the field that names a patch's slide or patient (default: a field `group`). split_by: keep whole
+    groups on one side ("group", which is what "auto" means where there are groups) or not ("patch"). duplicates: keep exact
+    copies on one side ("together") or wherever they fall. encode, resize, check, min_size, min_tissue: see
+    sharding.treatment.Treatment. strict: a refused image is an error. append: add what is new to the set that is there.
+    shard_size: about how large a shard is, MB (10**6 bytes). shard_patches: at most how many patches a shard holds. workers:
+    processes; 1 works in this one, None or 0 takes all cores.
 
     A set that was built from the same images with the same arguments is left as it is, and Summary.was_there is True.
-    Raises ValueError for whatever is wrong with the arguments or the images, OSError where a file cannot be written.
+    Raises ValueError for whatever is wrong with the arguments or the images, OSError where a file cannot be written. What was
+    packed by then waits in `<out>.partial` and is taken up by the next build.
     """
     out = Path(out).resolve()
+    treatment = Treatment(encode=encode, check=check, min_size=min_size, min_tissue=min_tissue, resize=resize)
+    workers = available_cores() if workers in (None, 0) else int(workers or 0)
+    _check_numbers(workers, shard_size, shard_patches, seed)
+    scan = scan_sources(
+        [str(source) for source in sources],
+        layout=layout,
+        table=None if table is None else str(table),
+        where=where,
+        labelled=not unlabelled,
+    )
+    roles = find_roles(scan, labelled=not unlabelled, split=split, group_by=group_by, split_by=split_by, duplicates=duplicates)
     arguments: dict[str, Any] = {
         "sources": [printable(str(source)) for source in sources],
         "layout": layout,
+        "table": None if table is None else printable(str(table)),
         "where": list(where),
         "unlabelled": unlabelled,
-        "split": split,
-        "group_by": group_by,
-        "split_by": ("group" if group_by else "patch") if split_by == "auto" else split_by,
+        "split": roles.split,
+        "group_by": roles.group_by,
+        "split_by": roles.by,
+        "duplicates": duplicates,
         "encode": encode,
+        "resize": resize,
+        "check": check,
         "min_size": min_size,
+        "min_tissue": min_tissue,
         "shard_size": shard_size,
         "shard_patches": shard_patches,
         "seed": seed,
     }
     name = printable(name or out.name)
-    workers = workers or available_cores()
-    _check_arguments(arguments, workers)
-    shares = parse_shares(split or _ONE_SPLIT)  # before the long pass, so that a slip is told at once
-    scan = scan_sources([str(source) for source in sources], layout=layout, where=where, labelled=not unlabelled)
-    if group_by and (scan.layout is None or group_by not in scan.layout.extra_columns):
-        known = ", ".join(scan.layout.extra_columns) if scan.layout else ""
-        raise ValueError(f"--group-by {group_by}: the layout has no such field; it has {known or 'none to group by'}")
 
+    existing = None
     if (out / "dataset.json").exists():
-        return _already_there(out, name, arguments, scan, workers)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        existing = read_existing(out)
+        check_arguments(existing, name, arguments, _FIXED if append else ("name", *arguments))
+        check_columns(existing, roles.extra)
+        scan, existing = what_is_new(existing, scan, roles, append=append, workers=workers)
+        if not len(scan.files):
+            return _summary(out, existing.dataset, scan.notes, was_there=True)
+    elif append:
+        raise ValueError(f"{out} is no shard set yet: build it without --append first")
+    elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} exists and is not a shard set: choose another --out, or remove it")
 
     with partial_folder(out) as partial:
-        examined = _examine_all(scan.records, min_size=min_size, decode=True, workers=workers, title="checking")
-        notes = scan.notes + _refusal_notes(out, scan.records, examined, strict)
-        plan = _plan(scan, examined, shares, arguments)
-        clear_stale(partial, plan.tasks)
-        check_space(partial, plan.tasks)
-
-        files: dict[str, str] = {}
-        for written in ordered_map(
-            functools.partial(write_shard, folder=partial), plan.tasks, workers=workers, weight=shard_length, title="packing"
-        ):
-            files |= written
-        files["manifest.parquet"] = write_parquet(plan.manifest, partial / "manifest.parquet")
-        files["quarantine.parquet"] = write_parquet(_quarantine_table(scan.records, examined), partial / "quarantine.parquet")
-        dataset = {
-            "format_version": FORMAT_VERSION,
-            "name": name,
-            "classes": plan.classes,
-            "patches": len(plan.manifest),
-            "quarantined": len(examined) - len(plan.manifest),
-            "shards": len(plan.tasks),
-            "counts": count_patches(plan.manifest),
-            "arguments": arguments,
-            "files": dict(sorted(files.items())),
-        }
-        write_whole(partial / "dataset.json", [(json.dumps(dataset, indent=2, ensure_ascii=False) + "\n").encode()])
+        plan = _plan(scan, roles, existing, arguments)
+        _write_shards(partial, scan, plan, treatment, workers)
+        written = Written(partial, plan.first, plan.order, scan.files)
+        contents = read_contents(written)
+        if contents.refused and (strict or not len(contents.files)):
+            clear(partial)
+        notes = scan.notes + refusals(scan, contents, out, strict) + treatments(scan, contents, treatment)
+        dataset, more = _finish(written, contents, scan, roles, existing, plan, name, arguments)
         publish(partial, out)
-    return _summary(out, dataset, notes + plan.notes)
+    return _summary(out, dataset, notes + more, added=len(contents.files))
 
 
-def count_patches(manifest: pa.Table) -> dict[str, dict[str, int]]:
-    """Patches per split and class; the class is "" where unlabelled. Splits and classes in sorted order."""
-    splits, split_names = decoded(manifest["split"])
-    classes, class_names = decoded(manifest["class"])
-    names = class_names or [""]
-    codes = splits * len(names) + np.maximum(classes, 0)
-    table = np.bincount(codes, minlength=len(split_names) * len(names)).reshape(len(split_names), len(names))
-    return {split: dict(zip(names, map(int, row), strict=True)) for split, row in zip(split_names, table, strict=True)}
-
-
-def _check_arguments(arguments: dict, workers: int) -> None:
-    if arguments["split_by"] == "group" and not arguments["group_by"]:
-        raise ValueError("--split-by group needs --group-by, the field that names a patch's group")
-    for name in ("shard_size", "shard_patches", "min_size"):
-        value = arguments[name]
+def _check_numbers(workers: int, shard_size: float, shard_patches: int | None, seed: int) -> None:
+    for flag, value in (("--shard-size", shard_size), ("--shard-patches", shard_patches)):
         if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"--{name.replace('_', '-')} {value:g} is out of range: give a number above 0")
+            raise ValueError(f"{flag} {value:g} is out of range: give a number above 0")
     if workers < 1:
         raise ValueError(f"--workers {workers} is out of range: give at least 1, or 0 for all cores")
-    if not 0 <= arguments["seed"] < 2**64:
-        raise ValueError(f"--seed {arguments['seed']} is out of range: give a whole number from 0 to 2**64 - 1")
-
-
-# The first pass
-
-
-def _examine_all(records: Sequence[Record], *, min_size: int, decode: bool, workers: int, title: str) -> list[Examined]:
-    paths = [record.path for record in records]
-    chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
-    examine = functools.partial(_examine, min_size=min_size, decode=decode)
-    results = ordered_map(examine, chunks, workers=workers, weight=len, title=title)
-    return [seen for chunk in results for seen in chunk]
-
-
-def _examine(paths: list[str], *, min_size: int, decode: bool) -> list[Examined]:
-    """Read and hash each file, and check it where decode is True."""
-    with silent_decoders():
-        return [_examine_one(path, min_size, decode) for path in paths]
-
-
-def _examine_one(path: str, min_size: int, decode: bool) -> Examined:
-    try:
-        data = read_file(path)
-    except OSError as error:
-        return Examined("", 0, "", 0, 0, Refusal("unreadable", error.strerror or "cannot be read"))
-    digest = hashlib.sha256(data).hexdigest()
-    if not decode:
-        return Examined(digest, len(data), "", 0, 0, None)
-    found = check_image(data, min_size=min_size)
-    if isinstance(found, Refusal):
-        return Examined(digest, len(data), "", 0, 0, found)
-    return Examined(digest, len(data), found.format, found.width, found.height, None)
-
-
-def _refusal_notes(out: Path, records: Sequence[Record], examined: Sequence[Examined], strict: bool) -> list[str]:
-    refused = [(record, seen.refusal) for record, seen in zip(records, examined, strict=True) if seen.refusal]
-    if not refused:
-        return []
-    record, refusal = refused[0]
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(Counter(r.reason for _, r in refused).items()))
-    images = "1 image was refused" if len(refused) == 1 else f"{len(refused):,} images were refused"
-    first = f"{images} ({reasons}), the first: {record.source} ({refusal.detail})"
-    if len(refused) == len(records):
-        raise ValueError(f"all {first}: give images that can be decoded")
-    if strict:
-        raise ValueError(f"{first}; mend or remove it, or leave out --strict: nothing was written")
-    return [f"{first}; the list is {out / 'quarantine.parquet'}"]
-
-
-def _quarantine_table(records: Sequence[Record], examined: Sequence[Examined]) -> pa.Table:
-    rows = [
-        (record.source, seen.refusal.reason, seen.refusal.detail, seen.sha256)
-        for record, seen in zip(records, examined, strict=True)
-        if seen.refusal
-    ]
-    columns = zip(*rows, strict=True) if rows else [()] * len(QUARANTINE_COLUMNS)
-    return pa.table(
-        {name: pa.array(values, kind) for (name, kind), values in zip(QUARANTINE_COLUMNS.items(), columns, strict=True)}
-    )
-
-
-# The plan
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"--seed {seed} is out of range: give a whole number from 0 to 2**64 - 1")
 
 
 class _Plan(NamedTuple):
+    """What goes where. classes: the names, by label; labels: (n,) label of each file of the scan, -1 where unlabelled; first: the
+    number of the first new shard; order: for each new shard, the rows of the scan that it is made of."""
+
     classes: list[str]
-    manifest: pa.Table
-    tasks: list[ShardTask]
-    notes: list[str]
+    labels: np.ndarray
+    first: int
+    order: list[np.ndarray]
+    needed: int  # bytes of all tars, where the files are stored as they are
 
 
-def _plan(scan: Scan, examined: Sequence[Examined], shares: dict[str, float], arguments: dict) -> _Plan:
-    """Split, order, shard and offset of every good image."""
-    seed, labelled = arguments["seed"], not arguments["unlabelled"]
-    # Keyed by the position in the whole scan.
-    good = np.flatnonzero([seen.refusal is None for seen in examined])
-    order = good[np.argsort(priorities(good, seed=seed, stream="shuffle"), kind="stable")]
-    records = [scan.records[i] for i in order]
-    seen = [examined[i] for i in order]
-
-    classes = sorted({str(record.fields["class"]) for record in records}) if labelled else []
-    place = {name: index for index, name in enumerate(classes)}
-    labels = np.array([place[str(r.fields["class"])] if labelled else -1 for r in records], np.int32)
-    groups = [r.fields[arguments["group_by"]] if arguments["group_by"] else None for r in records]
-    digests = [s.sha256 for s in seen]
-    splits, notes = _split(labels, groups, digests, [r.source for r in records], shares, arguments)
-    notes = [*_case_notes(classes, "class"), *_case_notes(groups, arguments["group_by"]), *notes]
-    notes += _duplicate_notes(digests, splits, labels)
-
-    sizes = np.array([s.size for s in seen], np.int64)
+def _plan(scan: Scan, roles: Roles, existing: Existing | None, arguments: dict) -> _Plan:
+    classes = list(existing.dataset["classes"]) if existing else []
+    labels = np.full(len(scan.files), -1, np.int64)
+    if roles.labelled:
+        codes, names = decoded(scan.files["class"])
+        classes += [name for name in names if name not in classes]  # a set that grows keeps its labels
+        labels = np.array([classes.index(name) for name in names], np.int64)[codes]
+    sizes = np.maximum(scan.files["size"].to_numpy(), 0)
+    order = np.argsort(priorities(np.arange(len(sizes)), seed=arguments["seed"], stream="shuffle"), kind="stable")
     shard_bytes = max(1, int(arguments["shard_size"] * 10**6))
-    shards = shard_of_each(sizes, labelled, shard_bytes=shard_bytes, shard_patches=arguments["shard_patches"])
-    keys = [sample_key(i, os.path.basename(record.source)) for i, record in enumerate(records)]
-    names = list(shares)
-    columns = {
-        "id": np.arange(len(order)),
-        "key": keys,
-        "shard": shards,
-        "offset": image_offsets(sizes, shards, labelled),
-        "size": sizes,
-        "label": labels,
-        "class": [classes[label] if label >= 0 else None for label in labels],
-        "group": groups,
-        "split": [names[split] for split in splits],
-        "width": [s.width for s in seen],
-        "height": [s.height for s in seen],
-        "format": [s.format for s in seen],
-        "sha256": digests,
-        "source": [r.source for r in records],
-    }
-    for name in scan.layout.extra_columns if scan.layout else ():
-        columns[name] = [r.fields[name] for r in records]
-    manifest = manifest_table(columns)
-    return _Plan(classes, manifest, shard_tasks(manifest, [r.path for r in records]), notes)
+    bounds = shard_bounds(sizes[order], roles.labelled, shard_bytes=shard_bytes, shard_patches=arguments["shard_patches"])
+    first = existing.dataset["shards"] if existing else 0
+    shards = [order[start:end] for start, end in itertools.pairwise(bounds.tolist())]
+    return _Plan(classes, labels, first, shards, int(tar_sizes(sizes, roles.labelled).sum()))
 
 
-def _split(
-    labels: np.ndarray,
-    groups: Sequence[str | None],
-    digests: Sequence[str],
-    sources: Sequence[str],
-    shares: dict,
-    arguments: dict,
-) -> tuple[np.ndarray, list[str]]:
-    """(n,) index of each patch's split, and what is to be said of it."""
-    # Slide_1 and slide_1 are two names, but hardly two slides: they are kept together.
-    folded = [None if group is None else group.casefold() for group in groups]
-    codes, names = decoded(pa.chunked_array([pa.array(folded, pa.string())]))
-    if arguments["split_by"] == "patch" or len(shares) == 1:
-        splits = split_patches(labels, content_keys(digests), shares, seed=arguments["seed"])
-        return splits, shared_groups(splits, codes, list(shares))
-    if (codes < 0).any():
-        example = sources[int(np.flatnonzero(codes < 0)[0])]
+def _write_shards(partial: Path, scan: Scan, plan: _Plan, treatment: Treatment, workers: int) -> None:
+    clear_stale(partial, range(plan.first, plan.first + len(plan.order)))
+    if treatment.encode == "keep":  # otherwise nobody knows yet
+        check_space(partial, plan.needed)
+    places = scan.files.select(["container", "path", "offset", "size"])
+    tasks = (
+        ShardTask(number, places.take(pa.array(rows)), plan.labels[rows].astype(np.int32))
+        for number, rows in enumerate(plan.order, start=plan.first)
+    )
+    write = functools.partial(write_shard, folder=partial, treatment=treatment)
+    for _ in ordered_map(write, tasks, workers=min(workers, len(plan.order)), total=len(places), title="packing"):
+        pass
+
+
+def _finish(
+    written: Written,
+    contents: Contents,
+    scan: Scan,
+    roles: Roles,
+    existing: Existing | None,
+    plan: _Plan,
+    name: str,
+    arguments: dict[str, Any],
+) -> tuple[dict, list[str]]:
+    """Write manifest, quarantine and, last, dataset.json. Returns its content, and what is to be said of the splits."""
+    before = existing.manifest if existing else None
+    labels = plan.labels[contents.files]
+    labels_before = before["label"].to_numpy().astype(np.int64) if before else np.zeros(0, np.int64)
+    if empty := set(range(len(plan.classes))) - set(labels.tolist()) - set(labels_before.tolist()):
+        refused = plan.classes[min(empty)]
         raise ValueError(
-            f"{int((codes < 0).sum()):,} patches have no {arguments['group_by']}, for example {example}: correct the layout, "
-            "or say --split-by patch"
+            f"every image of class {refused!r} was refused: mend them, or leave the class out with --where 'class!={refused}'"
         )
-    splits = split_groups(labels, codes, names, shares, seed=arguments["seed"])
-    reached = " / ".join(f"{share:.1%}" for share in np.bincount(splits, minlength=len(shares)) / len(splits))
-    asked = " / ".join(f"{share:.1%}" for share in shares.values())
-    return splits, [f"every {arguments['group_by']} is whole in one split: {' / '.join(shares)} got {reached} (asked: {asked})"]
-
-
-def _case_notes(names: Iterable[str | None], field: str) -> list[str]:
-    """A sentence where two names differ only in upper and lower case, which is mostly a slip."""
-    spellings: dict[str, set[str]] = {}
-    for name in {name for name in names if name is not None}:
-        spellings.setdefault(name.casefold(), set()).add(name)
-    doubled = sorted(sorted(same) for same in spellings.values() if len(same) > 1)
-    if not doubled:
-        return []
-    return [f"{len(doubled):,} names of {field} differ only in upper and lower case, for example {' and '.join(doubled[0])}"]
-
-
-def _duplicate_notes(digests: Sequence[str], splits: np.ndarray, labels: np.ndarray) -> list[str]:
-    copies = Counter(digests)
-    if len(copies) == len(digests):
-        return []
-    notes = [f"{len(digests) - len(copies):,} patches are exact copies of another one"]
-    for values, what in ((splits, "splits"), (labels, "classes")):
-        apart = Counter(digest for digest, _ in set(zip(digests, values.tolist(), strict=True)))
-        if spread := sum(count > 1 for count in apart.values()):
-            notes.append(f"{spread:,} {'image lies' if spread == 1 else 'images lie'} as exact copies in several {what}")
-    return notes
-
-
-def _already_there(out: Path, name: str, arguments: dict, scan: Scan, workers: int) -> Summary:
-    """The summary of a set that is there already, if it is the one that this build would write."""
-    dataset = read_dataset(out)
-    way_out = "choose another --out, or remove it"
-    now, then = {"name": name, **arguments}, {"name": dataset.get("name"), **dataset.get("arguments", {})}
-    for key in now:
-        if now[key] != then.get(key):
-            flag = "the sources" if key == "sources" else "--" + key.replace("_", "-")
-            raise ValueError(f"{out} holds a set built with {flag} {_shown(then.get(key))}, not {_shown(now[key])}: {way_out}")
-    quarantine = pq.read_table(out / "quarantine.parquet")
-    manifest = read_manifest(out)
-    stored = {
-        source: digest
-        for table in (manifest, quarantine)
-        for source, digest in zip(table["source"].to_pylist(), table["sha256"].to_pylist(), strict=True)
+    labels_now = np.concatenate([labels_before, labels])
+    split, notes = split_new(scan, roles, contents, before, labels_now, plan.classes, arguments["seed"])
+    columns = {"class": (labels, plan.classes), "split": (split.codes[len(labels_before) :], split.names)}
+    for column, source in (("group", roles.group_by), *((extra, extra) for extra in roles.extra)):
+        codes, words = decoded(scan.files[source]) if source else (np.full(len(scan.files), -1), [])
+        columns[column] = (codes[contents.files], words)
+    folder = written.folder
+    files = dict(contents.digests)
+    files["manifest.parquet"] = write_manifest(folder / "manifest.parquet", written, contents, columns, before)
+    refused_before = existing.quarantine if existing else None
+    files["quarantine.parquet"] = write_quarantine(folder / "quarantine.parquet", written, refused_before)
+    dataset = {
+        "format_version": FORMAT_VERSION,
+        "name": name,
+        "classes": plan.classes,
+        "patches": len(labels_now),
+        "quarantined": contents.refused.total() + (len(refused_before) if refused_before else 0),
+        "shards": plan.first + len(plan.order),
+        "counts": _counts(split.codes, split.names, labels_now, plan.classes),
+        "arguments": arguments,
+        "appended": [],
     }
-    sources = {record.source for record in scan.records}
-    if gone := sorted(stored.keys() ^ sources):
-        change = "is new" if gone[0] in sources else "is gone"
-        raise ValueError(f"{out} holds a set built from other images (for example, {gone[0]} {change}): {way_out}")
-    examined = _examine_all(scan.records, min_size=1, decode=False, workers=workers, title="comparing")
-    for record, seen in zip(scan.records, examined, strict=True):
-        if stored[record.source] != seen.sha256:
-            raise ValueError(f"{out} holds a set built from other images (for example, {record.source} has changed): {way_out}")
-    return _summary(out, dataset, scan.notes, was_there=True)
+    if existing:
+        kept = [name(number) for number in range(plan.first) for name in (shard_file, index_file)]
+        link_files(existing.folder, folder, kept)
+        then = existing.dataset
+        files |= {name: then["files"][name] for name in kept}
+        growth = {"arguments": arguments, "first_id": len(labels_before), "patches": len(labels)}
+        dataset |= {"name": then["name"], "arguments": then["arguments"], "appended": [*then["appended"], growth]}
+    dataset["files"] = dict(sorted(files.items()))
+    write_blocks(folder / "dataset.json", [(json.dumps(dataset, indent=2, ensure_ascii=False) + "\n").encode()])
+    return dataset, notes
 
 
-def _shown(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+def _counts(splits: np.ndarray, split_names: list[str], labels: np.ndarray, classes: list[str]) -> dict[str, dict[str, int]]:
+    """Patches per split and class; the class is "" where unlabelled. Splits and classes in sorted order."""
+    names = classes or [""]
+    codes = splits * len(names) + np.maximum(labels, 0)
+    table = np.bincount(codes, minlength=len(split_names) * len(names)).reshape(len(split_names), len(names))
+    counted = {split: dict(sorted(zip(names, map(int, row), strict=True))) for split, row in zip(split_names, table, strict=True)}
+    return {split: counted[split] for split in sorted(counted) if sum(counted[split].values())}
 
 
-def _summary(out: Path, dataset: dict, notes: list[str], *, was_there: bool = False) -> Summary:
+def _summary(out: Path, dataset: dict, notes: list[str], *, was_there: bool = False, added: int = 0) -> Summary:
     packed, quarantined = dataset["patches"], dataset["quarantined"]
     found = packed + quarantined
-    return Summary(out, dataset["name"], found, packed, quarantined, dataset["shards"], dataset["counts"], notes, was_there)
+    return Summary(
+        out, dataset["name"], found, packed, quarantined, dataset["shards"], dataset["counts"], notes, was_there, added
+    )

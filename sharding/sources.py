@@ -1,187 +1,203 @@
-"""Source folders -> one record per image, in an order that depends on names alone.
+"""Sources -> one row per image, in an order that depends on names alone.
 
-Nothing is passed over in silence: `Scan.notes` says what was skipped and why, one sentence each.
+A source is a folder, or a tar or zip that is read in place. What an image is, its path says (a layout), or a table.
+Nothing is passed over in silence: `Scan.notes` says what was left out and why, one sentence each.
 """
 
 import os
+import stat
 import unicodedata
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sharding.archives import images_in
+from sharding.conditions import apply_where, parse_where
+from sharding.folders import Visited, images_under
+from sharding.found import Found, Skipped, files, parted, printable
+from sharding.gathering import PLACE, Gathering
+from sharding.labels import Labels, Missing, Searched, look_up, read_labels
 from sharding.layout import LABELLED_DEFAULT, Layout, parse_layout
-
-# Files with these extensions are taken for images and looked at; what cannot be used is then refused by name.
-IMAGE_EXTENSIONS = frozenset(
-    ("jpg", "jpeg", "jpe", "jfif", "png", "gif", "tif", "tiff", "bmp", "webp", "jp2", "j2k", "heic", "avif")
-)
-
-
-class Record(NamedTuple):
-    """One image file: the path to open, the path to show, and the fields that its layout captured."""
-
-    path: str
-    source: str
-    fields: dict[str, str | None]
 
 
 @dataclass
 class Scan:
-    """What the source folders hold, and what was left out."""
+    """The images of the sources, and what was left out.
 
-    records: list[Record]
-    layout: Layout | None
-    notes: list[str] = field(default_factory=list)
+    files: columns of PLACE, then a column of words for each field, null where the field is empty. fields: their names.
+    """
+
+    files: pa.Table
+    fields: tuple[str, ...]
+    notes: list[str]
 
 
-def scan_sources(sources: Sequence[str], *, layout: str | None = None, where: Sequence[str] = (), labelled: bool = True) -> Scan:
-    """Every image under the source folders that the layout matches and `where` lets through.
+def scan_sources(
+    sources: Sequence[str | os.PathLike],
+    *,
+    layout: str | None = None,
+    table: str | os.PathLike | None = None,
+    where: Sequence[str] = (),
+    labelled: bool = True,
+) -> Scan:
+    """Every image in the sources that the layout matches, the table knows and `where` lets through.
 
-    Records are ordered by source and then by relative path. Folders are followed through symbolic links, each once.
-    layout: see sharding.layout; None means `{class}/{name}`, or any path where labelled is False.
-    where: `field=value` conditions; the same field again means "or", another field means "and".
-    Raises ValueError where a folder is missing or holds no image, or where layout or where leave nothing.
+    Rows are ordered by source and then by relative path (as bytes). Rows of the table without an image come last, with size -1.
+    layout: see sharding.layout; None means `{class}/{name}`, or any path where there is a table or labelled is False.
+    table: see sharding.labels. where: see sharding.conditions; the same field again means "or" for `=` and "nor" for `!=`,
+    another field means "and".
+    Raises ValueError where a source is missing, holds no image or is damaged, where layout, table or where leave nothing, and
+    where an image of a labelled set has no class; OSError where a folder cannot be listed.
     """
     if not sources:
-        raise ValueError("no source folder was given")
-    parsed = parse_layout(layout or LABELLED_DEFAULT) if layout or labelled else None
-    if labelled and parsed is not None and "class" not in parsed.fields:
-        raise ValueError(f"--layout {parsed.text!r} captures no class: add {{class}}, or say --unlabelled")
-    conditions = _parse_where(where, parsed)
+        raise ValueError("no source was given")
+    labels = read_labels(os.fspath(table)) if table is not None else None
+    parsed = parse_layout(layout or LABELLED_DEFAULT) if layout or (labelled and labels is None) else None
+    fields = _all_fields(parsed, labels, labelled)
+    conditions = parse_where(where, fields)
 
-    skipped = _Skipped()
-    visited: set[tuple[int, int]] = set()
-    found: list[tuple[str, str]] = []  # path to open, path relative to its source
+    columns = [field for field in fields if field != "name" or "name" in conditions]
+    gathering = Gathering(parsed, [field for field in columns if parsed and field in parsed.fields])
+    skipped, visited = Skipped(), Visited()
+    opened, tables = [], []
     for source in sources:
-        images = _images_under(source, visited, skipped)
-        if not images:
+        opened.append(_opened(os.fspath(source), visited))
+        before = gathering.seen
+        tables.append(gathering.table(_images(opened[-1], visited, skipped), opened[-1].container, opened[-1].prefix))
+        if gathering.seen == before:
             raise ValueError(f"{source} holds no image: give the folder that does" + skipped.hint())
-        found += [(os.path.join(source, relative), relative) for relative in images]
-
-    records, unmatched = [], []
-    for path, relative in found:
-        fields = parsed.match(printable(relative)) if parsed else {}
-        if fields is None:
-            unmatched.append(relative)
-        else:
-            records.append(Record(path, printable(path), fields))
-    if not records:
+    notes = skipped.notes()
+    if gathering.unmatched == gathering.seen:
         assert parsed is not None
         raise ValueError(
-            f"--layout {parsed.text!r} matches none of {len(found):,} images, for example not"
-            f" {printable(unmatched[0])!r}: give one that fits the paths below the source, or --unlabelled without a layout"
+            f"--layout {parsed.text!r} matches none of {gathering.seen:,} images, for example not {gathering.example!r}: "
+            "give one that fits the paths below the source, or --unlabelled without a layout"
         )
-
-    notes = skipped.notes()
-    if unmatched:
-        assert parsed is not None
-        notes.append(f"{_files(len(unmatched))} left out: the layout does not match, for example {printable(unmatched[0])!r}")
+    if gathering.unmatched:
+        notes.append(f"{files(gathering.unmatched)} left out: the layout does not match, for example {gathering.example!r}")
+    if labels is not None:
+        tables, more = _joined(tables, opened, labels, parsed, gathering)
+        notes += more
+    found = pa.concat_tables(tables).unify_dictionaries()
     if conditions:
-        kept = [r for r in records if all(r.fields[name] in allowed for name, allowed in conditions.items())]
-        if not kept:
-            raise ValueError(_nothing_where(records, conditions))
-        if len(kept) < len(records):
-            notes.append(f"{_files(len(records) - len(kept))} left out by --where")
-        records = kept
-    return Scan(records, parsed, notes)
+        kept, more = apply_where(found, conditions)
+        notes += more
+        if left_out := len(kept) - int(kept.sum()):
+            notes.append(f"{files(left_out)} left out by --where")
+            found = found.filter(pa.array(kept))
+    if labelled:
+        _check_classes(found)
+    kept_fields = tuple(field for field in columns if field != "name")
+    scan = Scan(found.select([*PLACE, *kept_fields]), kept_fields, notes)
+    pa.default_memory_pool().release_unused()  # what sorting and joining took: as much again as the rows
+    return scan
 
 
-def _parse_where(where: Sequence[str], layout: Layout | None) -> dict[str, set[str]]:
-    conditions: dict[str, set[str]] = {}
-    for text in where:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise ValueError(f"--where {text!r} is not of the form field=value")
-        known = layout.fields if layout else ()
-        if name not in known:
-            raise ValueError(f"--where {text!r}: the layout has no field {name!r}; it has {', '.join(known) or 'none'}")
-        conditions.setdefault(name, set()).add(unicodedata.normalize("NFC", value))  # as the layout does
-    return conditions
+def source_names(files: pa.Table) -> list[str]:
+    """The path of each row as it is shown and stored: of a member `<archive>/<member>`."""
+    rows = zip(files["container"].to_pylist(), files["path"].to_pylist(), strict=True)
+    return [printable(path) if container is None else f"{printable(container)}/{printable(path)}" for container, path in rows]
 
 
-def _nothing_where(records: list[Record], conditions: dict[str, set[str]]) -> str:
-    for name, allowed in conditions.items():
-        values = sorted({str(r.fields[name]) for r in records if r.fields[name] is not None})
-        if not allowed & set(values):
-            more = ", ..." if len(values) > 8 else ""
-            return f"--where leaves none of {len(records):,} images: {name} is one of {', '.join(values[:8])}{more}"
-    return f"--where leaves none of {len(records):,} images: no image meets all conditions at once"
-
-
-def _images_under(source: str, visited: set[tuple[int, int]], skipped: "_Skipped") -> list[str]:
-    """Relative posix paths of the images under one source folder, sorted."""
-    if not os.path.exists(source):
-        raise ValueError(f"{source}: there is no such folder; give the one that holds the images")
-    if not os.path.isdir(source):
-        raise ValueError(f"{source} is a file: give the folder that holds the images")
-    images: list[str] = []
-    folders = [""]
-    while folders:
-        folder = folders.pop()
-        status = os.stat(os.path.join(source, folder))
-        if (status.st_dev, status.st_ino) in visited:
-            skipped.repeated_folders += 1
-            continue
-        visited.add((status.st_dev, status.st_ino))
-        with os.scandir(os.path.join(source, folder)) as entries:
-            listed = sorted(entries, key=lambda entry: entry.name)
-        inner = []
-        for entry in listed:
-            relative = f"{folder}/{entry.name}" if folder else entry.name
-            if entry.name.startswith("."):
-                skipped.hidden += 1
-            elif entry.is_dir():
-                inner.append(relative)
-            elif not (entry.is_file() or entry.is_symlink()):
-                skipped.special += 1  # a pipe or a socket would block whoever opens it
-            elif _extension(entry.name) in IMAGE_EXTENSIONS:
-                images.append(relative)
-            else:
-                skipped.extensions[_extension(entry.name)] += 1
-        folders += reversed(inner)  # so that the first by name is visited next
-    return sorted(images)
-
-
-@dataclass
-class _Skipped:
-    """Counts of what a scan passed over."""
-
-    hidden: int = 0
-    special: int = 0
-    repeated_folders: int = 0
-    extensions: Counter = field(default_factory=Counter)
-
-    def notes(self) -> list[str]:
-        notes = []
-        if self.extensions:
-            kinds = ", ".join(
-                f"{count:,} {'.' + e if e else 'without extension'}" for e, count in sorted(self.extensions.items())
+def _all_fields(layout: Layout | None, labels: Labels | None, labelled: bool) -> tuple[str, ...]:
+    """The fields of the layout, then those of the table. Raises ValueError where both give one, or neither the class."""
+    of_layout = layout.fields if layout else ()
+    of_table = tuple(labels.fields) if labels else ()
+    if labels and (twice := [field for field in of_layout if field in of_table]):
+        raise ValueError(f"--layout and --table {labels.shown} both give {twice[0]!r}: leave it out of one of them")
+    if labelled and "class" not in of_layout + of_table:
+        if labels:
+            raise ValueError(
+                f"--table {labels.shown} has no column 'class': add it, or a --layout with {{class}}, or say --unlabelled"
             )
-            notes.append(f"{_files(self.extensions.total())} skipped by extension: {kinds}")
-        if self.hidden:
-            notes.append(f"{self.hidden:,} hidden {'entry' if self.hidden == 1 else 'entries'} skipped (name begins with a dot)")
-        if self.special:
-            notes.append(f"{_files(self.special)} skipped: neither a file nor a folder")
-        if self.repeated_folders:
-            folders = "folder was" if self.repeated_folders == 1 else "folders were"
-            notes.append(f"{self.repeated_folders:,} {folders} reached again (by a link or as another source) and taken once")
-        return notes
-
-    def hint(self) -> str:
-        notes = self.notes()
-        return f" ({'; '.join(notes)})" if notes else ""
+        assert layout is not None
+        raise ValueError(f"--layout {layout.text!r} captures no class: add {{class}}, or say --unlabelled")
+    return of_layout + of_table
 
 
-def _extension(name: str) -> str:
-    stem, dot, extension = name.rpartition(".")
-    return printable(extension.lower()) if stem and dot else ""
+class _Source(NamedTuple):
+    """A source to search. container: its path where it is an archive. prefix: what stands before each path below it."""
+
+    path: bytes
+    container: bytes | None
+    prefix: bytes
 
 
-def printable(path: str) -> str:
-    """A path that any file can store: bytes that are not UTF-8 become \\xNN."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+def _opened(source: str, visited: Visited) -> _Source:
+    path = os.fsencode(source)
+    if not os.path.exists(path):
+        raise ValueError(f"{source}: there is no such folder; give the one that holds the images")
+    if os.path.isdir(path):
+        return _Source(path, None, os.path.join(path, b""))
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{source} is neither a folder nor a file: give the folder that holds the images")
+    if (status.st_dev, status.st_ino) in visited:
+        raise ValueError(f"{source} was given twice: leave it out once")
+    visited.add((status.st_dev, status.st_ino))
+    return _Source(path, path, b"")
 
 
-def _files(count: int) -> str:
-    return "1 file" if count == 1 else f"{count:,} files"
+def _images(source: _Source, visited: Visited, skipped: Skipped) -> Iterator[Found]:
+    return images_in(source.path, skipped) if source.container else images_under(source.path, visited, skipped)
+
+
+def _joined(
+    tables: Sequence[pa.Table], sources: Sequence[_Source], labels: Labels, layout: Layout | None, gathering: Gathering
+) -> tuple[list[pa.Table], list[str]]:
+    """The images that the labels know, with their fields; then the labels that know no image; and what is to be said of both."""
+    searched = [
+        Searched(_composed(os.path.abspath(source.path)), _below(table["path"], source))
+        for source, table in zip(sources, tables, strict=True)
+    ]
+    looked = look_up(labels, searched)
+    joined = [
+        _with_fields(table.filter(pc.is_valid(rows)), labels, rows.drop_null())
+        for table, rows in zip(tables, looked.rows, strict=True)
+    ]
+    # The image of such a row may be there, and left out because the layout does not match it. Then it does not match here.
+    missing: list[Missing] = []
+    unmatched: list[Missing] = []
+    for row in looked.missing:
+        (missing if layout is None or layout.match(row.path) else unmatched).append(row)
+    for number, group in groupby(missing, key=lambda row: row.source):
+        rows = list(group)
+        source = sources[number] if number is not None else _Source(b"", None, b"")
+        found = (Found(folder, [name], [-1], [-1]) for folder, name in (parted(row.path.encode()) for row in rows))
+        table = gathering.table(found, source.container, source.prefix)
+        joined.append(_with_fields(table, labels, pa.chunked_array([[row.row for row in rows]], pa.int64())))
+    if missing:
+        count = "1 row of --table names" if len(missing) == 1 else f"{len(missing):,} rows of --table name"
+        looked.notes.append(f"{count} no image in the sources, for example {missing[0].path!r}: unreadable")
+    if unmatched:
+        count = "1 row" if len(unmatched) == 1 else f"{len(unmatched):,} rows"
+        looked.notes.append(f"{count} of --table left out: the layout does not match, for example {unmatched[0].path!r}")
+    return joined, looked.notes
+
+
+def _with_fields(table: pa.Table, labels: Labels, rows: pa.ChunkedArray) -> pa.Table:
+    for field, words in labels.fields.items():
+        table = table.append_column(field, pc.take(words, rows))
+    return table
+
+
+def _below(paths: pa.ChunkedArray, source: _Source) -> pa.ChunkedArray:
+    """Paths below the source, as text in Unicode's composed form."""
+    start = len(source.prefix)
+    chunks = [[_composed(path[start:]) for path in chunk.to_pylist()] for chunk in paths.chunks]
+    return pa.chunked_array(chunks, pa.string())
+
+
+def _composed(path: bytes) -> str:
+    return unicodedata.normalize("NFC", printable(path))
+
+
+def _check_classes(files: pa.Table) -> None:
+    if count := files["class"].null_count:
+        example = source_names(files.filter(pc.is_null(files["class"])).slice(0, 1))[0]
+        images = "1 image has no class:" if count == 1 else f"{count:,} images have no class, the first:"
+        raise ValueError(f"{images} {example}; fill in its cell in --table, remove its row, or say --unlabelled")

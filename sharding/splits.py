@@ -1,23 +1,28 @@
 """Records -> train and test (or any other names), class by class, seeded, with whole groups where asked.
 
-Without groups, each class is cut at Python's `round` of the cumulative shares: 5,678 patches at 0.8 give 4,542 and 1,136.
-With groups no exact cut exists; many seeded orders are tried and the best balanced is kept.
+By patch, each class is cut at Python's `round` of the cumulative shares: 5,678 patches at 0.8 give 4,542 and 1,136. Copies of
+one image lie next to each other in the order, so a cut that would fall between them is moved to the nearer end of them.
+By group see sharding.groups. What a set held before keeps its split, and what is new makes up for it.
 """
 
-import hashlib
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from sharding.copies import bunches_of, most_common, no_bunches, spread
 from sharding.draws import priorities
+from sharding.groups import Groups, fold_case, split_whole_groups, unite
 
-_ORDERS = 64  # seeded orders of the groups that are tried
-_STEPS = 40_000  # ... but fewer where there are many groups, which balance by themselves
+_ROWS = 2**16  # of digests that are strings of Python at a time
+_FAR = 0.05  # a class that is farther than this from the asked shares is named
 
 
-def parse_shares(text: str) -> dict[str, float]:
+def parse_shares(text: str, *, flag: str = "--split") -> dict[str, float]:
     """The shares that 'train=0.8,test=0.2' names, in order. Raises ValueError where they do not sum to 1."""
     shares: dict[str, float] = {}
     for part in text.split(","):
@@ -27,12 +32,12 @@ def parse_shares(text: str) -> dict[str, float]:
         except ValueError:
             share = -1.0
         if not equals or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or not 0 < share <= 1:
-            raise ValueError(f"--split {text!r}: {part.strip()!r} is not of the form name=share with a share from 0 to 1")
+            raise ValueError(f"{flag} {text!r}: {part.strip()!r} is not of the form name=share with a share from 0 to 1")
         if name in shares:
-            raise ValueError(f"--split {text!r} names {name!r} twice")
+            raise ValueError(f"{flag} {text!r} names {name!r} twice")
         shares[name] = share
     if abs(sum(shares.values()) - 1) > 1e-9:
-        raise ValueError(f"--split {text!r}: the shares sum to {sum(shares.values()):g}, not to 1")
+        raise ValueError(f"{flag} {text!r}: the shares sum to {sum(shares.values()):g}, not to 1")
     return shares
 
 
@@ -43,107 +48,217 @@ def cut_points(count: int, shares: Sequence[float]) -> list[int]:
     return [0, *(round(round(float(c), 9) * count) for c in cumulative[:-1]), count]
 
 
-def content_keys(digests: Sequence[str]) -> np.ndarray:
-    """(n,) uint64: the first 8 bytes of each hex sha256, a name for a patch that does not change with its place."""
-    return np.array([int(digest[:16], 16) for digest in digests], np.uint64)
+def content_digests(digests: Sequence[str] | pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """(n, 2) uint64: the first 16 bytes of each hex sha256, a name for a patch that does not change with its place."""
+    words = digests if isinstance(digests, pa.Array | pa.ChunkedArray) else pa.array(digests, pa.string())
+    found = np.empty((len(words), 2), np.uint64)
+    for start in range(0, len(words), _ROWS):
+        part = pc.utf8_slice_codeunits(words[start : start + _ROWS], 0, 32).to_pylist()
+        found[start : start + len(part)] = np.frombuffer(bytes.fromhex("".join(part)), ">u8").reshape(-1, 2)
+    return found
 
 
-def name_keys(names: Sequence[str]) -> np.ndarray:
-    """(n,) uint64: the first 8 bytes of each name's sha256."""
-    return content_keys([hashlib.sha256(name.encode()).hexdigest() for name in names])
+def content_keys(digests: Sequence[str] | pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """(n,) uint64: the first 8 bytes of each hex sha256, by which patches are drawn."""
+    return content_digests(digests)[:, 0]
 
 
-def split_patches(labels: np.ndarray, keys: np.ndarray, shares: Mapping[str, float], *, seed: int) -> np.ndarray:
+def assign_splits(
+    labels: np.ndarray,
+    groups: np.ndarray,
+    group_names: Sequence[str],
+    contents: np.ndarray,
+    shares: Mapping[str, float],
+    *,
+    by: Literal["patch", "group"],
+    duplicates: Literal["together", "apart"],
+    seed: int,
+    group_field: str,
+    held: np.ndarray | None = None,
+    class_names: Sequence[str] = (),
+) -> tuple[np.ndarray, list[str]]:
+    """(n,) int64: the index into shares of each patch's split, and what is to be said of it, one sentence each.
+
+    labels: (n,) class index, -1 unlabelled (a class of its own); groups: (n,) int64 index into group_names, -1 unknown;
+    contents: (n, 2) uint64 from content_digests. by: cut each class, or give away whole groups. duplicates: exact copies of
+    an image are kept in one split, or not. group_field: what a group is called, such as slide. held: (n,) the split that a
+    patch has already and keeps, -1 for new ones, which are split so that all together come near the shares.
+    shares may hold a 0 for a split that is not to grow. class_names: what sentences call the classes.
+    Raises ValueError where a new patch has no group to be split by, or where groups that share copies leave no fair split.
+    """
+    assert by in ("patch", "group") and duplicates in ("together", "apart") and len(labels)
+    held = no_bunches(len(labels)) if held is None else held
+    bunches = bunches_of(contents)
+    tied = bunches if duplicates == "together" else no_bunches(len(labels))
+    folded = fold_case(groups, group_names)
+    notes = case_notes([group_names[group] for group in np.unique(groups[groups >= 0])], group_field)
+    notes += _copy_notes(bunches)
+    if len(shares) == 1:
+        splits = np.zeros(len(labels), np.int64)
+    elif by == "group":
+        if lost := int(((groups < 0) & (held < 0)).sum()):
+            raise ValueError(f"{lost:,} patches have no {group_field}: correct the layout, or say --split-by patch")
+        splits = split_whole_groups(labels, folded, tied, shares, seed=seed, field=group_field, held=held)
+        notes += _group_notes(folded, tied, splits, shares, group_field)
+    else:
+        splits = split_patches(labels, contents[:, 0], shares, seed=seed, bunches=tied, held=held)
+        apart = splits
+        if (tied >= 0).any():
+            apart = split_patches(labels, contents[:, 0], shares, seed=seed, held=held)
+        if brought := len(spread(bunches, apart)) - len(spread(bunches, splits)):
+            images = "image" if brought == 1 else "images"
+            notes.append(f"{brought:,} {images} would have lain as exact copies in several splits: each was put in one")
+        notes += shared_groups(splits, folded.codes, list(shares))
+    if far := len(spread(bunches, splits)):
+        why = ", since what the set held before keeps its split" if duplicates == "together" else ""
+        notes.append(f"{_lie(far)} in several splits{why}")
+    if noisy := len(spread(bunches, labels)):
+        notes.append(f"{_lie(noisy)} in several classes")
+    if (held < 0).any():
+        notes += _share_notes(labels, splits, shares, class_names)
+    return splits, notes
+
+
+def split_patches(
+    labels: np.ndarray,
+    keys: np.ndarray,
+    shares: Mapping[str, float],
+    *,
+    seed: int,
+    bunches: np.ndarray | None = None,
+    held: np.ndarray | None = None,
+) -> np.ndarray:
     """Cut each class by itself: (n,) int64 indexes into the names of the shares.
 
-    labels: (n,) class index, -1 for all where unlabelled; keys: (n,) uint64 from content_keys. Equal keys keep their order.
+    labels: (n,) class index, -1 where unlabelled; keys: (n,) uint64 from content_keys, of which equal ones keep their order.
+    bunches: (n,) of sharding.copies, each to lie in one split; held: (n,) the split that a patch has already and keeps, -1
+    for the others. A copy of a held patch goes where that is, and the rest of a class to where it is short of its share.
     """
-    order = np.argsort(priorities(keys, seed=seed, stream="split"), kind="stable")
-    result = np.empty(len(labels), np.int64)
-    for label in np.unique(labels):
-        members = order[labels[order] == label]
-        cuts = cut_points(len(members), list(shares.values()))
-        for index, (start, end) in enumerate(itertools.pairwise(cuts)):
-            result[members[start:end]] = index
+    bunches = no_bunches(len(labels)) if bunches is None else bunches
+    result = no_bunches(len(labels)) if held is None else held.copy()
+    number = bunches.max(initial=0) + 1  # at least 1, so that a patch in no bunch can look up the last one in vain
+    copied = (result < 0) & (bunches >= 0)
+    result[copied] = most_common(bunches, result, count=number, below=len(shares))[bunches[copied]]
+
+    def cuts(label: int, count: int) -> np.ndarray:
+        mine = result[(labels == label) & (result >= 0)]
+        asked = np.diff(cut_points(len(mine) + count, list(shares.values())))
+        return _cuts_by_need(asked - np.bincount(mine, minlength=len(shares)), count)
+
+    free = np.flatnonzero(result < 0)
+    order = np.lexsort((bunches[free], priorities(keys[free], seed=seed, stream="split")))
+    result[free] = cut_classes(labels[free], order, bunches[free], cuts, parts=len(shares))
     return result
 
 
-def split_groups(
-    labels: np.ndarray, groups: np.ndarray, names: Sequence[str], shares: Mapping[str, float], *, seed: int, stream: str = "split"
-) -> np.ndarray:
-    """Give each group to one split, with every class as near its shares as the groups allow: (n,) int64 indexes of splits.
+def _cuts_by_need(need: np.ndarray, count: int) -> np.ndarray:
+    """(S + 1,) where to cut `count` items so that each part gets what it needs; where that is too much, all get as much less.
 
-    labels: (n,) class index or -1; groups: (n,) index into names. A class with at least as many groups as there are
-    splits has a group in each of them, except where groups that hold several classes make that impossible.
+    need: (S,) whole numbers with the sum `count`, below 0 for a part that has too much already.
     """
-    labels = np.unique(labels, return_inverse=True)[1]
-    counts = np.zeros((len(names), labels.max() + 1), np.int64)
-    np.add.at(counts, (groups, labels), 1)
-    used = np.flatnonzero(counts.sum(1)).tolist()  # a name may have no patch left after a selection
-    chosen = np.zeros(len(names), np.int64)
-    chosen[used] = assign_groups(counts[used], name_keys([names[g] for g in used]), list(shares.values()), seed, stream)
-    return chosen[groups]
+    given = need.astype(float)
+    while (given < 0).any():
+        needy = given > 0
+        given = np.where(needy, given + given[given < 0].sum() / needy.sum(), 0)
+    return np.rint(np.concatenate([[0], np.cumsum(given)])).astype(np.int64)
 
 
-def assign_groups(counts: np.ndarray, keys: np.ndarray, shares: Sequence[float], seed: int, stream: str) -> np.ndarray:
-    """(G,) split of each group; counts: (G, C) patches per group and class, keys: (G,) uint64 that name the groups."""
-    weights = counts / counts.sum(0)  # so that a rare class weighs as much as a common one
-    target = np.outer(shares, np.ones(counts.shape[1]))
-    best: tuple[tuple[int, float], np.ndarray] | None = None
-    for attempt in range(max(1, min(_ORDERS, _STEPS // len(counts)))):
-        draw = priorities(keys, seed=seed, stream=stream, epoch=attempt)
-        # By draw, but the larger half of the groups first: small groups then even out what large ones leave.
-        large = counts.sum(1) >= np.median(counts.sum(1))
-        order = np.lexsort((draw, ~large))
-        splits = _greedy(weights, order, target)
-        _repair(counts, weights, order, splits, len(shares))
-        score = _score(counts, weights, splits, target)
-        if best is None or score < best[0]:
-            best = score, splits
-    assert best is not None
-    return best[1]
+def cut_classes(
+    labels: np.ndarray,
+    order: np.ndarray,
+    bunches: np.ndarray,
+    cuts: Callable[[int, int], Sequence[int] | np.ndarray],
+    *,
+    parts: int,
+) -> np.ndarray:
+    """Cut each class in the given order, no bunch in two: (n,) int64 indexes of parts.
+
+    labels: (n,); order: (n,) indexes in which a class's members of one bunch follow each other; bunches: (n,) of
+    sharding.copies; cuts(label, count): parts + 1 places from 0 to count. A cut within a bunch moves to its nearer end, but
+    to an end of the class only where there is no other place. A bunch in several classes goes to the part with most of it.
+    """
+    result = np.empty(len(labels), np.int64)
+    ordered = labels[order]
+    for label in np.unique(labels):
+        members = order[ordered == label]
+        bunch = bunches[members]
+        between = 1 + np.flatnonzero((bunch[1:] != bunch[:-1]) | (bunch[1:] < 0))
+        places = np.array(cuts(int(label), len(members)))
+        assert places[0] == 0 and places[-1] == len(members) and (np.diff(places) >= 0).all(), places
+        inner = (places > 0) & (places < len(members))
+        places[inner] = _nearest(between if len(between) else np.array([0, len(members)]), places[inner])
+        for part, (start, end) in enumerate(itertools.pairwise(places)):
+            result[members[start:end]] = part
+    copied = bunches >= 0
+    if copied.any():
+        result[copied] = most_common(bunches, result, count=bunches.max() + 1, below=parts)[bunches[copied]]
+    return result
 
 
-def _greedy(weights: np.ndarray, order: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Each group in turn to the split where it lowers the squared distance from the target most."""
-    missing = target.copy()
-    splits = np.empty(len(weights), np.int64)
-    for group in order:
-        change = (weights[group] * (weights[group] - 2 * missing)).sum(1)
-        splits[group] = np.argmin(change)
-        missing[splits[group]] -= weights[group]
-    return splits
+def _nearest(choices: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """The choice that is nearest to each place, the lower of two. choices: ascending."""
+    high = np.searchsorted(choices, places).clip(max=len(choices) - 1)
+    low = np.maximum(high - 1, 0)
+    return np.where(places - choices[low] <= choices[high] - places, choices[low], choices[high])
 
 
-def _held(counts: np.ndarray, splits: np.ndarray, number: int) -> np.ndarray:
-    """(S, C) number of groups of each class in each split."""
-    held = np.zeros((number, counts.shape[1]), np.int64)
-    np.add.at(held, splits, counts > 0)
-    return held
+# What is to be said
 
 
-def _repair(counts: np.ndarray, weights: np.ndarray, order: np.ndarray, splits: np.ndarray, number: int) -> None:
-    """Where a split has no group of a class, move there the smallest one whose loss leaves no other gap. In place."""
-    for _ in range(number * counts.shape[1]):
-        held = _held(counts, splits, number)
-        moved = False
-        for split, label in zip(*np.nonzero(held == 0), strict=True):
-            # A group may go if each of its classes has another group where it is now.
-            spare = [g for g in order if counts[g, label] and (held[splits[g]][counts[g] > 0] > 1).all()]
-            if spare:
-                splits[min(spare, key=lambda g: weights[g].sum())] = split
-                moved = True
-                break
-        if not moved:
-            return
+def _copy_notes(bunches: np.ndarray) -> list[str]:
+    extra = int((bunches >= 0).sum()) - int(bunches.max(initial=-1)) - 1  # all of a bunch but one
+    if not extra:
+        return []
+    return [f"{extra:,} {'patch is an exact copy' if extra == 1 else 'patches are exact copies'} of another one"]
 
 
-def _score(counts: np.ndarray, weights: np.ndarray, splits: np.ndarray, target: np.ndarray) -> tuple[int, float]:
-    """Gaps first, then the squared distance from the shares; the lower the better."""
-    reached = np.zeros_like(target)
-    np.add.at(reached, splits, weights)
-    gaps = int((_held(counts, splits, len(target)) == 0).sum())
-    return gaps, round(float(((reached - target) ** 2).sum()), 12)
+def _lie(images: int) -> str:
+    return f"{images:,} {'image lies' if images == 1 else 'images lie'} as exact copies"
+
+
+def _group_notes(groups: Groups, bunches: np.ndarray, splits: np.ndarray, shares: Mapping[str, float], field: str) -> list[str]:
+    notes = []
+    used = np.unique(groups.codes[groups.codes >= 0])
+    united = unite(groups.codes, len(groups.names), bunches)[used]
+    if together := int((np.bincount(united)[united] > 1).sum()):
+        notes.append(
+            f"{together:,} of {len(used):,} {field}s share exact copies of images with another one: such were kept together"
+        )
+    parted = len(spread(groups.codes, splits))
+    whole = f"every {field}" if not parted else f"every {field} but {parted:,} that the set held in several"
+    reached = np.bincount(splits, minlength=len(shares)) / len(splits)
+    said = f"{' / '.join(shares)} got {_percent(reached)} (asked: {_percent(shares.values())})"
+    return [*notes, f"{whole} is whole in one split: {said}"]
+
+
+def _share_notes(labels: np.ndarray, splits: np.ndarray, shares: Mapping[str, float], names: Sequence[str]) -> list[str]:
+    """One sentence on the classes that are far from the asked shares, by more than the one patch that cannot be cut."""
+    asked = np.array(list(shares.values()))
+    missed = []
+    for label in np.unique(labels):
+        mine = splits[labels == label]
+        reached = np.bincount(mine, minlength=len(shares)) / len(mine)
+        if (abs(reached - asked) > max(_FAR, 1 / len(mine))).any():
+            name = "unlabelled" if label < 0 else names[label] if len(names) else f"class {label}"
+            missed.append(f"{name} ({_percent(reached)} of {len(mine):,})")
+    if not missed:
+        return []
+    return [f"more than {_FAR * 100:g} percentage points off the asked {' / '.join(shares)}: {', '.join(missed)}"]
+
+
+def _percent(shares: Iterable[float]) -> str:
+    return " / ".join(f"{share:.1%}" for share in shares)
+
+
+def case_notes(names: Iterable[str | None], field: str) -> list[str]:
+    """A sentence where two names differ only in upper and lower case, which is mostly a slip."""
+    spellings: dict[str, set[str]] = {}
+    for name in {name for name in names if name is not None}:
+        spellings.setdefault(name.casefold(), set()).add(name)
+    doubled = sorted(sorted(same) for same in spellings.values() if len(same) > 1)
+    if not doubled:
+        return []
+    return [f"{len(doubled):,} names of {field} differ only in upper and lower case, for example {' and '.join(doubled[0])}"]
 
 
 def shared_groups(splits: np.ndarray, groups: np.ndarray, names: Sequence[str]) -> list[str]:

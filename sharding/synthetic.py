@@ -25,7 +25,7 @@ import numpy as np
 import PIL.Image
 
 from sharding.command import option, required, run_script
-from sharding.workers import ordered_map
+from sharding.workers import ordered_map, tick
 
 CLASSES = {"benign": 0.5, "in_situ": 0.3, "invasive": 0.2}  # share of the patches
 ORGANS = ("breast", "kidney")
@@ -95,7 +95,7 @@ def draw_set(config: Config) -> Path:
             range(start, min(start + _PATCHES_PER_TASK, config.patches)) for start in range(0, config.patches, _PATCHES_PER_TASK)
         ]
         draw = functools.partial(_draw_files, config, partial)
-        for _ in ordered_map(draw, tasks, workers=config.workers, weight=len, title=f"drawing {config.organ}"):
+        for _ in ordered_map(draw, tasks, workers=config.workers, total=config.patches, title=f"drawing {config.organ}"):
             pass
         (partial / _MARKER).write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")
         os.rename(partial, out)
@@ -418,6 +418,7 @@ def _draw_files(config, folder, indices: Sequence[int]) -> None:
         path = folder.joinpath(*parts)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encode(draw_patch(config.organ, kind, index=index, slide=slide, size=config.size, seed=config.seed)))
+        tick(1)
 
 
 def _read_marker(folder):

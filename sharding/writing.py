@@ -1,205 +1,197 @@
-"""A planned shard set onto the disk: nothing half-written ever has its final name.
+"""One shard: its files read once, each treated, and written as a tar with its index, beside a note of what is in it.
 
-A shard is written under another name and renamed when it is safely there; the folder of all is `<out>.partial` until the end.
-A build that was cut off goes on from its whole shards.
+The note (`shard-000000.rows`, an Arrow file) has one row per source file, packed or refused. From all notes follow manifest
+and quarantine, and by its note a shard of a build that was cut off is known again.
 """
 
-import fcntl
 import hashlib
-import itertools
+import json
 import os
-import re
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from sharding.manifest import index_file, shard_file, write_table
-from sharding.plan import BLOCK, EXTENSIONS, index_text, member, tar_end, tar_sizes
+from sharding.archives import FileReader
+from sharding.checks import Refusal, silent_decoders
+from sharding.manifest import FORMAT_VERSION, index_file, shard_file
+from sharding.plan import BLOCK, EXTENSIONS, index_text, member, sample_key, tar_end
+from sharding.staging import rows_file, write_blocks, write_whole
+from sharding.treatment import Stored, Treatment, treat
+from sharding.workers import tick
 
-_OURS = re.compile(r"(shard-\d{6}\.(tar|idx)|(manifest|quarantine)\.parquet|dataset\.json)(\.tmp)?")
+# What a note says of each source file. `reason` is null where it was packed; then what follows is as in the manifest.
+ROWS = pa.schema(
+    {
+        "reason": pa.string(),
+        "detail": pa.string(),
+        "source_sha256": pa.string(),  # null where the file could not be read
+        "key": pa.string(),
+        "offset": pa.int64(),
+        "size": pa.int64(),
+        "width": pa.int32(),
+        "height": pa.int32(),
+        "format": pa.string(),
+        "coding": pa.string(),
+        "converted": pa.string(),
+        "psnr": pa.float32(),
+        "sha256": pa.string(),
+    }
+)
+_TICK = 32  # files between two words on progress
 
 
 class ShardTask(NamedTuple):
-    """One shard to write: a list entry per patch, in order."""
+    """One shard to write. files: the rows of a scan, in order; labels: (n,) class index, -1 where unlabelled."""
 
     number: int
-    paths: list[str]
-    keys: list[str]
-    extensions: list[str]
-    offsets: list[int]
-    sizes: list[int]
-    labels: list[int]
-    digests: list[str]
+    files: pa.Table
+    labels: np.ndarray
 
 
-def shard_tasks(manifest: pa.Table, paths: Sequence[str]) -> list[ShardTask]:
-    """One task per shard. paths: the file to open for each row of the manifest."""
-    shards = manifest["shard"].to_numpy()
-    bounds = [*np.flatnonzero(np.diff(shards, prepend=-1)).tolist(), len(shards)]
-    extensions = [EXTENSIONS[name] for name in manifest["format"].to_pylist()]
-    columns = [manifest[name].to_pylist() for name in ("offset", "size", "label", "sha256")]
-    keys = manifest["key"].to_pylist()
-    return [
-        ShardTask(number, *(list(column[start:end]) for column in (paths, keys, extensions, *columns)))
-        for number, (start, end) in enumerate(itertools.pairwise(bounds))
-    ]
+class Note(NamedTuple):
+    """What is in a written shard: a table by ROWS, and the sha256 of its files by name."""
+
+    rows: pa.Table
+    files: dict[str, str]
 
 
-def shard_length(task: ShardTask) -> int:
-    return len(task.keys)
+def write_shard(task: ShardTask, *, folder: Path, treatment: Treatment) -> None:
+    """Write a shard into the folder: tar, index and, last, the note. One that an earlier build left is kept if it is the same."""
+    identity = _identity(task, treatment)
+    if _is_there(task, identity, folder):
+        return
+    rows = _Rows()
+    tar, index = folder / shard_file(task.number), folder / index_file(task.number)
+    with silent_decoders(), FileReader() as reader:
+        tar_digest = write_blocks(tar, _tar_blocks(task, treatment, reader, rows))
+    index_digest = write_blocks(index, [rows.index_text().encode()])
+    metadata = {"identity": identity, tar.name: tar_digest, index.name: index_digest}
+    table = rows.table().replace_schema_metadata(metadata)
+
+    def write(path: Path) -> None:
+        with pa.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table)
+
+    write_whole(folder / rows_file(task.number), write)
 
 
-def write_shard(task: ShardTask, *, folder: Path) -> dict[str, str]:
-    """Write a tar and its index, unless a build that was cut off left them whole. Returns the sha256 of each file."""
-    tar = folder / shard_file(task.number)
-    digest = _digest_if_whole(tar, task) or write_whole(tar, _tar_blocks(task, _read_source))
-    text = index_text(task.keys, task.extensions, task.offsets, task.sizes, task.labels)
-    index = folder / index_file(task.number)
-    return {tar.name: digest, index.name: write_whole(index, [text.encode()])}
+def read_note(folder: Path, number: int) -> Note:
+    """The note of a shard that is there."""
+    with pa.OSFile(str(folder / rows_file(number))) as file:
+        table = pa.ipc.open_file(file).read_all()
+    metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    return Note(table.replace_schema_metadata(None), {name: metadata[name] for name in (shard_file(number), index_file(number))})
 
 
-def _tar_blocks(task: ShardTask, read: Callable[[ShardTask, int], bytes]) -> Iterator[bytes]:
-    """The bytes of a shard, sample by sample. read(task, i) gives the bytes of its patch i."""
+def read_digest(reader: FileReader, container: bytes | None, path: bytes, offset: int, size: int) -> str | None:
+    """The sha256 of a source file, or None where it cannot be read."""
+    try:
+        return hashlib.sha256(reader.read(container, path, offset, size)).hexdigest()
+    except OSError:
+        return None
+
+
+class _Rows:
+    """The rows of a note, column by column."""
+
+    def __init__(self) -> None:
+        self.columns: dict[str, list] = {name: [] for name in ROWS.names}
+        self.labels: list[int] = []
+        self.packed = 0
+
+    def add(self, **values) -> None:
+        for name, column in self.columns.items():
+            column.append(values.get(name))
+
+    def table(self) -> pa.Table:
+        return pa.table(self.columns, schema=ROWS)
+
+    def index_text(self) -> str:
+        packed = [i for i, reason in enumerate(self.columns["reason"]) if reason is None]
+        keys, formats, offsets, sizes = ([self.columns[name][i] for i in packed] for name in ("key", "format", "offset", "size"))
+        return index_text(keys, [EXTENSIONS[name] for name in formats], offsets, sizes, self.labels)
+
+
+def _tar_blocks(task: ShardTask, treatment: Treatment, reader: FileReader, rows: _Rows) -> Iterator[bytes]:
+    """The bytes of a shard, sample by sample; what was packed and refused goes into rows."""
     length = 0
-    for i, (key, extension, label) in enumerate(zip(task.keys, task.extensions, task.labels, strict=True)):
-        data = read(task, i)
-        assert (length + BLOCK, len(data)) == (task.offsets[i], task.sizes[i]), (key, length, len(data))
-        block = member(f"{key}.{extension}", data)
-        if label >= 0:
-            block += member(f"{key}.cls", str(label).encode())
+    for done, (place, label) in enumerate(zip(places(task.files), task.labels.tolist(), strict=True), start=1):
+        if not done % _TICK:
+            tick(_TICK)
+        try:
+            data = reader.read(*place)
+        except OSError as error:
+            rows.add(reason="unreadable", detail=error.strerror or "cannot be read")
+            continue
+        digest = hashlib.sha256(data).hexdigest()
+        stored = treat(data, treatment)
+        if isinstance(stored, Refusal):
+            rows.add(reason=stored.reason, detail=stored.detail, source_sha256=digest)
+            continue
+        key = sample_key(task.number, rows.packed, os.path.basename(os.fsdecode(place[1])))
+        rows.add(
+            source_sha256=digest,
+            key=key,
+            offset=length + BLOCK,
+            size=len(stored.data),
+            width=stored.width,
+            height=stored.height,
+            format=stored.format,
+            coding=stored.coding,
+            converted=stored.converted,
+            psnr=stored.psnr,
+            sha256=digest if stored.converted is None else hashlib.sha256(stored.data).hexdigest(),
+        )
+        rows.labels.append(label)
+        rows.packed += 1
+        block = _sample(key, stored, label)
         length += len(block)
         yield block
+    tick(len(task.labels) % _TICK)
     yield tar_end(length)
 
 
-def read_file(path: str) -> bytes:
-    with open(path, "rb", buffering=0) as file:
-        return file.read()
+def _sample(key: str, stored: Stored, label: int) -> bytes:
+    block = member(f"{key}.{EXTENSIONS[stored.format]}", stored.data)
+    return block + member(f"{key}.cls", str(label).encode()) if label >= 0 else block
 
 
-def _read_source(task: ShardTask, i: int) -> bytes:
-    """The bytes of a source image, which must still be those that were checked."""
-    try:
-        data = read_file(task.paths[i])
-    except OSError as error:
-        raise ValueError(f"{task.paths[i]} cannot be read any more ({error.strerror}): start the build again") from None
-    if hashlib.sha256(data).hexdigest() != task.digests[i]:
-        raise ValueError(f"{task.paths[i]} was changed while the set was being built: start the build again")
-    return data
+def places(files: pa.Table) -> Iterator[tuple[bytes | None, bytes, int, int]]:
+    """What FileReader.read takes, for each file."""
+    columns = (files[name].to_pylist() for name in ("container", "path", "offset", "size"))
+    return zip(*columns, strict=True)
 
 
-class _NotWhole(Exception):
-    """A shard of an earlier build does not hold what it should."""
-
-
-def _digest_if_whole(tar: Path, task: ShardTask) -> str | None:
-    """The sha256 of a shard that is there already, or None where it is missing or not what this plan would write."""
-    try:
-        with tar.open("rb") as file:
-            actual = hashlib.file_digest(file, "sha256").hexdigest()
-
-            def read_stored(task: ShardTask, i: int) -> bytes:
-                data = os.pread(file.fileno(), task.sizes[i], task.offsets[i])
-                if hashlib.sha256(data).hexdigest() != task.digests[i]:
-                    raise _NotWhole
-                return data
-
-            expected = hashlib.sha256()
-            for block in _tar_blocks(task, read_stored):
-                expected.update(block)
-    except (FileNotFoundError, _NotWhole):
-        return None
-    return actual if actual == expected.hexdigest() else None
-
-
-def write_whole(path: Path, blocks: Iterable[bytes]) -> str:
-    """Write a file under another name, and give it its own when it is safely on the disk. Returns its sha256."""
-    digest = hashlib.sha256()
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            for block in blocks:
-                file.write(block)
-                digest.update(block)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        error.filename = error.filename or str(temporary)  # a full disk does not say where
-        raise
-    temporary.rename(path)
+def _identity(task: ShardTask, treatment: Treatment) -> str:
+    """A digest of all that decides a shard's bytes, but for those of the sources."""
+    digest = hashlib.sha256(json.dumps([FORMAT_VERSION, task.number, asdict(treatment)], sort_keys=True).encode())
+    for container, path, offset, _ in places(task.files):
+        digest.update(b"%d:%b%d:%b%d;" % (len(container or b""), container or b"", len(path), path, offset))
+    digest.update(task.labels.astype("<i4").tobytes())
     return digest.hexdigest()
 
 
-def write_parquet(table: pa.Table, path: Path) -> str:
-    write_table(table, path)
-    with path.open("rb+") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())
-    return digest
-
-
-@contextmanager
-def partial_folder(out: Path) -> Iterator[Path]:
-    """`<out>.partial`, held by a lock that ends with this process. It is removed again where nothing was written."""
-    partial = out.with_name(out.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+def _is_there(task: ShardTask, identity: str, folder: Path) -> bool:
+    """Whether a build that was cut off left this shard whole, made in the same way of the same bytes."""
+    path = folder / rows_file(task.number)
     try:
-        _lock(handle, out)
-        # Between our mkdir and our lock, another build may have finished and renamed the folder away.
-        if not partial.exists() or not os.path.samestat(os.fstat(handle), partial.stat()):
-            raise ValueError(f"another build of {out} has just ended: look there, or start again")
-        try:
-            yield partial
-        finally:  # only where the lock is ours: the folder of another build may still be empty
-            if partial.exists() and not any(partial.iterdir()):
-                partial.rmdir()
-    finally:
-        os.close(handle)
-
-
-def _lock(handle: int, out: Path) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"another build is writing {out}: wait for it, or choose another --out") from None
-    except OSError:
-        pass  # a file system without locks, as some network drives are
-
-
-def clear_stale(partial: Path, tasks: Sequence[ShardTask]) -> None:
-    """Remove what a build that was cut off left behind and this one does not take up."""
-    keep = {shard_file(task.number) for task in tasks}
-    for stale in sorted(partial.iterdir()):
-        if not _OURS.fullmatch(stale.name):
-            raise ValueError(f"{stale} is not of a build that was cut off: move it away, or choose another --out")
-        if stale.name not in keep:
-            stale.unlink()
-
-
-def check_space(partial: Path, tasks: Sequence[ShardTask]) -> None:
-    needed = sum(int(tar_sizes(np.array(task.sizes), task.labels[0] >= 0).sum()) for task in tasks)
-    there = sum(file.stat().st_size for file in partial.iterdir())
-    free = shutil.disk_usage(partial).free
-    if needed - there > free:
-        raise ValueError(f"{partial.parent} has {free / 1e9:,.1f} GB free, and the set needs {(needed - there) / 1e9:,.1f} GB")
-
-
-def publish(partial: Path, out: Path) -> None:
-    """Give the whole folder its final name, in one step."""
-    _sync_folder(partial)
-    partial.rename(out)
-    _sync_folder(out.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        schema = pa.ipc.open_file(pa.OSFile(str(path))).schema
+        if (schema.metadata or {}).get(b"identity") != identity.encode():
+            return False
+        note = read_note(folder, task.number)
+        for name, digest in note.files.items():
+            with (folder / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                    return False
+    except (OSError, pa.ArrowException, KeyError):
+        return False
+    with FileReader() as reader:
+        for place, digest in zip(places(task.files), note.rows["source_sha256"].to_pylist(), strict=True):
+            if read_digest(reader, *place) != digest:
+                return False
+    tick(len(task.labels))
+    return True

@@ -4,9 +4,10 @@ import string
 import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from sharding.gathering import PLACE
 from sharding.layout import RESERVED, parse_layout
 from sharding.manifest import COLUMNS
 
@@ -34,6 +35,8 @@ from sharding.manifest import COLUMNS
         (r"regex:(?P<name>\d+)\.jpg$", "deep/er/p12.jpg", {"name": "12"}),  # searched for; the extension is there
         (r"regex:(?P<class>[ab])(?P<slide>\d)?", "a/x.jpg", {"class": "a", "slide": None}),
         (r"regex:(?P<class>a)?/(?P<slide>\d)", "b/1.jpg", None),  # a path without a class is not matched
+        ("{split}/{group}/{class}/{name}", "test/p 1/a/b.jpg", {"split": "test", "group": "p 1", "class": "a", "name": "b"}),
+        (r"regex:^(?P<group>p\d)?", "a.jpg", {"group": None}),
     ],
 )
 def test_match(layout, path, fields):
@@ -61,7 +64,7 @@ def test_one_name_in_two_unicode_forms_is_one_class():
         ("{class}}/{name}", "brace"),
         ("{class}/{id}/{name}", "'id'"),
         ("regex:(?P<class>", "regular expression"),
-        ("regex:(?P<group>x)", "'group'"),
+        ("regex:(?P<sha256>x)", "'sha256'"),
     ],
 )
 def test_a_bad_layout_is_refused_with_a_reason(layout, words):
@@ -70,8 +73,9 @@ def test_a_bad_layout_is_refused_with_a_reason(layout, words):
     assert words in str(caught.value)
 
 
-def test_reserved_names_are_the_manifests_columns():
-    assert set(COLUMNS) - {"class"} == RESERVED
+def test_all_columns_are_reserved_but_those_that_fields_fill():
+    assert set(COLUMNS) - RESERVED == {"class", "group", "split"}
+    assert set(PLACE) <= RESERVED  # or a field would take the place of where the file lies
 
 
 NAMES = st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=12)
@@ -86,7 +90,28 @@ def test_a_template_gives_back_what_the_path_was_made_of(values):
     assert layout.match("/".join(values) + ".jpg") == dict(zip(fields, values, strict=True))
 
 
-PIECES = ("{", "}", "/", "class", "name", "a", "_", "(", "?", "*", "\\", "regex:", "(?P<", ">", ")", "{class}", "{slide}", "é")
+PIECES = (
+    "{",
+    "}",
+    "/",
+    "a",
+    "_",
+    ".",
+    "(",
+    "?",
+    "*",
+    "\\",
+    "regex:",
+    "(?P<",
+    ">",
+    ")",
+    "{class}",
+    "{slide}",
+    "{group}",
+    "{split}",
+    "é",
+    "e\u0301",
+)
 
 
 @given(text=st.lists(st.sampled_from(PIECES), max_size=12).map("".join), path=st.text(max_size=20))
@@ -96,3 +121,38 @@ def test_any_text_is_a_layout_or_a_value_error(text, path):
     except ValueError:
         return
     layout.match(path)
+
+
+# Few letters and many separators, so that paths fit layouts in several ways, or nearly.
+TEMPLATES = st.lists(
+    st.sampled_from(["{class}", "{slide}", "{group}", "{name}", "/", "/", "_", "a", "-", ".", "e\u0301"]), min_size=1, max_size=9
+).map("".join)
+PATHS = st.lists(st.text(st.sampled_from("ab_-.e\u0301"), min_size=1, max_size=8), min_size=1, max_size=4)
+
+
+@settings(max_examples=400)
+@given(text=TEMPLATES | st.sampled_from(["regex:(?P<class>a+)/.*(?P<slide>b)?", "regex:^(?P<slide>[^/]+)_"]), path=PATHS)
+@example(text="{class}_{slide}/{class}-{name}", path=["a_b_c", "a_b-x.jpg"])  # the name decides what the folder's class is
+@example(text="{class}/{name}", path=["a.jpg"])
+@example(text="{class}/{name}", path=["e\u0301", "e\u0301.jpg"])
+@example(text="{class}/{name}", path=["a", "b", "c.jpg"])
+@example(text="{class}_{slide}/{group}_{name}", path=["a_b_c", "a_b_c.jpg"])
+def test_matching_the_folder_first_changes_nothing(text, path):
+    try:
+        layout = parse_layout(text)
+    except ValueError:
+        return
+    *folders, name = path
+    values = layout.names_in("/".join(folders))(name)
+    expected = layout.match("/".join(path))
+    assert (None if values is None else dict(zip(layout.fields, values, strict=True))) == expected
+
+
+def test_a_slash_keeps_names_apart_in_unicode_too():
+    """What lets a folder and a name be composed one by one."""
+    for code in range(0x110000):
+        mark = chr(code)
+        if not 0xD800 <= code < 0xE000:
+            composed = unicodedata.normalize("NFC", mark)
+            assert "/" not in composed or mark == "/"
+            assert unicodedata.normalize("NFC", "a/" + mark) == "a/" + composed

@@ -1,26 +1,85 @@
 """A scan finds every image, in an order that depends on names alone, and says what it leaves out."""
 
+import contextlib
 import os
+import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from sharding.sources import scan_sources
+from sharding import gathering
+from sharding.archives import FileReader
+from sharding.gathering import PLACE
+from sharding.manifest import WORDS
+from sharding.sources import scan_sources, source_names
 from tests.helpers import BREAST_LAYOUT, write_tree
+from tests.sharding.archive_files import NAMES, write_tar
 
 
 def relative(scan, root):
-    return [os.path.relpath(record.path, root) for record in scan.records]
+    return [os.path.relpath(name, root) for name in source_names(scan.files)]
 
 
-def test_records_are_sorted_and_carry_fields(breast):
+def test_files_are_sorted_and_carry_fields(breast):
     scan = scan_sources([str(breast)], layout=BREAST_LAYOUT)
     paths = relative(scan, breast)
     assert len(paths) == 55
-    assert paths == sorted(paths)
+    assert list(map(str.encode, paths)) == sorted(map(str.encode, paths))
     assert scan.notes == []
-    record = scan.records[paths.index("종양 (tumour)/S 종1/x40/patch x40 (2).jpg")]
-    assert record.fields == {"class": "종양 (tumour)", "slide": "S 종1", "magnification": "x40", "name": "patch x40 (2)"}
-    assert record.source == str(breast / "종양 (tumour)/S 종1/x40/patch x40 (2).jpg")
+    assert scan.fields == ("class", "slide", "magnification")
+    assert scan.files.column_names == [*PLACE, *scan.fields]
+    path = breast / "종양 (tumour)/S 종1/x40/patch x40 (2).jpg"
+    row = scan.files.slice(paths.index("종양 (tumour)/S 종1/x40/patch x40 (2).jpg"), 1).to_pylist()[0]
+    assert row == {
+        "container": None,
+        "path": os.fsencode(path),
+        "offset": -1,
+        "size": path.stat().st_size,
+        "class": "종양 (tumour)",
+        "slide": "S 종1",
+        "magnification": "x40",
+    }
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "zip"])
+def test_every_column_has_its_type_however_many_files(breast, tmp_path, monkeypatch, kind):
+    """So that tables can be put together and sent to other processes."""
+    monkeypatch.setattr(gathering, "BATCH", 10)
+    source = breast if kind == "folder" else Path(shutil.make_archive(str(tmp_path / "x"), kind, breast))
+    scan = scan_sources([source], layout=BREAST_LAYOUT)
+    assert len(scan.files) == 55
+    assert dict(zip(scan.files.column_names, scan.files.schema.types, strict=True)) == PLACE | dict.fromkeys(scan.fields, WORDS)
+    container = None if kind == "folder" else os.fsencode(source)
+    assert set(scan.files["container"].to_pylist()) == {container}
+    classes = [name.split("/")[-4] for name in source_names(scan.files)]
+    assert scan.files["class"].to_pylist() == classes
+    columns = scan.files.column_names[:4]
+    with FileReader() as reader:
+        for name, *place in zip(source_names(scan.files), *(scan.files[c].to_pylist() for c in columns), strict=True):
+            assert reader.read(*place) == (breast / os.path.relpath(name, source)).read_bytes()
+
+
+def test_several_sources_are_one_set(tmp_path):
+    one = write_tree(tmp_path / "one", {"b/1.jpg": b"1", "a/1.jpg": b"2"})
+    two = write_tar(tmp_path / "two.tar", [(b"a/1.jpg", b"3"), (b"c/1.jpg", b"4")])
+    three = write_tree(tmp_path / "three", {"a/1.jpg": b"5"})
+    scan = scan_sources([two, one, three])
+    names = [f"{two}/a/1.jpg", f"{two}/c/1.jpg", f"{one}/a/1.jpg", f"{one}/b/1.jpg", f"{three}/a/1.jpg"]
+    assert source_names(scan.files) == names
+    assert scan.files["class"].to_pylist() == ["a", "c", "a", "b", "a"]
+    assert scan_sources([one, three]).files["container"].null_count == 3
+
+
+def test_group_and_split_may_be_captured(tmp_path):
+    root = write_tree(tmp_path, {"train/p1/a/1.jpg": b"", "test/p2/b/2.jpg": b""})
+    scan = scan_sources([root], layout="{split}/{group}/{class}/{name}")
+    assert scan.files.select(scan.fields).to_pylist() == [
+        {"split": "test", "group": "p2", "class": "b"},
+        {"split": "train", "group": "p1", "class": "a"},
+    ]
 
 
 def test_what_is_left_out_is_counted_and_said(tmp_path):
@@ -49,15 +108,30 @@ def test_a_linked_folder_is_followed_once_and_loops_end(tmp_path):
 def test_a_dangling_link_to_an_image_is_not_lost(tmp_path):
     write_tree(tmp_path, {"a/1.jpg": b"x"})
     (tmp_path / "a" / "2.jpg").symlink_to(tmp_path / "nowhere.jpg")
-    assert len(scan_sources([str(tmp_path)]).records) == 2
+    scan = scan_sources([str(tmp_path)])
+    assert scan.files["size"].to_pylist() == [1, -1]
+
+
+def test_an_archive_among_the_images_is_not_opened_and_said(tmp_path):
+    write_tree(tmp_path, {"a/1.jpg": b"x", "a/more.zip": b"x"})
+    (note,) = scan_sources([tmp_path]).notes
+    assert note == f"1 archive in the folders was not opened, for example {tmp_path}/a/more.zip: to pack it, give it as a source"
 
 
 def test_where_keeps_what_it_says(breast):
     one = scan_sources([str(breast)], layout=BREAST_LAYOUT, where=["slide=S B1"])
-    assert {record.fields["slide"] for record in one.records} == {"S B1"}
-    assert f"{55 - len(one.records)} files left out by --where" in one.notes
+    assert set(one.files["slide"].to_pylist()) == {"S B1"}
+    assert f"{55 - len(one.files)} files left out by --where" in one.notes
     either = scan_sources([str(breast)], layout=BREAST_LAYOUT, where=["slide=S B1", "slide=S I0"])
-    assert {record.fields["slide"] for record in either.records} == {"S B1", "S I0"}
+    assert set(either.files["slide"].to_pylist()) == {"S B1", "S I0"}
+    neither = scan_sources([str(breast)], layout=BREAST_LAYOUT, where=["slide!=S B1", "slide!=S I0"])
+    assert len(neither.files) + len(either.files) == 55
+
+
+def test_where_knows_the_name_too_though_it_is_no_column(breast):
+    scan = scan_sources([str(breast)], layout=BREAST_LAYOUT, where=["name=patch x40 (2)"])
+    assert len(scan.files) == 9  # one on each slide
+    assert scan.fields == ("class", "slide", "magnification")
 
 
 @pytest.mark.parametrize(
@@ -68,19 +142,43 @@ def test_where_keeps_what_it_says(breast):
         (dict(sources=["{root}/Benign/S B0/x40/patch x40 (0).png"]), "is a file"),
         (dict(sources=["{root}/empty"]), "no image"),
         (dict(sources=["{root}", "{root}/Benign"]), "reached again"),
+        (dict(sources=["{root}/x.tar", "{root}/x.tar"]), "given twice"),
+        (dict(sources=["{root}/pipe"]), "neither a folder nor a file"),
         (dict(layout="{class}/{name}"), "not 'Benign/S B0/x40/patch x40 (0).png'"),
         (dict(layout="{slide}/{a}/{b}/{name}"), "--unlabelled"),
         (dict(where=["magnification"]), "field=value"),
         (dict(where=["stain=HE"]), "class, slide, magnification, name"),
+        (dict(layout="{class}/{slide}/{key}/{name}"), "'key'"),
         (dict(where=["magnification=x20"]), "is one of x40"),
         (dict(where=["slide=S B0", "class=In situ"]), "all conditions at once"),
     ],
 )
 def test_a_users_mistake_is_one_sentence(breast, settings, words):
     (breast / "empty").mkdir()
+    os.mkfifo(breast / "pipe")
+    write_tar(breast / "x.tar", [(b"a/b/c/1.jpg", b"x")])
     settings = {"sources": ["{root}"], "layout": BREAST_LAYOUT, **settings}
     settings["sources"] = [source.format(root=breast) for source in settings["sources"]]
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the words are compared below
         scan_sources(**settings)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@given(paths=st.lists(st.lists(NAMES, min_size=1, max_size=3), min_size=1, max_size=4))
+def test_files_of_any_name_are_found_and_read(paths):
+    """And shown and stored as text, from which a table can be written."""
+    with tempfile.TemporaryDirectory() as root:
+        contents = set()
+        for number, (*folders, name) in enumerate(paths):
+            folder = os.path.join(os.fsencode(root), *folders)
+            with contextlib.suppress(OSError):  # there may be a file where a folder should be
+                os.makedirs(folder, exist_ok=True)
+                with open(os.path.join(folder, name + b".jpg"), "xb") as file:
+                    file.write(b"%d" % number)
+                contents.add(b"%d" % number)
+        files = scan_sources([root], labelled=False).files
+        with FileReader() as reader:
+            rows = zip(*(files[column].to_pylist() for column in PLACE), strict=True)
+            assert {reader.read(*row) for row in rows} == contents
+        "".join(source_names(files)).encode()

@@ -1,0 +1,273 @@
+"""What the packing benchmark compares: each contender packs or decodes the same folder, in a process of its own.
+
+A contender imports what it needs, then notes the time, works, and says how many patches its output holds and how many
+seconds it worked. Those who measure add the start of the process and the disk.
+"""
+
+import dataclasses
+import io
+import json
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
+
+from packing_images import image_files  # noqa: E402
+
+BATCH = 128  # patches that DALI decodes at a time
+SHARD_BYTES = 128 * 10**6  # of ShardWriter, as ours are by default
+_START_S = 300  # seconds that decoding processes wait for each other
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is packed, and where to. layout: of the paths below images, for ours; the others take the first folder's name."""
+
+    images: str
+    out: str
+    workers: int
+    layout: str
+
+
+class Work(NamedTuple):
+    """patches: that the output holds, or that were decoded; work_s: seconds, after all imports."""
+
+    patches: int
+    work_s: float
+
+
+class Contender(NamedTuple):
+    """run: None for one that is a program of its own. module, package: what it needs, by the name to import and to install."""
+
+    title: str
+    run: Callable[[Task], Work] | None
+    module: str | None = None
+    package: str | None = None
+
+
+# ---- The yardstick: nothing but reading and decoding ----
+
+
+def decode_dali(task: Task) -> Work:
+    """One DALI pipeline on the CPU with a thread per core."""
+    import numpy as np
+    import nvidia.dali.fn as fn
+    import nvidia.dali.types as types
+    from nvidia.dali.pipeline import Pipeline
+
+    files = [path for path, _ in image_files(task.images)]
+
+    def batches():
+        for start in range(0, len(files), BATCH):
+            yield [np.fromfile(path, np.uint8) for path in files[start : start + BATCH]]
+
+    pipeline = Pipeline(batch_size=BATCH, num_threads=task.workers, device_id=None, prefetch_queue_depth=2)
+    with pipeline:
+        encoded = fn.external_source(source=batches(), dtype=types.UINT8, ndim=1)
+        pipeline.set_outputs(fn.decoders.image(encoded, device="cpu", output_type=types.RGB))
+    pipeline.build()
+    started, done = time.monotonic(), 0
+    try:
+        while True:
+            (images,) = pipeline.run()
+            done += len(images)
+    except StopIteration:
+        return Work(done, time.monotonic() - started)
+
+
+def decode_nvimgcodec(task: Task) -> Work:
+    """nvImageCodec's decoders in a process per core. The clock starts when all of them are ready."""
+    files = [path for path, _ in image_files(task.images)]
+    shares = [files[start :: task.workers] for start in range(task.workers)]
+    context = multiprocessing.get_context("spawn")
+    meeting = context.Barrier(task.workers)
+    with ProcessPoolExecutor(task.workers, mp_context=context, initializer=_meet_at, initargs=(meeting,)) as pool:
+        spans = list(pool.map(_decode_share, shares))
+    return Work(sum(count for count, _, _ in spans), max(end for _, _, end in spans) - min(start for _, start, _ in spans))
+
+
+_meeting: threading.Barrier | None = None  # of the processes that decode: a barrier can be handed only to a starting one
+
+
+def _meet_at(barrier) -> None:
+    global _meeting
+    _meeting = barrier
+
+
+def _decode_share(files: Sequence[str]) -> tuple[int, float, float]:
+    """Patches decoded, and when the first and the last one were, on the clock that all processes share."""
+    os.environ["PYNVIMGCODEC_VERBOSITY"] = "0"
+    import nvidia.nvimgcodec as codec
+
+    backends = [codec.Backend(codec.BackendKind.CPU_ONLY)]
+    decoder = codec.Decoder(device_id=codec.NVIMGCODEC_DEVICE_CPU_ONLY, max_num_cpu_threads=1, backends=backends)
+    assert _meeting is not None
+    _meeting.wait(_START_S)  # and so no process takes two shares
+    started, done = time.monotonic(), 0
+    for path in files:
+        done += decoder.decode(_read(path)) is not None
+    return done, started, time.monotonic()
+
+
+# ---- Ours ----
+
+
+def ours_decode(task: Task) -> Work:
+    return _ours(task, check="decode")
+
+
+def ours_header(task: Task) -> Work:
+    return _ours(task, check="header")
+
+
+def _ours(task: Task, **settings: Any) -> Work:
+    from sharding.packing import build_shards
+
+    started = time.monotonic()
+    summary = build_shards(
+        [task.images], Path(task.out) / "shards", layout=task.layout, workers=task.workers, encode="keep", **settings
+    )
+    return Work(summary.packed, time.monotonic() - started)
+
+
+# ---- The others, each as its guide shows it, with the files' own bytes ----
+
+
+def webdataset(task: Task) -> Work:
+    return _webdataset(task, check=False)
+
+
+def webdataset_pillow(task: Task) -> Work:
+    return _webdataset(task, check=True)
+
+
+def _webdataset(task: Task, *, check: bool) -> Work:
+    from webdataset import ShardWriter
+
+    if check:
+        import PIL.JpegImagePlugin
+        import PIL.PngImagePlugin  # noqa: F401  (not while the clock runs)
+
+    started = time.monotonic()
+    pattern = f"{task.out}/shard-%06d.tar"
+    with ShardWriter(pattern, maxcount=10**9, maxsize=SHARD_BYTES, verbose=0, mtime=0) as writer:
+        for number, (path, label) in enumerate(image_files(task.images)):
+            data = _read(path)
+            if check:
+                _check_with_pillow(data)
+            writer.write({"__key__": f"{number:09d}", _extension(path): data, "cls": label})
+        count = writer.total
+    return Work(count, time.monotonic() - started)
+
+
+def _check_with_pillow(data: bytes) -> None:
+    """Both of Pillow's checks: an image that was verified has to be opened again to be decoded."""
+    import PIL.Image
+
+    with PIL.Image.open(io.BytesIO(data)) as image:
+        image.verify()
+    with PIL.Image.open(io.BytesIO(data)) as image:
+        image.load()
+
+
+def litdata(task: Task) -> Work:
+    """`optimize` with a process per core. Chunks of 64 MB, as in its guide."""
+    os.environ["DATA_OPTIMIZER_CACHE_FOLDER"] = f"{task.out}/cache"  # by default one place for all on this machine
+    import litdata
+
+    started = time.monotonic()
+    out = Path(task.out) / "chunks"
+    litdata.optimize(
+        fn=_litdata_sample,
+        inputs=list(image_files(task.images)),
+        output_dir=str(out),
+        chunk_bytes="64MB",
+        num_workers=task.workers,
+        verbose=False,
+    )
+    seconds = time.monotonic() - started
+    return Work(sum(chunk["chunk_size"] for chunk in _read_json(out / "index.json")["chunks"]), seconds)
+
+
+def _litdata_sample(item: tuple[str, int]) -> dict[str, Any]:
+    path, label = item
+    return {"image": _read(path), "label": label}
+
+
+def mosaicml(task: Task) -> Work:
+    """`MDSWriter` in one process, with its own default size of a shard (64 MiB)."""
+    from streaming import MDSWriter
+
+    started = time.monotonic()
+    out = Path(task.out) / "mds"
+    with MDSWriter(out=str(out), columns={"image": "bytes", "label": "int"}) as writer:
+        for path, label in image_files(task.images):
+            writer.write({"image": _read(path), "label": label})
+    seconds = time.monotonic() - started
+    return Work(sum(shard["samples"] for shard in _read_json(out / "index.json")["shards"]), seconds)
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        return file.read()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _extension(path: str) -> str:
+    return path.rpartition(".")[2].lower()
+
+
+# In the order of the rounds
+CONTENDERS = {
+    "decode-dali": Contender("bare decode, DALI with a thread per core", decode_dali, "nvidia.dali", "nvidia-dali-cuda130"),
+    "decode-nvimgcodec": Contender(
+        "bare decode, nvImageCodec in a process per core", decode_nvimgcodec, "nvidia.nvimgcodec", "nvidia-nvimgcodec-cu13"
+    ),
+    "ours-decode": Contender("ours, --check decode, a process per core", ours_decode),
+    "ours-header": Contender("ours, --check header, a process per core", ours_header),
+    "tar": Contender("GNU tar, one process", None),
+    "webdataset": Contender("webdataset.ShardWriter, one process", webdataset, "webdataset", "webdataset"),
+    "webdataset-pillow": Contender("the same after Pillow's verify and load", webdataset_pillow, "webdataset", "webdataset"),
+    "litdata": Contender("litdata.optimize, a process per core", litdata, "litdata", "litdata"),
+    "mosaicml": Contender("streaming.MDSWriter, one process", mosaicml, "streaming", "mosaicml-streaming"),
+}
+DECODERS = ("decode-dali", "decode-nvimgcodec")
+
+
+def command(name: str, task: Task, result: Path) -> list[str]:
+    """The command line of a contender. At its end it writes a report to `result`, which a program of its own does not."""
+    if name == "tar":
+        return ["tar", "-C", task.images, "-cf", f"{task.out}/images.tar", "."]
+    return [sys.executable, __file__, name, json.dumps(dataclasses.asdict(task)), str(result)]
+
+
+def main(name: str, task: str, result: str) -> None:
+    run = CONTENDERS[name].run
+    assert run is not None
+    work = run(Task(**json.loads(task)))
+    report = {**work._asdict(), "process": os.getpid(), "peak_bytes": _own_peak()}
+    Path(result).write_text(json.dumps(report), encoding="utf-8")
+
+
+def _own_peak() -> int:
+    """The largest resident memory of this process so far, bytes.
+
+    Not by getrusage: a process that was started by a large one begins with that one's peak.
+    """
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,209 @@
+"""Tar and zip files as sources: their images are found and read in place, nothing is unpacked.
+
+For that a member must begin at a known byte: a plain tar, or a zip, of which each member is compressed by itself.
+"""
+
+import os
+import tarfile
+from collections.abc import Iterator
+from errno import EIO, ENOENT
+from itertools import groupby
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sharding.found import BATCH, IMAGE_EXTENSIONS, Found, Skipped, extension, parted, printable
+from sharding.zips import is_zip, read_zip_member, zip_members
+
+# How a compressed file begins. Such a tar can only be read from its start.
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf\x27\x1c", b"Rar!")
+_LONGEST_MAGIC = 6
+_BLOCK = tarfile.BLOCKSIZE
+
+_MOST_OPEN = 8  # archives
+
+
+def images_in(archive: bytes, skipped: Skipped) -> Iterator[Found]:
+    """The images in a tar or zip, sorted by path (as bytes). A name that comes twice is taken once: the last one.
+
+    Offsets: of the data in a tar, of the local header in a zip. Paths are without `.` and without a slash in front.
+    Raises ValueError where the file is no archive that can be read in place, or is damaged.
+    """
+    shown = printable(archive)
+    file = os.open(archive, os.O_RDONLY)
+    try:
+        if os.pread(file, _LONGEST_MAGIC, 0).startswith(_COMPRESSED):
+            raise ValueError(
+                f"{shown} is compressed as a whole and cannot be read in place: unpack it, or make it a plain tar or a zip"
+            )
+        if _is_tar(archive):
+            members = _tar_members(archive, skipped)
+        elif is_zip(file):
+            members = zip_members(file, shown, skipped)
+        else:
+            raise ValueError(f"{shown} is a file, and neither a tar nor a zip: give the folder that holds the images")
+        table = _in_order(_gathered(members, skipped), shown, skipped)
+    finally:
+        os.close(file)
+    for batch in table.to_batches(BATCH):
+        rows = zip(*(column.to_pylist() for column in batch.columns), strict=True)
+        for folder, group in groupby(((*parted(path), offset, size) for path, offset, size in rows), key=lambda row: row[0]):
+            _, names, offsets, sizes = zip(*group, strict=True)
+            yield Found(folder, list(names), list(offsets), list(sizes))
+
+
+def _is_tar(archive: bytes) -> bool:
+    """Whether a file begins as a plain tar does."""
+    try:
+        with tarfile.open(archive, "r:"):
+            return True
+    except _BAD_TAR:
+        return False
+
+
+# What tarfile raises for bytes that are no tar: its own errors, and those of numbers that are absurd.
+_BAD_TAR = (tarfile.TarError, ValueError, OverflowError, RecursionError, MemoryError)
+
+
+def _tar_members(archive: bytes, skipped: Skipped) -> Iterator[tuple[bytes, int, int]]:
+    """Name, offset of the data and size in bytes of every file in a plain tar, in the order of the tar."""
+    damaged = f"{printable(archive)} is a tar that is damaged, was cut short or is several in a row: copy it again, or unpack it"
+    try:
+        with tarfile.open(archive, "r:") as tar:
+            place = -1
+            while (info := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+                if info.offset_data <= place:
+                    raise ValueError(damaged)  # a negative size sends it back for ever
+                place = info.offset_data
+                if info.isreg() and not info.issparse():
+                    yield os.fsencode(info.name), info.offset_data, info.size
+                elif not info.isdir():
+                    skipped.special += 1
+            end = tar.offset  # where it stopped, be it at the end or at something strange
+    except _BAD_TAR:
+        raise ValueError(damaged) from None
+    # tarfile takes a bad header for the end. Behind a true end there is nothing but zeros, and at least a block of them.
+    with open(archive, "rb") as rest:
+        rest.seek(end)
+        block = rest.read(_BLOCK)
+        if len(block) < _BLOCK:
+            raise ValueError(damaged)
+        while block:
+            if any(block):
+                raise ValueError(damaged)
+            block = rest.read(BATCH)
+
+
+def _gathered(members: Iterator[tuple[bytes, int, int]], skipped: Skipped) -> pa.Table:
+    """The images among the members, as columns: path, offset, size."""
+    kinds = (pa.binary(), pa.int64(), pa.int64())
+    columns: tuple[list, list, list] = ([], [], [])
+    batches = []
+
+    def flush() -> None:
+        arrays = [pa.array(column, kind) for column, kind in zip(columns, kinds, strict=True)]
+        batches.append(pa.RecordBatch.from_arrays(arrays, names=["path", "offset", "size"]))
+        for column in columns:
+            column.clear()
+
+    for member, offset, size in members:
+        path = _cleaned(member)
+        kind = extension(parted(path)[1])
+        if any(part.startswith(b".") and part != b".." for part in path.split(b"/")):
+            skipped.hidden += 1
+        elif kind not in IMAGE_EXTENSIONS:
+            skipped.extensions[printable(kind)] += 1
+        else:
+            for column, value in zip(columns, (path, offset, size), strict=True):
+                column.append(value)
+            if len(columns[0]) == BATCH:
+                flush()
+    flush()
+    return pa.Table.from_batches(batches)
+
+
+def _in_order(table: pa.Table, shown: str, skipped: Skipped) -> pa.Table:
+    """The members sorted by path, the last one of each path (sorting is stable)."""
+    table = table.take(pc.sort_indices(table, sort_keys=[("path", "ascending")])).combine_chunks()
+    if len(table) < 2:
+        return table
+    paths = table["path"]
+    is_last = np.append(pc.not_equal(paths[:-1], paths[1:]).to_numpy(), True)
+    if is_last.all():
+        return table
+    again = int((~is_last).sum())
+    skipped.remarks.append(
+        f"{shown} has {again:,} {'file' if again == 1 else 'files'} again under the same name: the last one counts"
+    )
+    return table.filter(pa.array(is_last))
+
+
+def _cleaned(member: bytes) -> bytes:
+    """A member's name as a relative path: `./a//b` is a/b, and so is `/a/b`."""
+    if member.startswith((b"/", b"./")) or b"//" in member or b"/./" in member:
+        return b"/".join(part for part in member.split(b"/") if part not in (b"", b"."))
+    return member
+
+
+class FileReader:
+    """Reads images wherever a scan found them, and keeps the archives that it read last open (use it in a `with`)."""
+
+    def __init__(self) -> None:
+        self._archives: dict[bytes, tuple[int, bool]] = {}  # open file and whether it is a tar; the one used last comes last
+
+    def __enter__(self) -> "FileReader":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        while self._archives:
+            self._close_oldest()
+
+    def read(self, container: bytes | None, path: bytes, offset: int, size: int) -> bytes:
+        """The bytes of the image that a row of `Scan.files` stands for; of a plain file those that it has now.
+
+        Raises OSError, with a strerror, for whatever cannot be read.
+        """
+        if container is None:
+            return _read_file(path, size)
+        if size < 0:
+            raise OSError(ENOENT, "no such file in the archive")
+        file, is_tar = self._opened(container)
+        if not is_tar:
+            return read_zip_member(file, offset, size)
+        data = os.pread(file, size, offset)
+        if len(data) != size:
+            raise OSError(EIO, "the tar was cut short")
+        return data
+
+    def _opened(self, container: bytes) -> tuple[int, bool]:
+        archive = self._archives.pop(container, None)
+        if archive is None:
+            if len(self._archives) == _MOST_OPEN:
+                self._close_oldest()
+            is_tar = _is_tar(container)
+            archive = os.open(container, os.O_RDONLY), is_tar
+        self._archives[container] = archive
+        return archive
+
+    def _close_oldest(self) -> None:
+        oldest = next(iter(self._archives))
+        os.close(self._archives.pop(oldest)[0])
+
+
+def _read_file(path: bytes, size: int) -> bytes:
+    if size < 0:
+        os.stat(path)  # says why there was none
+        raise OSError(ENOENT, "was not there when the sources were searched")
+    file = os.open(path, os.O_RDONLY)
+    try:
+        data = os.read(file, size + 1)
+        if len(data) == size:
+            return data
+        blocks = [data]  # it changed since, or is beyond what one call reads
+        while block := os.read(file, 1 << 20):
+            blocks.append(block)
+        return b"".join(blocks)
+    finally:
+        os.close(file)

@@ -1,0 +1,97 @@
+"""Which fields of a scan say class, group and split, and how the set is to be split."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sharding.manifest import decoded
+from sharding.sources import Scan, source_names
+from sharding.splits import parse_shares
+
+_ONE_SPLIT = "train=1"  # where no split is asked for
+_COLUMN = "column:"  # --split column:fold
+
+
+@dataclass(frozen=True)
+class Roles:
+    """split: shares as text, or column:NAME; column: that NAME. by: "patch" or "group"; extra: fields that become columns."""
+
+    labelled: bool
+    group_by: str | None
+    split: str | None
+    column: str | None
+    shares: dict[str, float]
+    by: Literal["patch", "group"]
+    duplicates: Literal["together", "apart"]
+    extra: list[str]
+
+    def words(self, files: pa.Table) -> dict[str, pa.ChunkedArray]:
+        """The manifest's columns that fields fill, for each file."""
+        found = {name: files[name] for name in self.extra}
+        for name, source in (("class", "class" if self.labelled else None), ("group", self.group_by), ("split", self.column)):
+            if source:
+                found[name] = files[source]
+        return found
+
+
+def find_roles(
+    scan: Scan,
+    *,
+    labelled: bool,
+    split: str | None,
+    group_by: str | None,
+    split_by: Literal["auto", "patch", "group"],
+    duplicates: Literal["together", "apart"],
+) -> Roles:
+    """What each field is for. Fields called group and split are taken for these where nothing else is said.
+
+    Raises ValueError where a field that is asked for is missing, or is empty for a file.
+    """
+    if group_by is None and "group" in scan.fields:
+        group_by = "group"
+    if split is None and "split" in scan.fields:
+        split = f"{_COLUMN}split"
+    column = split.removeprefix(_COLUMN) if split and split.startswith(_COLUMN) else None
+    for flag, name in (("--group-by ", group_by), (f"--split {_COLUMN}", column)):
+        if name is not None and (name not in scan.fields or name == "class"):
+            known = ", ".join(field for field in scan.fields if field != "class")
+            raise ValueError(f"{flag}{name}: there is no such field; layout and table give {known or 'none to use'}")
+    for used, taken, flag in ((group_by, "group", "--group-by"), (column, "split", f"--split {_COLUMN}")):
+        if taken in scan.fields and used != taken:
+            raise ValueError(
+                f"a field is called {taken!r} and {flag.strip(':')} asks for another: rename the field, or leave the flag out"
+            )
+    if duplicates not in ("together", "apart"):
+        raise ValueError(f"--duplicates {duplicates!r} is not known: it is together or apart")
+    if split_by == "group" and not group_by:
+        raise ValueError("--split-by group needs --group-by, the field that names a patch's group")
+    by: Literal["patch", "group"] = split_by if split_by != "auto" else "group" if group_by and not column else "patch"
+    if column:
+        if by == "group":
+            raise ValueError(f"--split {_COLUMN}{column} says where each patch goes: leave out --split-by group")
+        _check_all_have(scan, column, "fill it in, or give shares such as --split train=0.8,test=0.2")
+        shares = _observed(scan, column)
+    else:
+        shares = parse_shares(split or _ONE_SPLIT)
+        if by == "group" and len(shares) > 1:
+            _check_all_have(scan, str(group_by), "correct layout or table, or say --split-by patch")
+    extra = [field for field in scan.fields if field not in ("class", "group", "split")]
+    return Roles(labelled, group_by, split, column, shares, by, duplicates, extra)
+
+
+def _observed(scan: Scan, column: str) -> dict[str, float]:
+    """The splits that a column names, "train" first, because sentences compare the others with the first."""
+    codes, names = decoded(scan.files[column])
+    shares = np.bincount(codes, minlength=len(names)) / len(codes)
+    order = sorted(range(len(names)), key=lambda i: (names[i] != "train", -shares[i], names[i]))
+    return {names[i]: float(shares[i]) for i in order}
+
+
+def _check_all_have(scan: Scan, field: str, way_out: str) -> None:
+    missing = pc.is_null(scan.files[field]).to_numpy()
+    if missing.any():
+        example = source_names(scan.files.take(pa.array(np.flatnonzero(missing)[:1])))[0]
+        raise ValueError(f"{int(missing.sum()):,} patches have no {field}, for example {example}: {way_out}")

@@ -1,0 +1,73 @@
+"""The splits of a build's patches, beside those of the set that it adds to."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sharding.assembling import Contents
+from sharding.manifest import decoded
+from sharding.roles import Roles
+from sharding.sources import Scan
+from sharding.splits import assign_splits, case_notes, content_digests
+
+
+class Split(NamedTuple):
+    """codes: (n,) int64 of all patches of the set, in id order, into names."""
+
+    codes: np.ndarray
+    names: list[str]
+
+
+def split_new(
+    scan: Scan, roles: Roles, contents: Contents, before: pa.Table | None, labels: np.ndarray, classes: list[str], seed: int
+) -> tuple[Split, list[str]]:
+    """Split the new patches, and say what there is to say.
+
+    before: the manifest of the set that grows, whose splits stay. labels: (n,) of all patches in id order, old and new.
+    """
+    old = len(before) if before is not None else 0
+    names = list(roles.shares)
+    held = np.full(len(labels), -1, np.int64)
+    digests = contents.contents
+    if before is not None:
+        digests = np.concatenate([content_digests(pc.coalesce(before["source_sha256"], before["sha256"])), digests])
+        held_codes, held_names = decoded(before["split"])
+        names += [name for name in held_names if name not in names]
+        held[:old] = np.array([names.index(name) for name in held_names], np.int64)[held_codes]
+    groups, group_names = _groups(scan, roles, contents, before)
+    shares = {name: roles.shares.get(name, 0.0) for name in names}
+    if roles.column:  # the splits are given: nothing is moved, but the same things are worth saying
+        codes, given = decoded(scan.files[roles.column])
+        held[old:] = np.array([names.index(name) for name in given], np.int64)[codes[contents.files]]
+    result, notes = assign_splits(
+        labels,
+        groups,
+        group_names,
+        digests,
+        shares,
+        by=roles.by,
+        duplicates="apart" if roles.column else roles.duplicates,
+        seed=seed,
+        group_field=roles.group_by or "group",
+        held=held if roles.column or old else None,
+        class_names=classes,
+    )
+    return Split(result, names), [*case_notes(classes, "class"), *notes]
+
+
+def _groups(scan: Scan, roles: Roles, contents: Contents, before: pa.Table | None) -> tuple[np.ndarray, list[str]]:
+    """(n,) int64 codes of all patches' groups, -1 where unknown, and their names."""
+    new = np.full(len(contents.files), -1, np.int64)
+    new_names: list[str] = []
+    if roles.group_by:
+        codes, new_names = decoded(scan.files[roles.group_by])
+        new = codes[contents.files]
+    if before is None:
+        return new, new_names
+    old, old_names = decoded(before["group"])
+    names = sorted({*old_names, *new_names})
+    place = {name: index for index, name in enumerate(names)}
+    maps = [np.array([place[name] for name in known] + [-1], np.int64) for known in (old_names, new_names)]
+    return np.concatenate([maps[0][old], maps[1][new]]), names
