@@ -36,7 +36,7 @@ def test_a_set_from_the_future_is_refused(tmp_path, small_set):
     dataset["format_version"] += 1
     (tmp_path / "shards" / "dataset.json").write_text(json.dumps(dataset))
     done = run_python("train/evaluate.py", "--data", tmp_path / "shards", "--storage", tmp_path / "runs")
-    assert_refused(done, "has format 2", "upgrade PatchCLR")
+    assert_refused(done, "has format 3", "upgrade PatchCLR")
     assert not (tmp_path / "runs").exists()
 
 
