@@ -23,9 +23,9 @@ sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the 
 
 from pipelines.shards import ShardReader  # noqa: E402
 from sharding.command import option, required, run_script  # noqa: E402
-from sharding.groups import split_groups  # noqa: E402
 from sharding.manifest import class_names, decoded  # noqa: E402
 from sharding.selection import select  # noqa: E402
+from sharding.splits.groups import split_groups  # noqa: E402
 from sharding.workers import available_cores  # noqa: E402
 from train.metrics import TITLES, score  # noqa: E402
 

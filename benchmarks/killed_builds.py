@@ -62,7 +62,8 @@ def main(config: Config) -> None:
             raise ValueError(f"{out} differs from {work / 'undisturbed' / 'set'} after kills at {', '.join(moments)} s")
         sets += 1
         left = "nothing else" if sorted(path.name for path in out.parent.iterdir()) == ["set"] else "something else"
-        print(f"set {sets}: killed after {', '.join(moments) or 'nothing'} s; the same {len(expected)} files, and {left}", flush=True)
+        killed = f"killed after {', '.join(moments)} s" if moments else "not killed"
+        print(f"set {sets}: {killed}; the same {len(expected)} files, and {left}", flush=True)
         shutil.rmtree(out.parent)
     print(f"{kills} kills over {sets} sets: every set is the same as the undisturbed one")
 

@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sharding.manifest import COLUMNS, QUARANTINE_COLUMNS, WORDS
-from sharding.sources import source_names
-from sharding.splits import content_digests
+from sharding.sources.scan import source_names
+from sharding.splits.assign import content_digests
 from sharding.staging import write_whole
 from sharding.writing import read_note
 

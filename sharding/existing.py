@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sharding.archives import FileReader
 from sharding.manifest import COLUMNS, read_dataset, read_manifest
 from sharding.roles import Roles
-from sharding.sources import Scan, source_names
+from sharding.sources.archives import FileReader
+from sharding.sources.scan import Scan, source_names
 from sharding.workers import ordered_map, tick
 from sharding.writing import places, read_digest
 

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from sharding.command import option, positional, run_script
 from sharding.manifest import decoded, fingerprint, read_dataset, read_manifest
-from sharding.splits import content_digests
+from sharding.splits.assign import content_digests
 from sharding.verifying import verify
 from sharding.workers import available_cores
 

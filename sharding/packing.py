@@ -20,14 +20,14 @@ import pyarrow as pa
 from sharding.assembling import Contents, Written, read_contents, write_manifest, write_quarantine
 from sharding.draws import priorities
 from sharding.existing import Existing, check_arguments, check_columns, read_existing, what_is_new
+from sharding.images.treatment import Treatment
 from sharding.manifest import FORMAT_VERSION, decoded, index_file, shard_file
+from sharding.new_splits import split_new
 from sharding.plan import shard_bounds, tar_sizes
 from sharding.roles import Roles, find_roles
-from sharding.sources import Scan, printable, scan_sources
-from sharding.splitting import split_new
+from sharding.sources.scan import Scan, printable, scan_sources
 from sharding.staging import check_space, clear, clear_stale, link_files, partial_folder, publish, write_blocks
 from sharding.telling import refusals, treatments
-from sharding.treatment import Treatment
 from sharding.workers import available_cores, ordered_map
 from sharding.writing import ShardTask, write_shard
 
@@ -80,12 +80,12 @@ def build_shards(
 ) -> Summary:
     """Pack images into the shard set `out`.
 
-    sources: folders, tars and zips. layout, table, where, unlabelled: see sharding.sources.scan_sources. split: shares such as
-    "train=0.8,test=0.2", or "column:NAME", a field whose values are the splits; without it all is "train", or what a field
+    sources: folders, tars and zips. layout, table, where, unlabelled: see sharding.sources.scan.scan_sources. split: shares, such
+    as "train=0.8,test=0.2", or "column:NAME", a field whose values are the splits; without it all is "train", or what a field
     `split` says. group_by: the field that names a patch's slide or patient (default: a field `group`). split_by: keep whole
     groups on one side ("group", which is what "auto" means where there are groups) or not ("patch"). duplicates: keep exact
     copies on one side ("together") or wherever they fall. encode, resize, check, min_size, min_tissue: see
-    sharding.treatment.Treatment. strict: a refused image is an error. append: add what is new to the set that is there.
+    sharding.images.treatment.Treatment. strict: a refused image is an error. append: add what is new to the set that is there.
     shard_size: about how large a shard is, MB (10**6 bytes). shard_patches: at most how many patches a shard holds. workers:
     processes; 1 works in this one, None or 0 takes all cores.
 

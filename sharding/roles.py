@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sharding.manifest import decoded
-from sharding.sources import Scan, source_names
-from sharding.splits import parse_shares
+from sharding.sources.scan import Scan, source_names
+from sharding.splits.assign import parse_shares
 
 _ONE_SPLIT = "train=1"  # where no split is asked for
 _COLUMN = "column:"  # --split column:fold

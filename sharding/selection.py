@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sharding.copies import bunches_of, no_bunches
 from sharding.draws import priorities
-from sharding.groups import Groups, split_whole_groups
 from sharding.manifest import decoded
-from sharding.splits import assign_splits, content_digests, cut_classes, parse_shares
+from sharding.splits.assign import assign_splits, content_digests, cut_classes, parse_shares
+from sharding.splits.copies import bunches_of, no_bunches
+from sharding.splits.groups import Groups, split_whole_groups
 
 
 def select(

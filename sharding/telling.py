@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow as pa
 
 from sharding.assembling import Contents
-from sharding.sources import Scan, source_names
-from sharding.treatment import Treatment
+from sharding.images.treatment import Treatment
+from sharding.sources.scan import Scan, source_names
 
 
 def refusals(scan: Scan, contents: Contents, out: Path, strict: bool) -> list[str]:

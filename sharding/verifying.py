@@ -15,10 +15,10 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from sharding.checks import silent_decoders
+from sharding.images.checks import silent_decoders
+from sharding.images.treatment import check_stored
 from sharding.manifest import index_file, read_dataset, read_manifest, shard_file
 from sharding.plan import EXTENSIONS, index_text
-from sharding.treatment import check_stored
 from sharding.workers import ordered_map, tick
 
 

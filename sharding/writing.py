@@ -15,12 +15,12 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from sharding.archives import FileReader
-from sharding.checks import Refusal, silent_decoders
+from sharding.images.checks import Refusal, silent_decoders
+from sharding.images.treatment import Stored, Treatment, treat
 from sharding.manifest import FORMAT_VERSION, index_file, shard_file
 from sharding.plan import BLOCK, EXTENSIONS, index_text, member, sample_key, tar_end
+from sharding.sources.archives import FileReader
 from sharding.staging import rows_file, write_blocks, write_whole
-from sharding.treatment import Stored, Treatment, treat
 from sharding.workers import tick
 
 # What a note says of each source file. `reason` is null where it was packed; then what follows is as in the manifest.

@@ -9,8 +9,8 @@ import time
 import pytest
 
 from sharding import packing, staging
-from sharding.archives import FileReader
 from sharding.packing import build_shards
+from sharding.sources.archives import FileReader
 from tests.helpers import BREAST_LAYOUT, ROOT, encoded, folder_bytes, write_tree
 
 SETTINGS = dict(layout=BREAST_LAYOUT, split="train=0.8,test=0.2", shard_patches=20)

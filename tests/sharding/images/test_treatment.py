@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from sharding.checks import Refusal, read_header, silent_decoders
-from sharding.pictures import picture_of
+from sharding.images.checks import Refusal, read_header, silent_decoders
+from sharding.images.pictures import picture_of
+from sharding.images.treatment import Stored, Treatment, check_stored, tissue_share, treat
 from sharding.synthetic import draw_patch
-from sharding.treatment import Stored, Treatment, check_stored, tissue_share, treat
 from tests.helpers import encoded
 
 KEEP = Treatment()
@@ -208,7 +208,7 @@ def test_two_decoders_must_agree(monkeypatch, levels, kept):
         return picture._replace(pixels=pixels)
 
     data = saved(Image.new("L", (16, 12), 128), "PNG")
-    monkeypatch.setattr("sharding.treatment.picture_of", off)
+    monkeypatch.setattr("sharding.images.treatment.picture_of", off)
     assert isinstance(treat(data, KEEP), Stored) == kept
 
 

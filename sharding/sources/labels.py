@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from sharding.found import files
-from sharding.layout import RESERVED
+from sharding.sources.found import files
+from sharding.sources.layout import RESERVED
 
 PATH = "path"
 

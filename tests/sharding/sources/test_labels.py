@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharding.labels import Searched, look_up, read_labels
-from sharding.sources import Scan, scan_sources, source_names
+from sharding.sources.labels import Searched, look_up, read_labels
+from sharding.sources.scan import Scan, scan_sources, source_names
 from tests.helpers import write_tree
-from tests.sharding.archive_files import write_tar, write_zip
+from tests.sharding.sources.archive_files import write_tar, write_zip
 
 
 def cells(path) -> list[dict]:

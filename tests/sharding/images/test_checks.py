@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sharding.checks import Header, Refusal, decode, read_header, silent_decoders
-from sharding.formats import MAX_PIXELS, png_chunks, read_jpeg, webp_size
-from sharding.treatment import Treatment, check_stored, treat
+from sharding.images.checks import Header, Refusal, decode, read_header, silent_decoders
+from sharding.images.formats import MAX_PIXELS, png_chunks, read_jpeg, webp_size
+from sharding.images.treatment import Treatment, check_stored, treat
 from tests.helpers import ROOT, encoded
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -177,8 +177,8 @@ def test_a_claim_of_4_GB_takes_no_memory():
     """nvImageCodec would take 4 GB for the PNG, and Pillow 16 for the WebP."""
     script = """
 import resource
-from tests.sharding.test_checks import PNG, WEBP, claiming
-from sharding.treatment import Treatment, treat
+from tests.sharding.images.test_checks import PNG, WEBP, claiming
+from sharding.images.treatment import Treatment, treat
 used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for data in (PNG, WEBP):
     treat(data, Treatment())
@@ -302,9 +302,9 @@ def test_an_unclear_orientation_reaches_no_decoder():
     """This file, in nvImageCodec, overwrites memory: one of its parts sees 6, and the one that it turns to then sees 1."""
     script = """
 import numpy as np
-from tests.sharding.test_checks import EXIF, JPEG
-from sharding.checks import silent_decoders
-from sharding.treatment import Treatment, treat
+from tests.sharding.images.test_checks import EXIF, JPEG
+from sharding.images.checks import silent_decoders
+from sharding.images.treatment import Treatment, treat
 scan = JPEG.index(b"\\xff\\xda") + 200
 data = JPEG[:2] + EXIF["twice the segment"][0] + JPEG[2:scan] + b"\\xff\\x6f" + JPEG[scan + 2 :]
 with silent_decoders():

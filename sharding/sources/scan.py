@@ -15,13 +15,13 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sharding.archives import images_in
-from sharding.conditions import apply_where, parse_where
-from sharding.folders import Visited, images_under
-from sharding.found import Found, Skipped, files, parted, printable
-from sharding.gathering import PLACE, Gathering
-from sharding.labels import Labels, Missing, Searched, look_up, read_labels
-from sharding.layout import LABELLED_DEFAULT, Layout, parse_layout
+from sharding.sources.archives import images_in
+from sharding.sources.conditions import apply_where, parse_where
+from sharding.sources.folders import Visited, images_under
+from sharding.sources.found import Found, Skipped, files, parted, printable
+from sharding.sources.gathering import PLACE, Gathering
+from sharding.sources.labels import Labels, Missing, Searched, look_up, read_labels
+from sharding.sources.layout import LABELLED_DEFAULT, Layout, parse_layout
 
 
 @dataclass
@@ -47,9 +47,9 @@ def scan_sources(
     """Every image in the sources that the layout matches, the table knows and `where` lets through.
 
     Rows are ordered by source and then by relative path (as bytes). Rows of the table without an image come last, with size -1.
-    layout: see sharding.layout; None means `{class}/{name}`, or any path where there is a table or labelled is False.
-    table: see sharding.labels. where: see sharding.conditions; the same field again means "or" for `=` and "nor" for `!=`,
-    another field means "and".
+    layout: see sharding.sources.layout; None means `{class}/{name}`, or any path where there is a table or labelled is False.
+    table: see sharding.sources.labels. where: see sharding.sources.conditions; the same field again means "or" for `=` and "nor"
+    for `!=`, another field means "and".
     Raises ValueError where a source is missing, holds no image or is damaged, where layout, table or where leave nothing, and
     where an image of a labelled set has no class; OSError where a folder cannot be listed.
     """

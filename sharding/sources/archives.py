@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sharding.found import BATCH, IMAGE_EXTENSIONS, Found, Skipped, extension, parted, printable
-from sharding.zips import is_zip, read_zip_member, zip_members
+from sharding.sources.found import BATCH, IMAGE_EXTENSIONS, Found, Skipped, extension, parted, printable
+from sharding.sources.zips import is_zip, read_zip_member, zip_members
 
 # How a compressed file begins. Such a tar can only be read from its start.
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf\x27\x1c", b"Rar!")

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharding.found import Skipped
-from sharding.zips import is_zip, read_zip_member, zip_members
-from tests.sharding.archive_files import write_zip
+from sharding.sources.found import Skipped
+from sharding.sources.zips import is_zip, read_zip_member, zip_members
+from tests.sharding.sources.archive_files import write_zip
 
 
 def members(path) -> tuple[dict[bytes, bytes | str], Skipped]:

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 import PIL.Image
 
-from sharding.checks import STORABLE, Header, Refusal, decode, read_header
-from sharding.formats import WAY_OUT, damaged, read_jpeg, without
-from sharding.pictures import picture_of
+from sharding.images.checks import STORABLE, Header, Refusal, decode, read_header
+from sharding.images.formats import WAY_OUT, damaged, read_jpeg, without
+from sharding.images.pictures import picture_of
 
 # A pixel is tissue if it lets at most this much light through in its darkest channel: optical density 0.15, the threshold
 # beta of Macenko et al., "A method for normalizing histology slides for quantitative analysis", ISBI 2009.

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sharding.gathering import PLACE
-from sharding.layout import RESERVED, parse_layout
 from sharding.manifest import COLUMNS
+from sharding.sources.gathering import PLACE
+from sharding.sources.layout import RESERVED, parse_layout
 
 
 @pytest.mark.parametrize(

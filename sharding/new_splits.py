@@ -9,8 +9,8 @@ import pyarrow.compute as pc
 from sharding.assembling import Contents
 from sharding.manifest import decoded
 from sharding.roles import Roles
-from sharding.sources import Scan
-from sharding.splits import assign_splits, case_notes, content_digests
+from sharding.sources.scan import Scan
+from sharding.splits.assign import assign_splits, case_notes, content_digests
 
 
 class Split(NamedTuple):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharding.groups import Groups, fold_case, split_groups, split_whole_groups, unite
+from sharding.splits.groups import Groups, fold_case, split_groups, split_whole_groups, unite
 
 SHARES = {"train": 0.8, "test": 0.2}
 

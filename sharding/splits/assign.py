@@ -2,7 +2,7 @@
 
 By patch, each class is cut at Python's `round` of the cumulative shares: 5,678 patches at 0.8 give 4,542 and 1,136. Copies of
 one image lie next to each other in the order, so a cut that would fall between them is moved to the nearer end of them.
-By group see sharding.groups. What a set held before keeps its split, and what is new makes up for it.
+By group see sharding.splits.groups. What a set held before keeps its split, and what is new makes up for it.
 """
 
 import itertools
@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sharding.copies import bunches_of, most_common, no_bunches, spread
 from sharding.draws import priorities
-from sharding.groups import Groups, fold_case, split_whole_groups, unite
+from sharding.splits.copies import bunches_of, most_common, no_bunches, spread
+from sharding.splits.groups import Groups, fold_case, split_whole_groups, unite
 
 _ROWS = 2**16  # of digests that are strings of Python at a time
 _FAR = 0.05  # a class that is farther than this from the asked shares is named
@@ -131,7 +131,7 @@ def split_patches(
     """Cut each class by itself: (n,) int64 indexes into the names of the shares.
 
     labels: (n,) class index, -1 where unlabelled; keys: (n,) uint64 from content_keys, of which equal ones keep their order.
-    bunches: (n,) of sharding.copies, each to lie in one split; held: (n,) the split that a patch has already and keeps, -1
+    bunches: (n,) of sharding.splits.copies, each to lie in one split; held: (n,) the split that a patch has already and keeps, -1
     for the others. A copy of a held patch goes where that is, and the rest of a class to where it is short of its share.
     """
     bunches = no_bunches(len(labels)) if bunches is None else bunches
@@ -174,8 +174,8 @@ def cut_classes(
     """Cut each class in the given order, no bunch in two: (n,) int64 indexes of parts.
 
     labels: (n,); order: (n,) indexes in which a class's members of one bunch follow each other; bunches: (n,) of
-    sharding.copies; cuts(label, count): parts + 1 places from 0 to count. A cut within a bunch moves to its nearer end, but
-    to an end of the class only where there is no other place. A bunch in several classes goes to the part with most of it.
+    sharding.splits.copies; cuts(label, count): parts + 1 places from 0 to count. A cut within a bunch moves to its nearer end,
+    but to an end of the class only where there is no other place. A bunch in several classes goes to the part with most of it.
     """
     result = np.empty(len(labels), np.int64)
     ordered = labels[order]

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharding import gathering
-from sharding.archives import FileReader
-from sharding.gathering import PLACE
 from sharding.manifest import WORDS
-from sharding.sources import scan_sources, source_names
+from sharding.sources import gathering
+from sharding.sources.archives import FileReader
+from sharding.sources.gathering import PLACE
+from sharding.sources.scan import scan_sources, source_names
 from tests.helpers import BREAST_LAYOUT, write_tree
-from tests.sharding.archive_files import NAMES, write_tar
+from tests.sharding.sources.archive_files import NAMES, write_tar
 
 
 def relative(scan, root):

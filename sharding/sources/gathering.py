@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 
 import pyarrow as pa
 
-from sharding.found import BATCH, Found, printable
-from sharding.layout import Layout, Values
+from sharding.sources.found import BATCH, Found, printable
+from sharding.sources.layout import Layout, Values
 
 PLACE = {
     "container": pa.dictionary(pa.int32(), pa.binary()),  # the tar or zip to open; null: a plain file

@@ -9,7 +9,7 @@ import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 
-from sharding.formats import WAY_OUT, Refusal, damaged, several_images, too_large, webp_size
+from sharding.images.formats import WAY_OUT, Refusal, damaged, several_images, too_large, webp_size
 
 # What is read, as Pillow names it.
 PILLOW_FORMATS = {
@@ -53,7 +53,7 @@ class Picture(NamedTuple):
 def picture_of(data: bytes, kind: str) -> Picture | Refusal:
     """Decode a file of a kind of PILLOW_FORMATS. Of 16 bits the upper 8 are kept, as DALI does it with a PNG.
 
-    A JPEG or PNG must have no EXIF data left: what a decoder may see is the business of sharding/checks.py.
+    A JPEG or PNG must have no EXIF data left: what a decoder may see is the business of sharding/images/checks.py.
     """
     if kind == "WebP" and (refusal := too_large(*webp_size(data))):
         return refusal  # Pillow takes the memory before it says how much

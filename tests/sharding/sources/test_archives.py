@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharding import archives
-from sharding.archives import FileReader, images_in
-from sharding.folders import images_under
-from sharding.found import Skipped, parted
+from sharding.sources import archives
+from sharding.sources.archives import FileReader, images_in
+from sharding.sources.folders import images_under
+from sharding.sources.found import Skipped, parted
 from tests.helpers import write_tree
-from tests.sharding.archive_files import NAMES, write_tar, write_zip
+from tests.sharding.sources.archive_files import NAMES, write_tar, write_zip
 
 
 def contents(archive: Path) -> tuple[dict[bytes, bytes | str], Skipped]:

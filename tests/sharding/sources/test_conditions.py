@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharding.conditions import apply_where, parse_where
+from sharding.sources.conditions import apply_where, parse_where
 
 FIELDS = ("class", "slide")
 

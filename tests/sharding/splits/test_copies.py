@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharding.copies import bunches_of, most_common, no_bunches, spread
+from sharding.splits.copies import bunches_of, most_common, no_bunches, spread
 
 # Pairs that are equal in one half alone are no copies.
 CONTENTS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2)), min_size=1, max_size=40)

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharding.groups import name_keys
-from sharding.splits import (
+from sharding.splits.assign import (
     assign_splits,
     case_notes,
     content_digests,
@@ -20,6 +19,7 @@ from sharding.splits import (
     shared_groups,
     split_patches,
 )
+from sharding.splits.groups import name_keys
 
 SHARES = {"train": 0.8, "test": 0.2}
 

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharding import folders
-from sharding.folders import images_under
-from sharding.found import Skipped
+from sharding.sources import folders
+from sharding.sources.folders import images_under
+from sharding.sources.found import Skipped
 from tests.helpers import write_tree
-from tests.sharding.archive_files import NAMES
+from tests.sharding.sources.archive_files import NAMES
 
 
 def walk(root) -> tuple[list[bytes], list[int], Skipped]:

@@ -9,7 +9,7 @@ lenient: it accepts a JPEG without its last two bytes and a PNG without its last
 - EXIF data that its parts read differently corrupt the heap, as one of them turns the image: they are taken out first;
 - a TIFF can corrupt the heap, and a WebP take gigabytes: these, which DALI never meets in a set, are left to Pillow.
 
-To read another kind of file, add it to PILLOW_FORMATS in sharding/pictures.py, and how it begins to sharding/formats.py.
+To read another kind of file, add it to PILLOW_FORMATS in `pictures`, and how it begins to `formats`.
 """
 
 import functools
@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sharding.formats import (
+from sharding.images.formats import (
     NO_EXIF,
     WAY_OUT,
     Exif,
@@ -32,7 +32,7 @@ from sharding.formats import (
     several_images,
     too_large,
 )
-from sharding.pictures import PILLOW_FORMATS, Picture, picture_of
+from sharding.images.pictures import PILLOW_FORMATS, Picture, picture_of
 
 # Read when nvImageCodec is first imported. A refused file is told in quarantine.parquet, not on the terminal.
 os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
