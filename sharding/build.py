@@ -53,7 +53,7 @@ class BuildConfig:
     append: bool = option(False, "add what is new to the set that is there, as new shards; nothing of the old changes")
     name: str | None = option(None, "the set's name (default: that of the folder --out)")
     shard_size: float = option(128, "about how large each tar is, in MB")
-    shard_patches: int | None = option(None, "at most how many patches each tar holds")
+    shard_patches: int | None = option(None, "at most how many patches each tar holds (never more than 16,384)")
     workers: int = option(0, "processes to work with (0: one per core)")
     seed: int = option(42, "seed of the split and of the stored order")
 

@@ -13,7 +13,7 @@ from sharding.manifest import COLUMNS, read_dataset, read_manifest
 from sharding.roles import Roles
 from sharding.sources.archives import FileReader
 from sharding.sources.scan import Scan, source_names
-from sharding.workers import ordered_map, tick
+from sharding.workers import Crew, tick
 from sharding.writing import places, read_digest
 
 _CHUNK = 512  # files per piece of work
@@ -64,7 +64,7 @@ def check_columns(existing: Existing, extra: Sequence[str]) -> None:
         )
 
 
-def what_is_new(existing: Existing, scan: Scan, roles: Roles, *, append: bool, workers: int) -> tuple[Scan, Existing]:
+def what_is_new(existing: Existing, scan: Scan, roles: Roles, *, append: bool, crew: Crew) -> tuple[Scan, Existing]:
     """The scan without what the set has already, and the set without the quarantined rows whose file was mended since.
 
     Files are compared by name, and those of the same name by their bytes and by what the scan says of them.
@@ -83,7 +83,7 @@ def what_is_new(existing: Existing, scan: Scan, roles: Roles, *, append: bool, w
     place = place[known]
     source_sha256 = pc.coalesce(_joined(existing.manifest["source_sha256"]), _joined(existing.manifest["sha256"]))
     then = pa.concat_arrays([source_sha256, _joined(existing.quarantine["sha256"])]).take(pa.array(place))
-    now = pa.array(_digests(scan.files.take(pa.array(known)), workers), pa.string())
+    now = pa.array(_digests(scan.files.take(pa.array(known)), crew), pa.string())
     changed = pc.not_equal(then, now).to_numpy(zero_copy_only=False)
     if (spoiled := known[changed & (place < packed)]).size:
         raise _other(existing, f"{names[int(spoiled[0])]} has changed")
@@ -120,12 +120,10 @@ def _other(existing: Existing, change: str, more: str = "") -> ValueError:
     )
 
 
-def _digests(files: pa.Table, workers: int) -> list[str]:
+def _digests(files: pa.Table, crew: Crew) -> list[str]:
     """The sha256 of each file, "" where it cannot be read."""
     chunks = (files.take(pa.array(np.arange(start, min(start + _CHUNK, len(files))))) for start in range(0, len(files), _CHUNK))
-    mapped = ordered_map(
-        _digest_chunk, chunks, workers=min(workers, -(-len(files) // _CHUNK)), total=len(files), title="comparing"
-    )
+    mapped = crew.map(_digest_chunk, chunks, total=len(files), title="comparing")
     return [digest for chunk in mapped for digest in chunk]
 
 

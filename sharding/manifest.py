@@ -12,7 +12,7 @@ dataset.json is written last, so a folder that has one is whole.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -82,21 +82,23 @@ def read_dataset(shards: str | Path) -> dict:
     return dataset
 
 
-def read_manifest(shards: str | Path) -> pa.Table:
+def read_manifest(shards: str | Path, *, columns: Sequence[str] | None = None) -> pa.Table:
     """One row per patch, in id order; columns as in COLUMNS, and then one for each further field of the layout.
 
+    columns: the only ones to read, for a set whose whole manifest would take gigabytes.
     Raises ValueError as read_dataset does, and where manifest.parquet is missing or damaged.
     """
     read_dataset(shards)
     path = Path(shards) / "manifest.parquet"
     try:
         # Not memory-mapped: the set may lie on a network drive that goes away.
-        table = pq.read_table(path, memory_map=False)
+        with pq.ParquetFile(path, memory_map=False) as file:
+            table = file.read(columns=columns)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: pack the set again, or copy it again") from None
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is damaged: pack the set again, or copy it again") from error
-    if missing := [name for name in COLUMNS if name not in table.column_names]:
+    if missing := [name for name in columns or COLUMNS if name not in table.column_names]:
         raise ValueError(f"{path} has no column {missing[0]!r}: pack the set again, or copy it again")
     return table.unify_dictionaries().combine_chunks()
 

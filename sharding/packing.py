@@ -20,15 +20,16 @@ import pyarrow as pa
 from sharding.assembling import Contents, Written, read_contents, write_manifest, write_quarantine
 from sharding.draws import priorities
 from sharding.existing import Existing, check_arguments, check_columns, read_existing, what_is_new
+from sharding.images.checks import load_decoder
 from sharding.images.treatment import Treatment
 from sharding.manifest import FORMAT_VERSION, decoded, index_file, shard_file
 from sharding.new_splits import split_new
 from sharding.plan import shard_bounds, tar_sizes
 from sharding.roles import Roles, find_roles
 from sharding.sources.scan import Scan, printable, scan_sources
-from sharding.staging import check_space, clear, clear_stale, link_files, partial_folder, publish, write_blocks
+from sharding.staging import check_space, clear, clear_stale, link_files, partial_folder, publish, write_pieces
 from sharding.telling import refusals, treatments
-from sharding.workers import available_cores, ordered_map
+from sharding.workers import Crew, available_cores
 from sharding.writing import ShardTask, write_shard
 
 _FIXED = ("unlabelled", "split", "group_by", "split_by", "duplicates", "seed")  # what a set that grows cannot change
@@ -97,59 +98,68 @@ def build_shards(
     treatment = Treatment(encode=encode, check=check, min_size=min_size, min_tissue=min_tissue, resize=resize)
     workers = available_cores() if workers in (None, 0) else int(workers or 0)
     _check_numbers(workers, shard_size, shard_patches, seed)
-    scan = scan_sources(
-        [str(source) for source in sources],
-        layout=layout,
-        table=None if table is None else str(table),
-        where=where,
-        labelled=not unlabelled,
-    )
-    roles = find_roles(scan, labelled=not unlabelled, split=split, group_by=group_by, split_by=split_by, duplicates=duplicates)
-    arguments: dict[str, Any] = {
-        "sources": [printable(str(source)) for source in sources],
-        "layout": layout,
-        "table": None if table is None else printable(str(table)),
-        "where": list(where),
-        "unlabelled": unlabelled,
-        "split": roles.split,
-        "group_by": roles.group_by,
-        "split_by": roles.by,
-        "duplicates": duplicates,
-        "encode": encode,
-        "resize": resize,
-        "check": check,
-        "min_size": min_size,
-        "min_tissue": min_tissue,
-        "shard_size": shard_size,
-        "shard_patches": shard_patches,
-        "seed": seed,
-    }
-    name = printable(name or out.name)
+    with Crew(workers, prepare=load_decoder) as crew:
+        scan = scan_sources(
+            [str(source) for source in sources],
+            layout=layout,
+            table=None if table is None else str(table),
+            where=where,
+            labelled=not unlabelled,
+        )
+        roles = find_roles(
+            scan, labelled=not unlabelled, split=split, group_by=group_by, split_by=split_by, duplicates=duplicates
+        )
+        arguments: dict[str, Any] = {
+            "sources": [printable(str(source)) for source in sources],
+            "layout": layout,
+            "table": None if table is None else printable(str(table)),
+            "where": list(where),
+            "unlabelled": unlabelled,
+            "split": roles.split,
+            "group_by": roles.group_by,
+            "split_by": roles.by,
+            "duplicates": duplicates,
+            "encode": encode,
+            "resize": resize,
+            "check": check,
+            "min_size": min_size,
+            "min_tissue": min_tissue,
+            "shard_size": shard_size,
+            "shard_patches": shard_patches,
+            "seed": seed,
+        }
+        name = printable(name or out.name)
 
-    existing = None
+        existing = _existing_set(out, append)
+        if existing:
+            check_arguments(existing, name, arguments, _FIXED if append else ("name", *arguments))
+            check_columns(existing, roles.extra)
+            scan, existing = what_is_new(existing, scan, roles, append=append, crew=crew)
+            if not len(scan.files):
+                return _summary(out, existing.dataset, scan.notes, was_there=True)
+
+        with partial_folder(out) as partial:
+            plan = _plan(scan, roles, existing, arguments)
+            _write_shards(partial, scan, plan, treatment, crew)
+            written = Written(partial, plan.first, plan.order, scan.files)
+            contents = read_contents(written)
+            if contents.refused and (strict or not len(contents.files)):
+                clear(partial)
+            notes = scan.notes + refusals(scan, contents, out, strict) + treatments(scan, contents, treatment)
+            dataset, more = _finish(written, contents, scan, roles, existing, plan, name, arguments)
+            publish(partial, out)
+        return _summary(out, dataset, notes + more, added=len(contents.files))
+
+
+def _existing_set(out: Path, append: bool) -> Existing | None:
+    """The set that is there already; None where there is none and none is wanted."""
     if (out / "dataset.json").exists():
-        existing = read_existing(out)
-        check_arguments(existing, name, arguments, _FIXED if append else ("name", *arguments))
-        check_columns(existing, roles.extra)
-        scan, existing = what_is_new(existing, scan, roles, append=append, workers=workers)
-        if not len(scan.files):
-            return _summary(out, existing.dataset, scan.notes, was_there=True)
-    elif append:
+        return read_existing(out)
+    if append:
         raise ValueError(f"{out} is no shard set yet: build it without --append first")
-    elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} exists and is not a shard set: choose another --out, or remove it")
-
-    with partial_folder(out) as partial:
-        plan = _plan(scan, roles, existing, arguments)
-        _write_shards(partial, scan, plan, treatment, workers)
-        written = Written(partial, plan.first, plan.order, scan.files)
-        contents = read_contents(written)
-        if contents.refused and (strict or not len(contents.files)):
-            clear(partial)
-        notes = scan.notes + refusals(scan, contents, out, strict) + treatments(scan, contents, treatment)
-        dataset, more = _finish(written, contents, scan, roles, existing, plan, name, arguments)
-        publish(partial, out)
-    return _summary(out, dataset, notes + more, added=len(contents.files))
+    return None
 
 
 def _check_numbers(workers: int, shard_size: float, shard_patches: int | None, seed: int) -> None:
@@ -189,7 +199,7 @@ def _plan(scan: Scan, roles: Roles, existing: Existing | None, arguments: dict) 
     return _Plan(classes, labels, first, shards, int(tar_sizes(sizes, roles.labelled).sum()))
 
 
-def _write_shards(partial: Path, scan: Scan, plan: _Plan, treatment: Treatment, workers: int) -> None:
+def _write_shards(partial: Path, scan: Scan, plan: _Plan, treatment: Treatment, crew: Crew) -> None:
     clear_stale(partial, range(plan.first, plan.first + len(plan.order)))
     if treatment.encode == "keep":  # otherwise nobody knows yet
         check_space(partial, plan.needed)
@@ -199,7 +209,7 @@ def _write_shards(partial: Path, scan: Scan, plan: _Plan, treatment: Treatment, 
         for number, rows in enumerate(plan.order, start=plan.first)
     )
     write = functools.partial(write_shard, folder=partial, treatment=treatment)
-    for _ in ordered_map(write, tasks, workers=min(workers, len(plan.order)), total=len(places), title="packing"):
+    for _ in crew.map(write, tasks, total=len(places), title="packing"):
         pass
 
 
@@ -252,7 +262,7 @@ def _finish(
         growth = {"arguments": arguments, "first_id": len(labels_before), "patches": len(labels)}
         dataset |= {"name": then["name"], "arguments": then["arguments"], "appended": [*then["appended"], growth]}
     dataset["files"] = dict(sorted(files.items()))
-    write_blocks(folder / "dataset.json", [(json.dumps(dataset, indent=2, ensure_ascii=False) + "\n").encode()])
+    write_pieces(folder / "dataset.json", [(json.dumps(dataset, indent=2, ensure_ascii=False) + "\n").encode()])
     return dataset, notes
 
 

@@ -13,6 +13,7 @@ import numpy as np
 BLOCK = 512  # bytes: the unit of a tar
 RECORD = 10_240  # bytes: a tar's length is a multiple of this
 LEAST_PATCHES = 256  # in a shard, so that tiny patches do not make thousands of files
+MOST_PATCHES = 16_384  # in a shard, because a shard's list is held in memory as Python objects
 MANY_SHARDS = 16  # where there are patches enough: shards are what packers, readers and ranks share among themselves
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "jpeg2000": "jp2"}
 
@@ -31,14 +32,13 @@ def sample_key(shard: int, place: int, file_name: str) -> str:
 def shard_bounds(sizes: np.ndarray, labelled: bool, *, shard_bytes: int, shard_patches: int | None) -> np.ndarray:
     """(S + 1,) int64: shard s holds the files from bounds[s] to bounds[s + 1]; equal numbers, so that no shard is a small rest.
 
-    sizes: (n,) of the files, bytes. shard_bytes: about how large a shard shall be; shard_patches: at most how many patches.
-    Small sets are cut into MANY_SHARDS, if each has LEAST_PATCHES.
+    sizes: (n,) of the files, bytes. shard_bytes: about how large a shard shall be; shard_patches: at most how many patches, and
+    never more than MOST_PATCHES. Small sets are cut into MANY_SHARDS, if each has LEAST_PATCHES.
     """
     count = len(sizes)
     shards = max(-(-int(tar_sizes(sizes, labelled).sum()) // shard_bytes), MANY_SHARDS)
     shards = max(1, min(shards, count // LEAST_PATCHES))
-    if shard_patches is not None:
-        shards = max(shards, -(-count // shard_patches))
+    shards = max(shards, -(-count // min(shard_patches or MOST_PATCHES, MOST_PATCHES)))
     # The first file i with i * shards // count == s, so that the numbers differ by one at most.
     return -(-np.arange(shards + 1, dtype=np.int64) * count // shards)
 
@@ -54,13 +54,13 @@ _UP_TO_SIZE, _UP_TO_SUM, _AFTER_SUM = _PATTERN[100:124], _PATTERN[136:148], _PAT
 _SUM = sum(_UP_TO_SIZE) + sum(_UP_TO_SUM) + sum(_AFTER_SUM) + 8 * ord(" ")  # the sum counts its own field as blanks
 
 
-def member(name: str, data: bytes) -> bytes:
-    """One tar member: header, data, padding. Nothing in it depends on the clock or on who writes it."""
+def member(name: str, data: bytes) -> tuple[bytes, ...]:
+    """One tar member in pieces: header, data, padding. Nothing in it depends on the clock or on who writes it."""
     named, size = name.encode("ascii"), b"%011o\0" % len(data)
     assert len(named) < 100 and len(size) == 12
     total = _SUM + sum(named) + sum(size)
     header = (named.ljust(100, b"\0"), _UP_TO_SIZE, size, _UP_TO_SUM, b"%06o\0 " % total, _AFTER_SUM)
-    return b"".join((*header, data, bytes(-len(data) % BLOCK)))
+    return *header, data, bytes(-len(data) % BLOCK)
 
 
 def tar_end(length: int) -> bytes:

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from sharding.manifest import index_file, shard_file
 
+_BLOCK = 2**20  # bytes
+_LIBRARY = ctypes.CDLL(None, use_errno=True)
 _OURS = re.compile(r"(shard-\d{6}\.(tar|idx|rows)|(manifest|quarantine)\.parquet|dataset\.json)(\.tmp)?")
 
 
@@ -24,18 +26,39 @@ def rows_file(number: int) -> str:
     return f"shard-{number:06d}.rows"
 
 
-def write_blocks(path: Path, blocks: Iterable[bytes]) -> str:
+def write_pieces(path: Path, pieces: Iterable[bytes]) -> str:
     """Write a file as write_whole does, from its bytes. Returns their sha256."""
     digest = hashlib.sha256()
 
     def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            for block in blocks:
-                file.write(block)
+        with temporary.open("wb", buffering=0) as file:
+            for block in _joined(pieces):
                 digest.update(block)
+                left = memoryview(block)
+                while left:
+                    left = left[file.write(left) :]
+                _start_writing(file.fileno())
 
     write_whole(path, write)
     return digest.hexdigest()
+
+
+def _joined(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The same bytes in blocks of at least _BLOCK: a call to hash and to write them costs as much as a small piece."""
+    waiting, length = [], 0
+    for piece in pieces:
+        waiting.append(piece)
+        length += len(piece)
+        if length >= _BLOCK:
+            yield b"".join(waiting)
+            waiting, length = [], 0
+    yield b"".join(waiting)
+
+
+def _start_writing(handle: int) -> None:
+    """Let the system begin to write what is new in a file, so that the sync at its end has little left to wait for."""
+    begin = 2  # SYNC_FILE_RANGE_WRITE of Linux's sync_file_range(2); where it does not work, nothing is lost but time
+    _LIBRARY.sync_file_range(handle, ctypes.c_int64(0), ctypes.c_int64(0), begin)
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
@@ -130,8 +153,7 @@ def publish(partial: Path, out: Path) -> None:
 def _exchange(one: Path, other: Path) -> None:
     """Swap two folders' names, so that at any moment each name is one of the two. Linux's renameat2(2)."""
     at_cwd, exchange = -100, 2
-    library = ctypes.CDLL(None, use_errno=True)
-    if library.renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange):
+    if _LIBRARY.renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange):
         error = ctypes.get_errno()
         if error not in (errno.EINVAL, errno.ENOSYS):
             raise OSError(error, os.strerror(error), str(other))

@@ -28,21 +28,56 @@ def available_cores() -> int:
 def ordered_map(
     function: Callable[[Item], Result], items: Iterable[Item], *, workers: int, total: int, title: str
 ) -> Iterator[Result]:
-    """function(item) for each item, in order. With workers > 1 in that many fresh processes, otherwise right here.
+    """As Crew.map, with a crew of its own."""
+    with Crew(workers) as crew:
+        yield from crew.map(function, items, total=total, title=title)
 
-    The function says by `tick` how many patches it has done, of `total`: the progress line shows that, on a terminal only.
-    An exception in a worker is raised here. Raises ValueError where a worker is killed.
+
+class Crew:
+    """So many fresh processes to share work among; with one worker, this process alone. Use it in a `with`.
+
+    prepare: called at once in each process, so that what takes long to load is there when the work comes.
     """
-    with _progress() as progress:
-        task = progress.add_task(title, total=total)
 
-        def show(done: int) -> None:
-            progress.update(task, completed=done)
+    def __init__(self, workers: int, prepare: Callable[[], None] | None = None) -> None:
+        self.workers = workers
+        self._pool: ProcessPoolExecutor | None = None
+        if workers > 1:
+            # Fresh processes: a forked one would inherit half of a decoder's threads.
+            context = multiprocessing.get_context("spawn")
+            self._counter = context.Value("q", 0)
+            self._pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_enter, initargs=(self._counter,))
+            if prepare:
+                for _ in range(workers):
+                    self._pool.submit(prepare)
 
-        yield from _results(function, items, workers, show)
+    def __enter__(self) -> "Crew":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._pool:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item], *, total: int, title: str) -> Iterator[Result]:
+        """function(item) for each item, in order.
+
+        The function says by `tick` how many patches it has done, of `total`: the progress line shows that, on a terminal
+        only. An exception in a worker is raised here. Raises ValueError where a worker is killed.
+        """
+        with _progress() as progress:
+            task = progress.add_task(title, total=total)
+
+            def show(done: int) -> None:
+                progress.update(task, completed=done)
+
+            yield from (
+                _in_pool(self._pool, self._counter, function, items, 2 * self.workers, show)
+                if self._pool
+                else _here(function, items, show)
+            )
 
 
-_count: Callable[[int], None] | None = None  # what `tick` calls; None outside ordered_map
+_count: Callable[[int], None] | None = None  # what `tick` calls; None outside a map
 
 
 def tick(patches: int) -> None:
@@ -51,21 +86,13 @@ def tick(patches: int) -> None:
         _count(patches)
 
 
-def _results(function: Callable[[Item], Result], items: Iterable[Item], workers: int, show: Callable[[int], None]) -> Iterator:
-    if workers <= 1:
-        yield from _here(function, items, show)
-        return
-    # Fresh processes: a forked one would inherit half of a decoder's threads.
-    context = multiprocessing.get_context("spawn")
-    counter = context.Value("q", 0)
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_enter, initargs=(counter,)) as pool:
-        try:
-            for future in _windowed(pool, function, items, 2 * workers):
-                yield _wait(future, lambda: show(counter.value))
-        except BrokenProcessPool:
-            raise ValueError("a worker process was killed, perhaps for want of memory: try again with fewer --workers") from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+def _in_pool(pool: ProcessPoolExecutor, counter, function: Callable, items: Iterable, width: int, show: Callable) -> Iterator:
+    counter.value = 0
+    try:
+        for future in _windowed(pool, function, items, width):
+            yield _wait(future, lambda: show(counter.value))
+    except BrokenProcessPool:
+        raise ValueError("a worker process was killed, perhaps for want of memory: try again with fewer --workers") from None
 
 
 def _windowed(pool: ProcessPoolExecutor, function: Callable, items: Iterable, width: int) -> Iterator[Future]:

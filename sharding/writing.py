@@ -16,11 +16,11 @@ import numpy as np
 import pyarrow as pa
 
 from sharding.images.checks import Refusal, silent_decoders
-from sharding.images.treatment import Stored, Treatment, treat
+from sharding.images.treatment import Treatment, treat
 from sharding.manifest import FORMAT_VERSION, index_file, shard_file
 from sharding.plan import BLOCK, EXTENSIONS, index_text, member, sample_key, tar_end
 from sharding.sources.archives import FileReader
-from sharding.staging import rows_file, write_blocks, write_whole
+from sharding.staging import rows_file, write_pieces, write_whole
 from sharding.workers import tick
 
 # What a note says of each source file. `reason` is null where it was packed; then what follows is as in the manifest.
@@ -67,8 +67,8 @@ def write_shard(task: ShardTask, *, folder: Path, treatment: Treatment) -> None:
     rows = _Rows()
     tar, index = folder / shard_file(task.number), folder / index_file(task.number)
     with silent_decoders(), FileReader() as reader:
-        tar_digest = write_blocks(tar, _tar_blocks(task, treatment, reader, rows))
-    index_digest = write_blocks(index, [rows.index_text().encode()])
+        tar_digest = write_pieces(tar, _tar_pieces(task, treatment, reader, rows))
+    index_digest = write_pieces(index, [rows.index_text().encode()])
     metadata = {"identity": identity, tar.name: tar_digest, index.name: index_digest}
     table = rows.table().replace_schema_metadata(metadata)
 
@@ -116,8 +116,8 @@ class _Rows:
         return index_text(keys, [EXTENSIONS[name] for name in formats], offsets, sizes, self.labels)
 
 
-def _tar_blocks(task: ShardTask, treatment: Treatment, reader: FileReader, rows: _Rows) -> Iterator[bytes]:
-    """The bytes of a shard, sample by sample; what was packed and refused goes into rows."""
+def _tar_pieces(task: ShardTask, treatment: Treatment, reader: FileReader, rows: _Rows) -> Iterator[bytes]:
+    """The bytes of a shard, piece by piece; what was packed and refused goes into rows."""
     length = 0
     for done, (place, label) in enumerate(zip(places(task.files), task.labels.tolist(), strict=True), start=1):
         if not done % _TICK:
@@ -148,16 +148,13 @@ def _tar_blocks(task: ShardTask, treatment: Treatment, reader: FileReader, rows:
         )
         rows.labels.append(label)
         rows.packed += 1
-        block = _sample(key, stored, label)
-        length += len(block)
-        yield block
+        pieces = member(f"{key}.{EXTENSIONS[stored.format]}", stored.data)
+        if label >= 0:
+            pieces += member(f"{key}.cls", str(label).encode())
+        length += sum(map(len, pieces))
+        yield from pieces
     tick(len(task.labels) % _TICK)
     yield tar_end(length)
-
-
-def _sample(key: str, stored: Stored, label: int) -> bytes:
-    block = member(f"{key}.{EXTENSIONS[stored.format]}", stored.data)
-    return block + member(f"{key}.cls", str(label).encode()) if label >= 0 else block
 
 
 def places(files: pa.Table) -> Iterator[tuple[bytes | None, bytes, int, int]]:

@@ -184,7 +184,8 @@ def keywords(function) -> set[str]:
 def test_read_manifest():
     from sharding.manifest import read_manifest
 
-    assert parameters(read_manifest) == ["shards"]
+    assert parameters(read_manifest)[0] == "shards"
+    assert required(read_manifest) == {"shards"}
 
 
 def test_select():

@@ -166,6 +166,11 @@ def _codec():
     return nvidia.nvimgcodec
 
 
+def load_decoder() -> None:
+    """Do now what the first image would wait for."""
+    _decoder()
+
+
 @functools.cache
 def _decoder():
     """One decoder per process, on the CPU and one thread: the processes are the parallelism."""

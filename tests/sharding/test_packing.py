@@ -414,7 +414,7 @@ def test_members_are_those_of_tarfile(name, size):
     data = bytes(range(256)) * 3
     info = tarfile.TarInfo(name)
     info.size = size
-    assert member(name, data[:size]) == info.tobuf(tarfile.USTAR_FORMAT) + data[:size] + bytes(-size % 512)
+    assert b"".join(member(name, data[:size])) == info.tobuf(tarfile.USTAR_FORMAT) + data[:size] + bytes(-size % 512)
 
 
 def test_shards_are_even_and_not_tiny():
@@ -430,3 +430,5 @@ def test_shards_are_even_and_not_tiny():
     assert lengths(1_000, 10**9) == [334, 333, 333]
     assert lengths(55, 10**8, 20) == [19, 18, 18]
     assert lengths(1, 10**8) == [1]
+    assert max(lengths(10_000, 10**12, 10**9)) <= 16_384
+    assert len(shard_bounds(np.full(10**6, 500), True, shard_bytes=10**12, shard_patches=None)) == 63
