@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from sharding.manifest import COLUMNS, read_dataset, read_manifest
+from sharding.manifest import COLUMNS, read_dataset, read_manifest, read_quarantine
 from sharding.roles import Roles
 from sharding.sources.archives import FileReader
 from sharding.sources.scan import Scan, source_names
@@ -30,14 +29,7 @@ class Existing(NamedTuple):
 
 def read_existing(folder: Path) -> Existing:
     """Raises ValueError as read_manifest does."""
-    manifest = read_manifest(folder)
-    try:
-        quarantine = pq.read_table(folder / "quarantine.parquet")
-    except (OSError, pa.ArrowException) as error:
-        raise ValueError(
-            f"{folder / 'quarantine.parquet'} is missing or damaged: pack the set again, or copy it again"
-        ) from error
-    return Existing(folder, read_dataset(folder), manifest, quarantine)
+    return Existing(folder, read_dataset(folder), read_manifest(folder), read_quarantine(folder))
 
 
 def check_arguments(existing: Existing, name: str, arguments: dict[str, Any], fixed: Sequence[str]) -> None:

@@ -9,17 +9,15 @@ sharding.verifying.
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
 from sharding.command import option, positional, run_script
-from sharding.manifest import decoded, fingerprint, read_dataset, read_manifest
+from sharding.manifest import decoded, fingerprint, read_dataset, read_manifest, read_quarantine
 from sharding.splits.assign import content_digests
 from sharding.verifying import verify
 from sharding.workers import available_cores
@@ -58,7 +56,7 @@ def main(config: InspectConfig) -> None:
         console.print(groups)
     console.print(_sizes_table(manifest))
     console.print(_decoders_table(manifest))
-    for table in (_words_table(manifest, "converted", "converted"), _quarantine_table(Path(config.shards))):
+    for table in (_words_table(manifest, "converted", "converted"), _quarantine_table(config.shards)):
         if table:
             console.print(table)
     for line in (*_losses(manifest), *_copies(manifest)):
@@ -196,14 +194,9 @@ def _words_table(manifest: pa.Table, column: str, title: str) -> Table | None:
     return table
 
 
-def _quarantine_table(folder: Path) -> Table | None:
+def _quarantine_table(folder: str) -> Table | None:
     """Refused files by reason, with an example each."""
-    try:
-        refused = pq.read_table(folder / "quarantine.parquet")
-    except (OSError, pa.ArrowException) as error:
-        raise ValueError(
-            f"{folder / 'quarantine.parquet'} is missing or damaged: pack the set again, or copy it again"
-        ) from error
+    refused = read_quarantine(folder)
     if not len(refused):
         return None
     table = _table("quarantined", "reason", "files", "for example")

@@ -12,12 +12,11 @@ dataset.json is written last, so a folder that has one is whole.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 FORMAT_VERSION = 2
@@ -115,18 +114,13 @@ def class_names(shards: str | Path) -> list[str]:
     return list(read_dataset(shards)["classes"])
 
 
-def manifest_table(columns: Mapping[str, object]) -> pa.Table:
-    """A manifest from one array or list per column. Columns beyond COLUMNS are taken as words."""
-    return pa.table({name: _array(values, COLUMNS.get(name, WORDS)) for name, values in columns.items()})
-
-
-def _array(values, kind: pa.DataType) -> pa.Array:
-    if not pa.types.is_dictionary(kind):
-        return pa.array(values, kind)
-    words = pa.array(values, pa.string())
-    # Sorted, so that the bytes of the file do not depend on which value comes first.
-    order = sorted({word for word in words.unique().to_pylist() if word is not None})
-    return pa.DictionaryArray.from_arrays(pc.index_in(words, pa.array(order, pa.string())), order).cast(kind)
+def read_quarantine(shards: str | Path) -> pa.Table:
+    """One row per refused file; columns as in QUARANTINE_COLUMNS. Raises ValueError where the file is missing or damaged."""
+    path = Path(shards) / "quarantine.parquet"
+    try:
+        return pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is missing or damaged: pack the set again, or copy it again") from error
 
 
 def decoded(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:

@@ -9,10 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharding.manifest import manifest_table
+from sharding.manifest import COLUMNS, WORDS
 from sharding.selection import select
 
 PARTS = "train=0.7,validation=0.15,test=0.15"
+
+
+def manifest_table(columns):
+    """A manifest from one list per column; those that it has beside COLUMNS are words."""
+    return pa.table({name: pa.array(values, COLUMNS.get(name, WORDS)) for name, values in columns.items()})
 
 
 def manifest_of(rows):
