@@ -1,10 +1,13 @@
 """The DALI graph: encoded bytes and drawn parameters in, views out. It holds no random state and no position.
 
-Decoding, crop with resize, flip and normalising are DALI's operators, which equal torchvision's; the colour step is ours
-(`colour`). On the CPU it runs inside the graph. On a GPU the graph ends with uint8 pixels and the torch colour step follows.
-A recipe without colours does without that step: DALI alone makes its views.
+On the CPU DALI decodes, and the exact step that is ours (`colour`) makes the views of its pixels inside the graph. On a GPU DALI
+cuts out and resizes too, and the same step in torch follows.
+
+For a GPU the box is cut out before the resize: DALI's resize of a box would mix in the pixels around it. And it hands on float32:
+rounded to whole levels, views would be up to 6 levels off behind a strong jitter.
 """
 
+import functools
 import io
 from collections import deque
 
@@ -16,7 +19,7 @@ from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.plugin.pytorch import feed_ndarray, to_torch_type
 from PIL import Image
 
-from pipelines.colour import colour_batch, colour_rows, colour_step
+from pipelines.colour import colour_batch, colour_rows, views_step_at
 from pipelines.recipes import Recipe
 from pipelines.views import ViewParameters, draw_views
 
@@ -28,15 +31,28 @@ AHEAD = 2  # batches in the graph at once: one being made while the other is bei
 _GPU_DECODER = {"device": "mixed", "hw_decoder_load": 0.0, "jpeg_fancy_upsampling": True}
 
 
-def _colour_shapes(outs, ins):
-    for i in range(len(outs[0])):
-        outs[0][i][0] = 3
-        outs[0][i][1] = ins[0][i][0]
-        outs[0][i][2] = ins[0][i][1]
+@functools.cache
+def _shapes(views, image_size):
+    def set_shapes(outs, ins):
+        for i in range(len(outs[0])):
+            outs[0][i][0] = views
+            outs[0][i][1] = 3
+            outs[0][i][2] = image_size
+            outs[0][i][3] = image_size
+
+    return set_shapes
 
 
-def _colour(out, image, row):
-    colour_step(out, image, row)  # DALI compiles what it is given, so it is given this and not the compiled step
+@functools.cache
+def _view_maker():
+    """What DALI runs for each patch. DALI compiles what it is given for every graph anew: 3 s for the step itself, 1 s for a call
+    of its address."""
+    step_at = views_step_at()
+
+    def make_views(out, image, rows):
+        step_at(out.ctypes, image.ctypes, rows.ctypes, out.shape[0], out.shape[2], image.shape[0], image.shape[1])
+
+    return make_views
 
 
 class DaliGraph:
@@ -59,46 +75,37 @@ class DaliGraph:
             images = fn.decoders.image(
                 encoded, output_type=types.RGB, **(_GPU_DECODER if device == "cuda" else {"device": "cpu"})
             )
-            self._pipeline.set_outputs(*(self._view(images, view) for view in range(recipe.views)))
+            if device == "cpu":
+                self._pipeline.set_outputs(self._views(images))
+            else:
+                self._pipeline.set_outputs(*(self._resized(images, view) for view in range(recipe.views)))
         self._warm_up()
 
-    def _view(self, images, view):
-        place = "gpu" if self.device == "cuda" else "cpu"
-        x = fn.resize(
-            images,
-            device=place,
-            size=[self.image_size, self.image_size],
-            roi_start=fn.external_source(name=f"start{view}", dtype=types.FLOAT, ndim=1),
-            roi_end=fn.external_source(name=f"end{view}", dtype=types.FLOAT, ndim=1),
-            interp_type=types.INTERP_LINEAR,
-            antialias=True,
-        )
-        flip = fn.external_source(name=f"flip{view}", dtype=types.INT32, ndim=0)
-        if not self.recipe.has_colour:
-            return fn.crop_mirror_normalize(
-                x,
-                device=place,
-                mirror=flip,
-                mean=[255 * value for value in self.recipe.mean],
-                std=[255 * value for value in self.recipe.std],
-                dtype=types.FLOAT,
-                output_layout="CHW",
-            )
-        x = fn.flip(x, device=place, horizontal=flip)
-        if self.device == "cuda":
-            return x
+    def _views(self, images):
         from nvidia.dali.plugin.numba.fn.experimental import numba_function  # a host with a GPU may do without Numba's part
 
         return numba_function(
-            x,
-            fn.external_source(name=f"colour{view}", dtype=types.FLOAT, ndim=1),
-            run_fn=_colour,
-            setup_fn=_colour_shapes,
+            images,
+            fn.external_source(name="rows", dtype=types.FLOAT, ndim=2),
+            run_fn=_view_maker(),
+            setup_fn=_shapes(self.recipe.views, self.image_size),
             in_types=[types.UINT8, types.FLOAT],
-            ins_ndim=[3, 1],
+            ins_ndim=[3, 2],
             out_types=[types.FLOAT],
-            outs_ndim=[3],
+            outs_ndim=[4],
             batch_processing=False,
+        )
+
+    def _resized(self, images, view):
+        start = fn.external_source(name=f"start{view}", dtype=types.INT32, ndim=1)
+        end = fn.external_source(name=f"end{view}", dtype=types.INT32, ndim=1)
+        return fn.resize(
+            fn.slice(images, device="gpu", start=start, end=end, axes=[0, 1]),
+            device="gpu",
+            size=[self.image_size, self.image_size],
+            interp_type=types.INTERP_LINEAR,
+            antialias=True,
+            dtype=types.FLOAT,
         )
 
     def _warm_up(self):
@@ -122,13 +129,13 @@ class DaliGraph:
     def _feed(self, encoded, parameters):
         feed, rows = self._pipeline.feed_input, colour_rows(parameters, self.recipe)
         feed("encoded", encoded)
-        for view in range(self.recipe.views):
-            box = parameters.box[:, view].astype(np.float32)
-            feed(f"start{view}", np.ascontiguousarray(box[:, :2]))
-            feed(f"end{view}", np.ascontiguousarray(box[:, :2] + box[:, 2:]))
-            feed(f"flip{view}", parameters.flip[:, view].astype(np.int32))
-            if self.recipe.has_colour and self.device == "cpu":
-                feed(f"colour{view}", np.ascontiguousarray(rows[:, view]))
+        if self.device == "cpu":
+            feed("rows", rows)
+        else:
+            for view in range(self.recipe.views):
+                box = parameters.box[:, view]
+                feed(f"start{view}", np.ascontiguousarray(box[:, :2]))
+                feed(f"end{view}", box[:, :2] + box[:, 2:])
         self._rows.append(rows)
 
     def get(self) -> torch.Tensor:
@@ -140,14 +147,12 @@ class DaliGraph:
         outputs = self._pipeline.share_outputs()
         try:
             if self.device == "cpu":
+                (made,) = outputs
                 views = torch.empty((self.recipe.views, len(rows), 3, self.image_size, self.image_size))
-                for view, tensors in enumerate(outputs):
-                    views[view].numpy()[...] = np.asarray(tensors.as_tensor())
+                views.numpy()[...] = np.asarray(made.as_tensor()).swapaxes(0, 1)
                 return views
             copies = [_copy_of(tensors) for tensors in outputs]
-            if self.recipe.has_colour:
-                copies = [colour_batch(copy, rows[:, view]) for view, copy in enumerate(copies)]
-            return torch.stack(copies)
+            return torch.stack([colour_batch(copy, rows[:, view]) for view, copy in enumerate(copies)])
         finally:
             self._pipeline.release_outputs()
 

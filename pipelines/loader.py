@@ -1,16 +1,19 @@
 """The loader: shard set, selection, recipe and seed -> batches of views, resumable at any step on any world size."""
 
+import gc
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from pipelines.order import epoch_order, rank_slice, steps_per_epoch
+from pipelines.mixture import Mixture
+from pipelines.order import Order, epoch_order, in_order_of_need, rank_slice, steps_per_epoch
 from pipelines.recipes import Recipe
 from pipelines.reference import reference_views
 from pipelines.shards import ShardReader
@@ -24,7 +27,7 @@ BACKENDS = ("dali", "torchvision")
 class Batch:
     """views: (V, B, 3, S, S) float32, normalised; id: (B,) int64 patch ids; label: (B,) int64, -1 where unlabelled.
 
-    views are on the loader's device, id and label on the CPU.
+    views are on the loader's device, id and label on the CPU. B may be 0, in an incomplete last batch.
     """
 
     views: torch.Tensor
@@ -38,17 +41,24 @@ class ViewLoader:
     The whole state is (epoch, step): pixels and order are functions of (seed, epoch, ids), so a loader with another batch
     size, thread count or world size reads the same views, and a restart at (epoch, step) reads what would have come.
 
-    shards: folder of a shard set, or an open ShardReader; ids: (n,) patch ids to read (see sharding.selection).
+    shards: folder of a shard set, an open ShardReader, or a Mixture of several; ids: (n,) patch ids to read (see
+    sharding.selection; of a mixture its `ids`).
     batch_size: of the global batch; rank r of world_size reads its part of each.
-    shuffle: a new order per epoch, or the order of the ids; drop_last: leave out an incomplete last batch.
+    shuffle: a new order per epoch, or the order of the ids; window: shuffle within so many shards at a time, for a set that
+    is larger than the memory that caches its files (see order.epoch_order), None: all patches together.
+    drop_last: leave out an incomplete last batch. Without, every rank has a batch at every step, perhaps of no patches, so
+    that what ranks do together at each step does not wait for one that has nothing.
+    verify: hold each patch's bytes against the manifest's checksum when it is first read (64 bytes of memory per patch of
+    the set); otherwise that is done only for patches that cannot be decoded.
     backend: "dali", or "torchvision" for the slow reference with the same draws. device: "cpu" or "cuda".
     Raises ValueError for no ids, ids that the set does not have, a batch that does not divide by the ranks or is larger
     than the selection, and, while iterating, for a shard that changed or cannot be decoded.
+    A context manager, or ended by `close`.
     """
 
     def __init__(
         self,
-        shards: str | Path | ShardReader,
+        shards: str | Path | ShardReader | Mixture,
         ids: np.ndarray,
         *,
         batch_size: int,
@@ -60,20 +70,41 @@ class ViewLoader:
         device: str = "cpu",
         backend: str = "dali",
         shuffle: bool = True,
+        window: int | None = None,
         drop_last: bool = True,
         threads: int | None = None,
+        verify: bool = False,
     ):
         assert 0 <= rank < world_size, (rank, world_size)
-        self.reader = shards if isinstance(shards, ShardReader) else ShardReader(shards)
+        self._owns_reader = not isinstance(shards, ShardReader | Mixture)
+        self.reader = shards if isinstance(shards, ShardReader | Mixture) else ShardReader(shards)
         self.ids = np.asarray(ids, np.int64)
         self.batch_size, self.image_size, self.recipe, self.seed = batch_size, image_size, recipe, seed
         self.rank, self.world_size, self.device, self.backend = rank, world_size, device, backend
-        self.shuffle, self.drop_last = shuffle, drop_last
+        self.shuffle, self.window, self.drop_last = shuffle, window, drop_last
         self.threads = threads or max(1, len(os.sched_getaffinity(0)) // world_size)
         self._check()
         self.epoch = self.step = 0
         self.wait_seconds = 0.0
+        self._verified = np.zeros(len(self.reader), bool) if verify else None
         self._graph: Any = None  # a DaliGraph, made at the first use
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self) -> None:
+        """End DALI's threads and give its memory back; unmap the shards, where no reader was given.
+
+        A loader that is closed opens all that anew when it is iterated again.
+        """
+        if self._graph is not None:
+            self._graph = None
+            gc.collect()  # DALI's Python objects refer to each other, so that their threads would live on until some later moment
+        if self._owns_reader:
+            self.reader.close()
 
     def _check(self):
         if len(self.ids) == 0:
@@ -81,6 +112,8 @@ class ViewLoader:
         if self.ids.min() < 0 or self.ids.max() >= len(self.reader):
             wrong = self.ids.min() if self.ids.min() < 0 else self.ids.max()
             raise ValueError(f"{self.reader.folder}: has patches 0 to {len(self.reader) - 1}, not {wrong}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"a shuffling window of {self.window} shards is too small: give at least 1, or none to shuffle all")
         if self.batch_size < 1 or (self.drop_last and self.batch_size % self.world_size):
             raise ValueError(
                 f"batch size {self.batch_size} is the global batch and must divide by the {self.world_size} workers;"
@@ -107,40 +140,110 @@ class ViewLoader:
         assert 0 <= state["step"] <= len(self), (state, len(self))
         self.epoch, self.step = state["epoch"], state["step"]
 
-    def parameters(self, ids: np.ndarray) -> ViewParameters:
-        """What is drawn for these patches in the current epoch."""
-        return draw_views(ids, seed=self.seed, epoch=self.epoch, recipe=self.recipe, sizes=self.reader.sizes[ids])
+    def parameters(self, ids: np.ndarray, epochs: np.ndarray | None = None) -> ViewParameters:
+        """What is drawn for these patches in the current epoch, or, where the order says so, in each one's own."""
+        keys, sizes = self.reader.draw_keys(ids), self.reader.sizes[ids]
+        different = np.unique(epochs) if epochs is not None and len(epochs) else [self.epoch]
+        if len(different) == 1:
+            return draw_views(keys, seed=self.seed, epoch=int(different[0]), recipe=self.recipe, sizes=sizes)
+        rows = [np.flatnonzero(epochs == epoch) for epoch in different]
+        drawn = [
+            draw_views(keys[some], seed=self.seed, epoch=int(epoch), recipe=self.recipe, sizes=sizes[some])
+            for epoch, some in zip(different, rows, strict=True)
+        ]
+        back = np.argsort(np.concatenate(rows))
+        columns = ([getattr(parameters, field.name) for parameters in drawn] for field in fields(ViewParameters))
+        return ViewParameters(*(np.concatenate(column)[back] for column in columns))
 
     def batch_ids(self, step: int) -> np.ndarray:
         """The patches of this rank at a step of the current epoch."""
-        return rank_slice(self._order(), step, self.batch_size, rank=self.rank, world_size=self.world_size)
+        return rank_slice(self._order().ids, step, self.batch_size, rank=self.rank, world_size=self.world_size)
 
-    def _order(self):
-        return epoch_order(self.ids, seed=self.seed, epoch=self.epoch) if self.shuffle else self.ids
+    def shards_of(self, steps: range) -> np.ndarray:
+        """The shards that global batches of the current epoch are read from, in the order in which they are first needed."""
+        return self._shards_of(self._order(), steps)
+
+    def _shards_of(self, order: Order, steps: range) -> np.ndarray:
+        return in_order_of_need(self.reader.shards[order.ids[steps.start * self.batch_size : steps.stop * self.batch_size]])
+
+    def _order(self) -> Order:
+        if self.shuffle and isinstance(self.reader, Mixture):
+            return self.reader.epoch_order(self.ids, seed=self.seed, epoch=self.epoch, window=self.window)
+        ids = self.ids
+        if self.shuffle:
+            shards = None if self.window is None else self.reader.shards[ids]
+            ids = epoch_order(ids, seed=self.seed, epoch=self.epoch, shards=shards, window=self.window)
+        return Order(ids, np.broadcast_to(np.int64(self.epoch), len(ids)))
 
     def __iter__(self) -> Iterator[Batch]:
-        order = self._order()
-        parts = {
-            step: rank_slice(order, step, self.batch_size, rank=self.rank, world_size=self.world_size)
-            for step in range(self.step, len(self))
-        }
-        plan = {step: ids for step, ids in parts.items() if len(ids)}  # a batch smaller than the world has nothing for some
+        order, steps = self._order(), range(self.step, len(self))
         make = self._dali_views if self.backend == "dali" else self._reference_views
-        for (step, ids), views in zip(plan.items(), make(list(plan.values())), strict=True):
+        for step, (ids, views) in zip(steps, make(self._parts(order, steps)), strict=True):
             # Set before the batch is handed out: a checkpoint taken while it is in use says what comes next.
             self.step = step + 1
             yield Batch(views, torch.from_numpy(ids), torch.from_numpy(self.reader.labels[ids]))
         self.epoch, self.step = self.epoch + 1, 0
 
-    def _reference_views(self, plan):
-        for ids in plan:
-            started = time.perf_counter()
-            views = reference_views(self.reader.read(ids), self.parameters(ids), recipe=self.recipe, image_size=self.image_size)
-            self.wait_seconds += time.perf_counter() - started
-            yield views.to(self.device)
+    def _parts(self, order: Order, steps: range) -> Iterator[Order]:
+        """This rank's part of each step. On the way, the reader is told which shards are read next."""
+        every = len(steps)
+        if self.window is not None:
+            # Steps that a window lasts, about. The reader is told of two windows, so that one is there while one is fetched.
+            every = max(1, self.window * len(order.ids) // (int(self.reader.shards.max()) + 1) // self.batch_size)
+        for step in steps:
+            if (step - steps.start) % every == 0:
+                self.reader.expect(self._shards_of(order, range(step, step + 2 * every)))
+            yield order.part(step, self.batch_size, rank=self.rank, world_size=self.world_size)
 
-    def _dali_views(self, plan):
-        from pipelines.graph import AHEAD, DaliGraph
+    def _read(self, ids: np.ndarray) -> list[np.ndarray]:
+        encoded = self.reader.read(ids)
+        if self._verified is not None:
+            self.reader.check(ids[~self._verified[ids]])
+            self._verified[ids] = True
+        return encoded
+
+    def _no_views(self) -> torch.Tensor:
+        return torch.empty((self.recipe.views, 0, 3, self.image_size, self.image_size), device=self.device)
+
+    def _reference_views(self, parts: Iterable[Order]) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        for ids, epochs in parts:
+            started = time.perf_counter()
+            views = self._no_views()
+            if len(ids):
+                parameters = self.parameters(ids, epochs)
+                views = reference_views(self._read(ids), parameters, recipe=self.recipe, image_size=self.image_size)
+            self.wait_seconds += time.perf_counter() - started
+            yield ids, views.to(self.device)
+
+    def _dali_views(self, parts: Iterable[Order]) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        from pipelines.graph import AHEAD
+
+        graph = self._ready_graph()
+        parts = iter(parts)
+        under_way: deque[np.ndarray] = deque()
+        while True:
+            started = time.perf_counter()
+            while len(under_way) < AHEAD and (part := next(parts, None)) is not None:
+                if len(part.ids):
+                    graph.put(self._read(part.ids), self.parameters(*part))
+                under_way.append(part.ids)
+            if not under_way:
+                return
+            try:
+                views = graph.get() if len(under_way[0]) else self._no_views()
+            except RuntimeError as error:
+                self._graph = None
+                self.reader.check(np.concatenate(under_way))
+                raise ValueError(
+                    f"{self.reader.folder}: DALI cannot make views of the batch with patches {under_way[0][:4].tolist()} ...,"
+                    f" though its bytes are as the manifest says: {error}"
+                ) from error
+            self.wait_seconds += time.perf_counter() - started
+            yield under_way.popleft(), views
+
+    def _ready_graph(self):
+        """The graph, with nothing under way in it."""
+        from pipelines.graph import DaliGraph
 
         try:
             while self._graph and self._graph.pending:  # of an iteration that was left early
@@ -148,30 +251,11 @@ class ViewLoader:
         except RuntimeError:  # a patch that cannot be decoded: said when it is read again
             self._graph = None
         if self._graph is None:
-            largest = -(-self.batch_size // self.world_size)
             self._graph = DaliGraph(
                 recipe=self.recipe,
-                batch_size=largest,
+                batch_size=-(-self.batch_size // self.world_size),
                 image_size=self.image_size,
                 device=self.device,
                 threads=self.threads,
             )
-        graph = self._graph
-        for k, ids in enumerate(plan):
-            started = time.perf_counter()
-            for ahead in range(k + graph.pending, min(k + AHEAD, len(plan))):
-                self._put(graph, plan[ahead])
-            try:
-                views = graph.get()
-            except RuntimeError as error:
-                self._graph = None
-                self.reader.check(np.concatenate(plan[k : k + AHEAD]))
-                raise ValueError(
-                    f"{self.reader.folder}: DALI cannot make views of the batch with patches {ids[:4].tolist()} ...,"
-                    f" though its bytes are as the manifest says: {error}"
-                ) from error
-            self.wait_seconds += time.perf_counter() - started
-            yield views
-
-    def _put(self, graph, ids):
-        graph.put(self.reader.read(ids), self.parameters(ids))
+        return self._graph

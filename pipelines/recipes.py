@@ -1,12 +1,18 @@
 """What may be random in a view, as data: a recipe is a frozen dataclass, and its name is what a user types.
 
-A new augmentation operation is a field here, its draws in `views`, and its pixels in `colour` or `graph`.
+A new augmentation operation is a field here, its draws in `views`, and its pixels in `colour`.
 """
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Literal
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# Optical density in red, green and blue of haematoxylin, eosin and DAB (Ruifrok & Johnston 2001; scikit-image's rgb_from_hed).
+RGB_FROM_HED = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
+# One level: what is darker than that is noise, and its logarithm would turn the other colours of its pixel.
+DARKEST = 1 / 255
 
 
 @dataclass(frozen=True)
@@ -32,26 +38,70 @@ class ColourJitter:
 
 
 @dataclass(frozen=True)
+class StainJitter:
+    """Other amounts of haematoxylin, eosin and DAB (Tellez et al. 2018, "Whole-slide mitosis detection in H&E breast histology").
+
+    Each stain's optical density is multiplied by a factor uniform in [1 - strength, 1 + strength], and a number uniform in
+    [-strength, strength] is added. The density is -log10 of the transmitted share of light (Ruifrok & Johnston 2001).
+    """
+
+    strength: float
+
+
+@dataclass(frozen=True)
+class GaussianBlur:
+    """Blur by a Gaussian of a random width (Chen et al. 2020, appendix A).
+
+    sigma: pixels of the view, uniform; kernel: size of the window in percent of the view's side, 1 to 100, made odd.
+    """
+
+    sigma: tuple[float, float] = (0.1, 2.0)
+    kernel: int = 10
+    probability: float = 0.5
+
+
+def kernel_size(side: int, percent: int) -> int:
+    """Taps of the blur of a view of so many pixels: odd, and never so many that its reflected border exceeds the view."""
+    return side * percent // 100 // 2 * 2 + 1
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """How a patch becomes views. Without `crop` the box is fixed: the centred square, or all of it (`keep_aspect` False)."""
+    """How a patch becomes views. Without `crop` the box is fixed: the centred square, or all of it (`keep_aspect` False).
+
+    The operations come in the order of the fields: the box is resized, mirrored left and right (`flip`), then top and bottom,
+    turned counter-clockwise, stained, its colours jittered, made grey, blurred, normalised.
+    turns: by a random number of quarter turns ("random"); or "by view": all views have one box and one flip, and view k is
+    turned by k quarter turns (Gidaris et al. 2018, RotNet).
+    """
 
     views: int = 1
     crop: RandomCrop | None = None
     keep_aspect: bool = True
     flip: float = 0.0
+    vertical_flip: float = 0.0
+    turns: Literal["none", "random", "by view"] = "none"
+    stain: StainJitter | None = None
     jitter: ColourJitter | None = None
     grey: float = 0.0
+    blur: GaussianBlur | None = None
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 
     @property
     def is_random(self) -> bool:
-        return self.crop is not None or self.flip > 0 or self.has_colour
+        moved = self.crop is not None or self.flip > 0 or self.vertical_flip > 0 or self.turns == "random"
+        return moved or self.has_colour or self.blur is not None
 
     @property
     def has_colour(self) -> bool:
         """Whether a view's colours may differ from its patch's."""
-        return self.jitter is not None or self.grey > 0
+        return self.stain is not None or self.jitter is not None or self.grey > 0
+
+    @property
+    def view_labels(self) -> tuple[int, ...] | None:
+        """What is to be told of each view: its number of quarter turns where these go by view, else nothing."""
+        return tuple(view % 4 for view in range(self.views)) if self.turns == "by view" else None
 
 
 def simclr(strength: float = 1.0, area: float = 0.08) -> Recipe:
@@ -64,10 +114,32 @@ def simclr(strength: float = 1.0, area: float = 0.08) -> Recipe:
     return Recipe(views=2, crop=RandomCrop(area=(area, 1.0)), flip=0.5, jitter=jitter, grey=0.2)
 
 
+def pathology(stain: float = 0.05, area: float = 0.2) -> Recipe:
+    """For stained tissue, which has no up and no left and whose colours are those of a few stains.
+
+    The stain's strength 0.05 is the "HED-light" of Tellez et al. 2019 ("Quantifying the effects of data augmentation and stain
+    color normalization", Medical Image Analysis 58); brightness in 0.65 to 1.35 is what goes with it there, contrast is kept to
+    the same range, and saturation and hue to the 0.1 of its "HSV-light".
+    """
+    jitter = ColourJitter(0.35, 0.35, 0.1, 0.1, probability=0.8)
+    crop = RandomCrop(area=(area, 1.0))
+    return Recipe(views=2, crop=crop, flip=0.5, vertical_flip=0.5, turns="random", stain=StainJitter(stain), jitter=jitter)
+
+
+def rotnet(jitter: ColourJitter | None = None) -> Recipe:
+    """Four views, one for each quarter turn (Gidaris et al. 2018); each has its own colours where there is a jitter."""
+    return Recipe(views=4, crop=RandomCrop(area=(0.5, 1.0)), flip=0.5, turns="by view", jitter=jitter)
+
+
 RECIPES = {
     "simclr": simclr(),
+    "simclr-blur": dataclasses.replace(simclr(), blur=GaussianBlur()),
     # For small patches, where a crop of 8 % holds a nucleus or two, and for short runs.
     "simclr-mild": simclr(strength=0.5, area=0.3),
+    "pathology": pathology(),
+    "rotnet": rotnet(),
+    # The jitter of Chen et al. 2020b (MoCo v2), so that colours at the border do not tell how a view was turned.
+    "rotnet-jitter": rotnet(ColourJitter(0.4, 0.4, 0.4, 0.1, probability=0.8)),
     "supervised": Recipe(crop=RandomCrop(area=(0.5, 1.0)), flip=0.5),
     "eval": Recipe(),
     "eval-plain": Recipe(keep_aspect=False),

@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from pipelines.recipes import Recipe
+from pipelines.recipes import DARKEST, RGB_FROM_HED, Recipe, kernel_size
 from pipelines.views import OPERATIONS, ViewParameters
 
 _ADJUST = {
@@ -26,21 +26,53 @@ def decode(encoded: np.ndarray) -> torch.Tensor:
 
 
 def reference_view(
-    image_CHW: torch.Tensor, parameters: ViewParameters, patch: int, view: int, *, recipe: Recipe, image_size: int
+    image_CHW: torch.Tensor,
+    parameters: ViewParameters,
+    patch: int,
+    view: int,
+    *,
+    recipe: Recipe,
+    image_size: int,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """One view of one patch by torchvision: (3, S, S) float32. Resized in uint8 (as DALI does), colours in float."""
+    """One view of one patch by torchvision: (3, S, S) float32.
+
+    dtype: between the operations. In float32 nothing is rounded; torch.uint8 is what torchvision does to images as they come,
+    rounding to whole levels each time.
+    """
     top, left, height, width = (int(v) for v in parameters.box[patch, view])
     size = [image_size, image_size]
-    x = F.resized_crop(image_CHW, top, left, height, width, size, InterpolationMode.BILINEAR, antialias=True)
+    x = F.to_dtype(image_CHW, dtype, scale=True)
+    x = F.resized_crop(x, top, left, height, width, size, InterpolationMode.BILINEAR, antialias=True)
     if parameters.flip[patch, view]:
         x = F.horizontal_flip(x)
-    x = F.to_dtype(x, torch.float32, scale=True)
+    if parameters.vertical[patch, view]:
+        x = F.vertical_flip(x)
+    x = torch.rot90(x, int(parameters.turns[patch, view]), dims=(1, 2))
+    if recipe.stain is not None:
+        x = restain(x, *torch.from_numpy(parameters.stain[patch, view]))
     for operation in parameters.order[patch, view]:
         if operation >= 0:
             x = _ADJUST[OPERATIONS[operation]](x, float(parameters.factors[patch, view, operation]))
     if parameters.grey[patch, view]:
         x = F.rgb_to_grayscale(x, num_output_channels=3)
-    return F.normalize(x, list(recipe.mean), list(recipe.std))
+    if parameters.sigma[patch, view] > 0:
+        assert recipe.blur is not None
+        taps = kernel_size(image_size, recipe.blur.kernel)
+        x = F.gaussian_blur(x, [taps, taps], [float(parameters.sigma[patch, view])])
+    return F.normalize(F.to_dtype(x, torch.float32, scale=True), list(recipe.mean), list(recipe.std))
+
+
+def restain(x_CHW: torch.Tensor, factor_3: torch.Tensor, summand_3: torch.Tensor) -> torch.Tensor:
+    """Each stain's optical density times a factor, plus a number (haematoxylin, eosin, DAB): (3, H, W), of x_CHW's dtype.
+
+    Stains are told apart by the matrix of Ruifrok & Johnston 2001; torchvision has no such operation.
+    """
+    rgb_from_hed = torch.tensor(RGB_FROM_HED, dtype=torch.float64)
+    light_HWC = F.to_dtype(x_CHW, torch.float64, scale=True).clamp(min=DARKEST).permute(1, 2, 0)
+    hed = -light_HWC.log10() @ torch.linalg.inv(rgb_from_hed) * factor_3.double() + summand_3.double()
+    stained_HWC = (10 ** -(hed @ rgb_from_hed)).clamp(0, 1)
+    return F.to_dtype(stained_HWC.permute(2, 0, 1), x_CHW.dtype, scale=True)
 
 
 def reference_views(encoded: list[np.ndarray], parameters: ViewParameters, *, recipe: Recipe, image_size: int) -> torch.Tensor:

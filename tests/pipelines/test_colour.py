@@ -6,10 +6,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as F
 
-from pipelines.colour import colour_batch, colour_rows, colour_step
-from pipelines.recipes import Recipe, simclr
+from pipelines.colour import colour_batch, colour_rows, colour_step, views_step
+from pipelines.recipes import RECIPES, GaussianBlur, RandomCrop, Recipe, StainJitter, simclr
 from pipelines.reference import reference_view
 from pipelines.views import OPERATIONS, ViewParameters, draw_views
 
@@ -42,28 +44,41 @@ STACK = np.stack(list(IMAGES.values()))
 
 
 def parameters(cases) -> ViewParameters:
-    """Whole, unflipped images; cases: (order, factors, grey) for each."""
+    """Whole images that stay where they are; cases: (order, factors, grey) for each."""
     orders, factors, greys = zip(*cases, strict=True)
-    n = len(cases)
-    return ViewParameters(
-        box=np.tile(np.array([0, 0, SIDE, SIDE], np.int32), (n, 1, 1)),
-        flip=np.zeros((n, 1), bool),
-        order=np.array(orders, np.int8)[:, None],
-        factors=np.array(factors, np.float32)[:, None],
-        grey=np.array(greys, bool)[:, None],
+    return whole_images(
+        len(cases),
+        order=np.array(orders, np.int8),
+        factors=np.array(factors, np.float32),
+        grey=np.array(greys, bool),
     )
 
 
-def expected(images_BHWC, drawn, recipe) -> np.ndarray:
+def whole_images(n, side=SIDE, **drawn) -> ViewParameters:
+    """What an unchanging recipe draws for so many images, but for the fields that are given."""
+    still = draw_views(np.arange(n), seed=0, epoch=0, recipe=PLAIN, sizes=np.full((n, 2), side))
+    return dataclasses.replace(still, **{name: value[:, None] for name, value in drawn.items()})
+
+
+def expected(images_BHWC, drawn, recipe, side=None) -> np.ndarray:
+    side = side or images_BHWC.shape[1]
     chw = torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).contiguous()
-    return np.stack([reference_view(chw[i], drawn, i, 0, recipe=recipe, image_size=SIDE).numpy() for i in range(len(chw))])
+    return np.stack([reference_view(chw[i], drawn, i, 0, recipe=recipe, image_size=side).numpy() for i in range(len(chw))])
 
 
 def numba_step(images_BHWC, drawn, recipe) -> np.ndarray:
-    rows, out = colour_rows(drawn, recipe)[:, 0], np.full((len(images_BHWC), 3, SIDE, SIDE), np.nan, np.float32)
+    rows, out = colour_rows(drawn, recipe)[:, 0], np.full(images_BHWC.transpose(0, 3, 1, 2).shape, np.nan, np.float32)
     for i, image in enumerate(images_BHWC):
         colour_step(out[i], image, rows[i])
     return out
+
+
+def numba_views(images_BHWC, drawn, recipe, side=None) -> np.ndarray:
+    side = side or images_BHWC.shape[1]
+    rows, out = colour_rows(drawn, recipe), np.full((len(images_BHWC), 1, 3, side, side), np.nan, np.float32)
+    for i, image in enumerate(images_BHWC):
+        views_step(out[i], image, rows[i])
+    return out[:, 0]
 
 
 def torch_step(images_BHWC, drawn, recipe) -> np.ndarray:
@@ -82,7 +97,7 @@ def assert_equal_to_torchvision(step, images_BHWC, cases, recipe=PLAIN):
         assert difference <= LEVELS, (image, case, difference)
 
 
-both_steps = pytest.mark.parametrize("step", [numba_step, torch_step])
+both_steps = pytest.mark.parametrize("step", [numba_step, numba_views, torch_step])
 
 
 def every_image(*cases):
@@ -133,7 +148,7 @@ def test_no_operation_is_normalisation_alone(step):
 @both_steps
 def test_drawn_parameters_with_normalisation(step):
     """A batch in which images take different operations, as the loader makes it."""
-    recipe, n = dataclasses.replace(simclr(), views=1), 160
+    recipe, n = dataclasses.replace(simclr(), views=1, crop=None, flip=0.0), 160
     drawn = draw_views(np.arange(n), seed=3, epoch=0, recipe=recipe, sizes=np.full((n, 2), SIDE))
     cases = list(zip(drawn.order[:, 0], drawn.factors[:, 0], drawn.grey[:, 0], strict=True))
     assert_equal_to_torchvision(step, np.random.default_rng(1).integers(0, 256, (n, SIDE, SIDE, 3), np.uint8), cases, recipe)
@@ -159,3 +174,99 @@ def test_numba_step_takes_images_that_are_not_square():
     x = torch.from_numpy(image).permute(2, 0, 1).float() / 255
     x = F.adjust_saturation(F.adjust_brightness(F.adjust_hue(F.adjust_contrast(x, 0.6), -0.1), 1.3), 1.4)
     assert levels(out, x.numpy(), PLAIN) <= LEVELS
+
+
+# Flips and turns
+
+
+@both_steps
+def test_every_flip_with_every_turn(step):
+    """Bit for bit those of torch, at sides that are and are not whole blocks of the exchange of rows and columns."""
+    kinds = list(itertools.product((False, True), (False, True), range(4)))
+    flip, vertical, turns = (np.array(values) for values in zip(*kinds, strict=True))
+    for side in (1, 2, 16, 24, 37):
+        images = np.random.default_rng(side).integers(0, 256, (len(kinds), side, side, 3), np.uint8)
+        drawn = whole_images(len(kinds), side, flip=flip, vertical=vertical, turns=turns)
+        found = step(images, drawn, PLAIN)
+        for image, one, (mirrored, upside_down, quarters) in zip(images, found, kinds, strict=True):
+            x = torch.from_numpy(image).permute(2, 0, 1)
+            x = F.horizontal_flip(x) if mirrored else x
+            x = torch.rot90(F.vertical_flip(x) if upside_down else x, quarters, dims=(1, 2))
+            np.testing.assert_allclose(one * 255, x.numpy(), atol=1e-4)
+
+
+# Stains
+
+
+@both_steps
+@pytest.mark.parametrize("strength", [0.0, 0.05, 0.2])
+def test_stains_against_float64(step, strength):
+    """All images, noise and black and white among them, with many draws: within 0.05 of a level of the formula in float64."""
+    recipe = dataclasses.replace(PLAIN, stain=StainJitter(strength))
+    images = np.repeat(STACK, 20, axis=0)
+    n = len(images)
+    drawn = draw_views(np.arange(n), seed=8, epoch=0, recipe=recipe, sizes=np.full((n, 2), SIDE))
+    found = step(images, drawn, recipe)
+    wanted = stained(images, drawn.stain[:, 0])
+    assert np.abs(found - wanted).max() * 255 < 0.05
+    assert found.min() >= 0 and found.max() <= 1 + 1e-6
+
+
+def stained(images_BHWC, stain):
+    """Ruifrok & Johnston's stains in NumPy, from the formula."""
+    to_rgb = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+    density = -np.log10(np.maximum(images_BHWC / 255, 1 / 255))
+    hed = density @ np.linalg.inv(to_rgb) * stain[:, 0, None, None].astype(float) + stain[:, 1, None, None].astype(float)
+    return np.clip(10 ** -(hed @ to_rgb), 0, 1).transpose(0, 3, 1, 2)
+
+
+# Blur
+
+
+@both_steps
+@pytest.mark.parametrize(("side", "percent"), [(1, 100), (2, 100), (4, 100), (5, 100), (19, 10), (24, 50), (24, 100), (96, 10)])
+def test_blur_is_torchvisions(step, side, percent):
+    """Many widths, kernels as large as the view and larger, and the images without blur in between as they were."""
+    recipe = dataclasses.replace(PLAIN, blur=GaussianBlur(kernel=percent))
+    sigma = np.array([0.1, 0.0, 0.2, 0.35, 0.5, 0.8, 0.0, 1.1, 1.5, 2.0, 4.0, 20.0], np.float32)
+    images = np.random.default_rng(side).integers(0, 256, (len(sigma), side, side, 3), np.uint8)
+    drawn = whole_images(len(sigma), side, sigma=sigma)
+    assert levels(step(images, drawn, recipe), expected(images, drawn, recipe), recipe) <= LEVELS
+
+
+# The box and its resize
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 60), st.integers(0, 2**32))
+def test_box_and_resize_are_torchvisions(height, width, side, seed):
+    """Up and down, by any factors, at the image's border and away from it."""
+    recipe = dataclasses.replace(PLAIN, crop=RandomCrop(area=(0.02, 1.0), ratio=(0.2, 5.0)), flip=0.5)
+    images = np.random.default_rng(seed).integers(0, 256, (4, height, width, 3), np.uint8)
+    drawn = draw_views(np.arange(4), seed=seed, epoch=0, recipe=recipe, sizes=np.full((4, 2), (height, width)))
+    assert levels(numba_views(images, drawn, recipe, side), expected(images, drawn, recipe, side), recipe) <= LEVELS
+
+
+# All together
+
+
+@both_steps
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_on_whole_images(step, name):
+    everything = Recipe(flip=0.5, turns="random", stain=StainJitter(0.1), jitter=simclr().jitter, grey=0.2, blur=GaussianBlur())
+    for recipe in (RECIPES[name], everything):
+        recipe = dataclasses.replace(recipe, crop=None, keep_aspect=False, views=1)
+        n = 40
+        drawn = draw_views(np.arange(n), seed=3, epoch=0, recipe=recipe, sizes=np.full((n, 2), 48))
+        images = np.random.default_rng(1).integers(0, 256, (n, 48, 48, 3), np.uint8)
+        assert levels(step(images, drawn, recipe), expected(images, drawn, recipe), recipe) <= 0.05
+
+
+def test_views_of_one_image_are_made_of_it_in_their_order():
+    recipe = RECIPES["rotnet"]
+    image = np.random.default_rng(0).integers(0, 256, (50, 40, 3), np.uint8)
+    drawn = draw_views(np.arange(1), seed=1, epoch=0, recipe=recipe, sizes=np.array([[50, 40]]))
+    out = np.full((4, 3, 32, 32), np.nan, np.float32)
+    views_step(out, image, colour_rows(drawn, recipe)[0])
+    for k in range(4):
+        np.testing.assert_array_equal(out[k], np.rot90(out[0], k, axes=(1, 2)))

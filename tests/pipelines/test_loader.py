@@ -1,7 +1,13 @@
 """The loader and its graph on real shards: the same views whatever the batch, threads, restart or world size."""
 
 import dataclasses
+import gc
+import os
+import resource
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +17,7 @@ from pipelines.loader import ViewLoader
 from pipelines.recipes import get_recipe
 from pipelines.shards import ShardReader
 from sharding.manifest import shard_file
+from tests.helpers import ROOT
 
 # Shared, so that the graph is made once where a test does not need its own.
 SIMCLR, EVAL = get_recipe("simclr"), get_recipe("eval")
@@ -101,6 +108,34 @@ def test_ranks_joined_read_the_same_global_batches(shard_set, whole, world_size)
     assert step == 3
 
 
+@pytest.mark.parametrize("window", [None, 1, 2])
+def test_a_run_may_come_back_on_any_number_of_workers(shard_set, window):
+    """World sizes 2, 1, 4, 3 in turn over two epochs, broken off in mid-epoch: pixel for pixel what one worker reads."""
+    settings = {"batch_size": 12, "window": window}
+    alone = loader_of(shard_set, **settings)
+    expected, found = [*alone, *alone], []
+    state = {"epoch": 0, "step": 0}
+    for world_size, steps in ((2, 1), (1, 2), (4, 1), (3, 4)):
+        ranks = [loader_of(shard_set, rank=rank, world_size=world_size, **settings) for rank in range(world_size)]
+        for loader in ranks:
+            loader.load_state_dict(state)
+        streams = [epochs_of(loader) for loader in ranks]
+        found += [[next(stream) for stream in streams] for _ in range(steps)]
+        (state,) = {tuple(loader.state_dict().items()) for loader in ranks}
+        state = dict(state)
+    assert len(found) == len(expected) == 8
+    for parts, whole_batch in zip(found, expected, strict=True):
+        assert torch.equal(torch.cat([part.id for part in parts]), whole_batch.id)
+        assert torch.equal(torch.cat([part.label for part in parts]), whole_batch.label)
+        assert torch.equal(torch.cat([part.views for part in parts], dim=1), whole_batch.views)
+
+
+def epochs_of(loader):
+    """Batches without end."""
+    while True:
+        yield from loader
+
+
 def test_selection_changes_nothing_in_a_patchs_views(shard_set, whole):
     ids, _, views = epoch_of(loader_of(shard_set, ids=np.arange(3, 55, 4), batch_size=13))
     place = {patch: row for row, patch in enumerate(whole[0].tolist())}
@@ -185,6 +220,75 @@ def test_preview_of_what_is_read(shard_set):
         np.testing.assert_array_equal(box, loader.parameters(batch.id.numpy()).box)
 
 
+# Windows
+
+
+def test_window_decides_the_order_and_nothing_else(shard_set, whole):
+    windowed = epoch_of(loader_of(shard_set, batch_size=55, window=1))
+    shards = ShardReader(shard_set).shards[windowed[0]]
+    assert (np.diff(shards) != 0).sum() == 2  # shard after shard
+    assert not torch.equal(windowed[0], whole[0])
+    by_id = [each[2][each[0].argsort()] for each in (windowed, whole)]
+    assert torch.equal(*by_id)
+    assert_same_epoch(epoch_of(loader_of(shard_set, batch_size=55, window=3)), whole)
+
+
+def test_shards_of_coming_steps(shard_set):
+    loader = loader_of(shard_set, batch_size=5, window=1)
+    shards = loader.reader.shards
+    read = [shards[batch.id.numpy()].tolist() for batch in loader]
+    loader.load_state_dict({"epoch": 0, "step": 0})
+    for start, stop in ((0, 1), (0, 11), (3, 5), (9, 40)):
+        expected = list(dict.fromkeys(shard for part in read[start:stop] for shard in part))
+        assert loader.shards_of(range(start, stop)).tolist() == expected
+
+
+@pytest.mark.parametrize("window", [None, 1, 2])
+def test_reader_is_told_in_time_which_shards_are_read(shard_set, window, monkeypatch):
+    """A shard is named a window before it is read, in the order of need, and never more than two windows at once."""
+    told, expect, read = [], ShardReader.expect, ShardReader.read
+    steps, told_at, read_at = [], {}, {}
+
+    def recorded(self, shards):
+        told.append(shards.tolist())
+        for shard in told[-1]:
+            told_at.setdefault(shard, len(steps))
+        expect(self, shards)
+
+    def checked(self, ids):
+        for shard in self.shards[ids].tolist():
+            read_at.setdefault(shard, len(steps))
+            assert shard in told[-1]
+        steps.append(ids)
+        return read(self, ids)
+
+    monkeypatch.setattr(ShardReader, "expect", recorded)
+    monkeypatch.setattr(ShardReader, "read", checked)
+    loader = loader_of(shard_set, EVAL, batch_size=3, window=window, drop_last=False)
+    assert len(epoch_of(loader)[0]) == 55
+    assert max(map(len, told)) <= (3 if window is None else 2 * window + 1)  # one more, where batches straddle
+    a_window = len(loader) if window is None else 55 * window // 3 // 3  # in steps
+    assert len(told) == -(-len(loader) // a_window)
+    assert all(read_at[shard] - told_at[shard] >= a_window for shard in read_at if read_at[shard] >= a_window)
+    assert list(told_at) == list(read_at)
+
+
+def mapped_shards(folder):
+    """What this process has mapped of the folder's files."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {Path(line.split()[-1]).name for line in lines if str(folder) in line}
+
+
+def test_shards_that_are_not_expected_are_unmapped(shard_set):
+    reader = ShardReader(shard_set)
+    reader.read(np.arange(55))
+    assert mapped_shards(shard_set) == {shard_file(shard) for shard in range(3)}
+    reader.expect(np.array([2, 0]))
+    assert mapped_shards(shard_set) == {shard_file(0), shard_file(2)}
+    reader.expect(np.array([1]))
+    assert mapped_shards(shard_set) == set()
+
+
 # Evaluation
 
 
@@ -211,6 +315,23 @@ def test_more_ranks_than_patches_in_a_batch(shard_set):
         loader = loader_of(shard_set, EVAL, ids=ids, batch_size=3, shuffle=False, drop_last=False, rank=rank, world_size=5)
         found += [patch for batch in loader for patch in batch.id.tolist()]
     assert sorted(found) == ids.tolist()
+
+
+@pytest.mark.parametrize("backend", ["dali", "torchvision"])
+@pytest.mark.parametrize("world_size", [4, 7])
+def test_every_rank_has_a_batch_at_every_step(shard_set, backend, world_size):
+    """Perhaps an empty one: ranks that call each other once per batch call each other equally often."""
+    ids, settings = np.arange(11), {"batch_size": 5, "shuffle": False, "drop_last": False, "backend": backend}
+    found = [
+        list(loader_of(shard_set, EVAL, ids=ids, rank=rank, world_size=world_size, **settings)) for rank in range(world_size)
+    ]
+    assert [len(batches) for batches in found] == [3] * world_size
+    steps = [[batches[step] for batches in found] for step in range(3)]
+    assert [sum(len(part.id) for part in parts) for parts in steps] == [5, 5, 1]
+    for part in steps[2][:-1]:
+        assert part.views.shape == (1, 0, 3, 16, 16) and part.views.dtype == torch.float32
+        assert part.id.shape == part.label.shape == (0,) and part.id.dtype == part.label.dtype == torch.int64
+    assert torch.cat([part.id for parts in steps for part in parts]).tolist() == ids.tolist()
 
 
 def test_evaluation_recipe_is_the_same_in_every_epoch(shard_set):
@@ -357,6 +478,137 @@ def test_shard_that_is_missing(copied_set, backend):
     assert_one_sentence(error, copied_set / shard_file(1))
 
 
+def test_verify_finds_what_the_decoder_takes(copied_set):
+    """A flipped bit in a JPEG's pixels decodes without complaint: only the checksum tells, and before the batch comes."""
+    row = patch_in(copied_set, 1)
+    with open(copied_set / shard_file(1), "r+b") as file:
+        file.seek(row["offset"] + row["size"] - 40)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    settings = {"batch_size": 5, "drop_last": False, "recipe": EVAL}
+    assert len(epoch_of(loader_of(copied_set, **settings))[0]) == 55
+    loader = loader_of(copied_set, verify=True, **settings)
+    (step,) = (step for step in range(11) if row["id"] in loader.batch_ids(step))
+    with pytest.raises(ValueError, match="changed or damaged") as error:
+        list(loader)
+    assert_one_sentence(error, copied_set / shard_file(1), row["key"])
+    assert loader.state_dict()["step"] <= step
+
+
+@pytest.mark.parametrize("backend", ["dali", "torchvision"])
+def test_verify_checks_each_patch_once(shard_set, whole, backend, monkeypatch):
+    checked, check = [], ShardReader.check
+    monkeypatch.setattr(ShardReader, "check", lambda self, ids: checked.extend(ids.tolist()) or check(self, ids))
+    loader = loader_of(shard_set, batch_size=5, backend=backend, verify=True)
+    first = epoch_of(loader)
+    assert sorted(checked) == list(range(55))
+    epoch_of(loader)
+    assert sorted(checked) == list(range(55))
+    if backend == "dali":
+        assert_same_epoch(first, whole)
+
+
+def read_all(loader, step, change, found):
+    """Append the ids of the batches that come to found, and change the files when so many have come."""
+    for batch in loader:
+        found.append(batch.id.tolist())
+        if len(found) == step:
+            change()
+
+
+@pytest.mark.parametrize("backend", ["dali", "torchvision"])
+def test_shard_that_is_overwritten_while_it_is_read(copied_set, backend):
+    """Whole files of other patches in its place, of the same length: nothing of them is handed out."""
+    loader = loader_of(copied_set, EVAL, batch_size=5, backend=backend)
+    path = copied_set / shard_file(1)
+    expected, found = [loader.batch_ids(step).tolist() for step in range(11)], []
+
+    def overwrite():
+        with open(path, "r+b") as file:
+            file.write(bytes(path.stat().st_size))
+
+    with pytest.raises(ValueError, match="changed while it was in use") as error:
+        read_all(loader, 3, overwrite, found)
+    assert found == expected[: len(found)] and len(found) in (3, 4)  # one was made already
+    assert loader.state_dict()["step"] == len(found)
+    assert_one_sentence(error, path)
+    keys = loader.reader.manifest["key"].to_pylist()
+    assert any(keys[i] in str(error.value) for step in (3, 4) for i in expected[step])
+
+
+def test_shard_that_vanishes_while_it_is_read(copied_set):
+    path = copied_set / shard_file(0)
+    with pytest.raises(ValueError, match="is gone") as error:
+        read_all(loader_of(copied_set, EVAL, batch_size=5), 2, path.unlink, [])
+    assert_one_sentence(error, path)
+
+
+def test_shard_that_is_replaced_while_it_is_read(copied_set):
+    """Another file of its name, as a careful copy leaves it: the one that was begun is read to the end."""
+    expected = epoch_of(loader_of(copied_set, EVAL, batch_size=5))
+    path, other = copied_set / shard_file(0), copied_set / "other"
+
+    def replace():
+        other.write_bytes(bytes(100))
+        other.replace(path)
+
+    found = []
+    read_all(loader_of(copied_set, EVAL, batch_size=5), 3, replace, found)
+    assert found == expected[0].reshape(11, 5).tolist()
+
+
+def run_alone(code, *arguments):
+    """Python code in a process of its own, which may die."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_shard_that_is_cut_short_in_place_does_not_kill_the_process(copied_set):
+    """A page of a mapped file that is not there any more is SIGBUS, and no exception."""
+    code = """
+import os, sys
+import numpy as np
+from pipelines.shards import ShardReader
+reader = ShardReader(sys.argv[1])
+reader.read(np.arange(55))
+for method in (reader.read, reader.check):
+    os.truncate(sys.argv[2], 512)
+    try:
+        [data.sum() for data in method(np.arange(55)) or ()]
+    except ValueError as error:
+        print(error)
+"""
+    path = copied_set / shard_file(2)
+    done = run_alone(code, copied_set, path)
+    assert done.returncode == 0, done
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert str(path) in line and "changed while it was in use" in line and "patch" in line
+
+
+def test_more_shards_than_a_process_may_have_open(shard_set, tmp_path):
+    """The limit that a shell gives is raised as far as it may be: every mapped shard has its file open."""
+    many = shutil.copytree(shard_set, tmp_path / "many")
+    code = """
+import resource, sys
+import numpy as np
+_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+from pipelines.shards import ShardReader, _allow_open_files
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+reader = ShardReader(sys.argv[1])
+soft, now_hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+assert soft > 64 + len(np.unique(reader.shards)) and now_hard == hard, (soft, now_hard)
+_allow_open_files(10**9)
+assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+_allow_open_files(1)
+assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+"""
+    done = run_alone(code, many)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -367,6 +619,7 @@ def test_shard_that_is_missing(copied_set, backend):
         ({"ids": np.array([3, 55])}, ("0 to 54", "55")),
         ({"ids": np.array([3, -7])}, ("0 to 54", "-7")),
         ({"backend": "opencv"}, ("'opencv'", "dali, torchvision")),
+        ({"window": 0}, ("window of 0 shards",)),
     ],
 )
 def test_arguments_that_cannot_be(shard_set, settings, words):
@@ -406,3 +659,73 @@ def test_wait_seconds_grow_by_what_the_reader_takes(shard_set, backend, monkeypa
 
 def test_eval_and_simclr_recipes_are_left_as_they_were():
     assert dataclasses.asdict(SIMCLR) == dataclasses.asdict(get_recipe("simclr"))
+
+
+# The end
+
+
+def threads():
+    return {path.name for path in Path("/proc/self/task").iterdir()}
+
+
+def children():
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+
+
+def shared_memory():
+    return sorted(os.listdir("/dev/shm"))
+
+
+@pytest.mark.parametrize("leave_early", [False, True])
+@pytest.mark.parametrize("backend", ["dali", "torchvision"])
+def test_a_closed_loader_leaves_nothing_behind(shard_set, backend, leave_early):
+    """No thread, process, shared memory, open file or mapping; also when batches were under way."""
+    with loader_of(shard_set, batch_size=5, backend=backend) as loader:
+        next(iter(loader))  # what the process has once and for all, such as libraries' pools
+    gc.collect()
+    before = threads(), children(), shared_memory(), len(os.listdir("/proc/self/fd"))
+    with loader_of(shard_set, batch_size=5, backend=backend, threads=2) as loader:
+        for _ in loader:
+            if leave_early:
+                break
+        assert backend != "dali" or len(threads()) > len(before[0])
+    assert (threads(), children(), shared_memory(), len(os.listdir("/proc/self/fd"))) == before
+    assert mapped_shards(shard_set) == set()
+
+
+def test_a_closed_loader_can_go_on(shard_set, whole):
+    loader = loader_of(shard_set, batch_size=5)
+    parts = [batch for batch, _ in zip(loader, range(4), strict=False)]
+    loader.load_state_dict({"epoch": 0, "step": 4})
+    loader.close()
+    loader.close()
+    parts += list(loader)
+    assert torch.equal(torch.cat([part.id for part in parts]), whole[0])
+    assert torch.equal(torch.cat([part.views for part in parts], dim=1).swapaxes(0, 1), whole[2])
+
+
+def test_a_reader_that_was_given_stays_open(shard_set):
+    reader = ShardReader(shard_set)
+    with loader_of(reader, EVAL) as loader:
+        (data,) = reader.read(np.array([0]))
+        next(iter(loader))
+    assert np.shares_memory(data, reader.read(np.array([0]))[0])
+
+
+def test_memory_does_not_grow_with_the_epochs(shard_set):
+    """An epoch's views are 5.4 MB, so that ten epochs of anything that is kept would show."""
+    page = resource.getpagesize()
+
+    def resident():
+        gc.collect()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * page / 1e6
+
+    loader = loader_of(shard_set, image_size=64, batch_size=11)
+    for _ in range(2):
+        for _ in loader:
+            pass
+    before = resident()
+    for _ in range(10):
+        for _ in loader:
+            pass
+    assert resident() - before < 20

@@ -1,6 +1,7 @@
 """The draws: pure functions of (seed, epoch, id, view), with torchvision's distributions."""
 
 import dataclasses
+import hashlib
 import itertools
 
 import numpy as np
@@ -10,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms.v2 import RandomResizedCrop
 
-from pipelines.recipes import ColourJitter, RandomCrop, Recipe, get_recipe, simclr
-from pipelines.views import draw_views
+from pipelines.recipes import RECIPES, ColourJitter, GaussianBlur, RandomCrop, Recipe, StainJitter, get_recipe, pathology, simclr
+from pipelines.views import ViewParameters, draw_views
 
 SIMCLR = simclr()
-FIELDS = ("box", "flip", "order", "factors", "grey")
+# Every operation there is
+FULL = dataclasses.replace(pathology(), grey=0.2, blur=GaussianBlur())
+FIELDS = tuple(field.name for field in dataclasses.fields(ViewParameters))
 
 
 def draw(n, recipe=SIMCLR, *, seed=7, epoch=3, size=(200, 300)):
@@ -32,9 +35,10 @@ def assert_same(ours, theirs, rows=slice(None)):
 def test_row_depends_on_its_own_patch_alone(data):
     """Whatever else is in the batch, and in whatever order."""
     sizes = np.random.default_rng(1).integers(1, 400, (200, 2))
-    whole = draw_views(np.arange(200), seed=11, epoch=2, recipe=SIMCLR, sizes=sizes)
+    recipe = data.draw(st.sampled_from([FULL, get_recipe("rotnet-jitter")]))
+    whole = draw_views(np.arange(200), seed=11, epoch=2, recipe=recipe, sizes=sizes)
     ids = np.array(data.draw(st.lists(st.integers(0, 199), min_size=1, max_size=30)))
-    assert_same(draw_views(ids, seed=11, epoch=2, recipe=SIMCLR, sizes=sizes[ids]), whole, ids)
+    assert_same(draw_views(ids, seed=11, epoch=2, recipe=recipe, sizes=sizes[ids]), whole, ids)
 
 
 def test_views_epochs_seeds_and_ids_draw_differently():
@@ -181,20 +185,24 @@ def test_order_is_all_or_nothing():
     [
         ({"crop": None}, {"box"}),
         ({"flip": 0.0}, {"flip"}),
+        ({"vertical_flip": 0.0}, {"vertical"}),
+        ({"turns": "none"}, {"turns"}),
+        ({"stain": None}, {"stain"}),
         ({"grey": 0.0}, {"grey"}),
         ({"jitter": None}, {"order", "factors"}),
-        ({"jitter": ColourJitter(0.8, 0.8, 0.8, 0.2, probability=0.3)}, {"order"}),
-        ({"jitter": ColourJitter(0.8, 0.1, 0.8, 0.2)}, {"factors"}),
+        ({"jitter": ColourJitter(0.35, 0.35, 0.1, 0.1, probability=0.3)}, {"order"}),
+        ({"jitter": ColourJitter(0.35, 0.1, 0.1, 0.1)}, {"factors"}),
+        ({"blur": None}, {"sigma"}),
     ],
 )
 def test_changing_one_operation_leaves_the_draws_of_the_others(change, touched):
-    before, after = draw(300), draw(300, dataclasses.replace(SIMCLR, **change))
+    before, after = draw(300, FULL), draw(300, dataclasses.replace(FULL, **change))
     changed = {name for name in FIELDS if not np.array_equal(getattr(before, name), getattr(after, name))}
     assert changed == touched
 
 
 def test_more_views_leave_the_first_ones():
-    two, four = draw(50), draw(50, dataclasses.replace(SIMCLR, views=4))
+    two, four = draw(50, FULL), draw(50, dataclasses.replace(FULL, views=4))
     for name in FIELDS:
         np.testing.assert_array_equal(getattr(four, name)[:, :2], getattr(two, name))
 
@@ -214,3 +222,87 @@ def test_draws_are_those_of_published_runs():
 
 def test_recipe_without_randomness_ignores_seed_and_epoch():
     assert_same(draw(5, Recipe(), seed=1, epoch=0), draw(5, Recipe(), seed=2, epoch=9))
+
+
+# First 16 digits of the digest of 300 patches' draws, made before there were flips, turns, stains and blur.
+PINNED_DIGESTS = {
+    "simclr": "4ef50acf96c0e99b",
+    "simclr-mild": "3d13e3bec207b86f",
+    "supervised": "a8819c785e98639a",
+    "eval": "06dba9abb6231a2b",
+    "eval-plain": "f3d810ce9f3fdffd",
+}
+
+
+@pytest.mark.parametrize("name", PINNED_DIGESTS)
+def test_draws_of_the_first_recipes_are_what_they_were(name):
+    number = np.arange(300)
+    sizes = np.stack([40 + number % 500, 60 + number * 7 % 400], axis=1)
+    drawn = draw_views(number * 7919, seed=42, epoch=3, recipe=get_recipe(name), sizes=sizes)
+    digest = hashlib.sha256()
+    for field in ("box", "flip", "order", "factors", "grey"):
+        digest.update(np.ascontiguousarray(getattr(drawn, field)).tobytes())
+    assert digest.hexdigest()[:16] == PINNED_DIGESTS[name]
+    assert not drawn.vertical.any() and not drawn.turns.any() and not drawn.sigma.any()
+    assert (drawn.stain == np.array([[1.0], [0.0]])).all()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_shapes_and_types(name):
+    recipe = get_recipe(name)
+    drawn = draw(5, recipe)
+    kinds = {name: (value.shape[2:], value.dtype.name) for name, value in vars(drawn).items()}
+    assert all(value.shape[:2] == (5, recipe.views) for value in vars(drawn).values())
+    assert kinds == {
+        "box": ((4,), "int32"),
+        "flip": ((), "bool"),
+        "vertical": ((), "bool"),
+        "turns": ((), "int8"),
+        "stain": ((2, 3), "float32"),
+        "order": ((4,), "int8"),
+        "factors": ((4,), "float32"),
+        "grey": ((), "bool"),
+        "sigma": ((), "float32"),
+    }
+
+
+# Turns, stains, blur
+
+
+def test_flips_and_turns_occur_equally_often_and_independently():
+    drawn = draw(8000, FULL)
+    kinds = drawn.turns.ravel() * 4 + drawn.vertical.ravel() * 2 + drawn.flip.ravel()
+    counts = np.bincount(kinds, minlength=16)
+    assert ((counts - 1000) ** 2 / 1000).sum() < 40  # chi-squared with 15 degrees of freedom: p = 0.0005
+
+
+@pytest.mark.parametrize("strength", [0.05, 0.2])
+def test_stains_fill_their_ranges(strength):
+    recipe = dataclasses.replace(FULL, stain=StainJitter(strength))
+    found = (draw(5000, recipe).stain.reshape(-1, 6) - np.array([1, 1, 1, 0, 0, 0])) / strength
+    assert (np.abs(found) <= 1 + 1e-5).all()
+    assert (found.min(0) < -0.99).all() and (found.max(0) > 0.99).all()
+    assert np.abs(found.mean(0)).max() < 0.03  # 5 standard errors
+    assert np.abs(found.std(0) - 1 / np.sqrt(3)).max() < 0.02
+    assert np.abs(np.corrcoef(found.T)[~np.eye(6, dtype=bool)]).max() < 0.05
+
+
+def test_blur_is_drawn_for_its_share_and_over_its_range():
+    sigma = draw(5000, get_recipe("simclr-blur")).sigma.ravel()
+    blurred = sigma[sigma > 0]
+    assert abs(len(blurred) / len(sigma) - 0.5) < 4 * 0.5 / np.sqrt(len(sigma))
+    assert 0.1 <= blurred.min() < 0.11 and 1.99 < blurred.max() <= 2
+    assert np.abs(np.quantile(blurred, (0.25, 0.5, 0.75)) - (0.575, 1.05, 1.525)).max() < 0.06
+
+
+@pytest.mark.parametrize("name", ["rotnet", "rotnet-jitter"])
+def test_rotnets_views_share_box_and_flip_and_are_turned_by_their_number(name):
+    drawn = draw(400, get_recipe(name))
+    for view in range(4):
+        np.testing.assert_array_equal(drawn.box[:, view], drawn.box[:, 0])
+        np.testing.assert_array_equal(drawn.flip[:, view], drawn.flip[:, 0])
+        assert (drawn.turns[:, view] == get_recipe(name).view_labels[view]).all()
+    assert 0.4 < drawn.flip.mean() < 0.6 and len(np.unique(drawn.box[:, 0], axis=0)) > 390
+    if name == "rotnet-jitter":
+        for one, two in itertools.combinations(range(4), 2):
+            assert not np.any(np.all(drawn.factors[:, one] == drawn.factors[:, two], axis=1))

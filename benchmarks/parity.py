@@ -1,0 +1,224 @@
+"""How far are the views from torchvision's, operation by operation?
+
+    python benchmarks/parity.py
+    python benchmarks/parity.py --images data/breast data/kidney --patches 64
+
+The graph of the CPU, and the GPU's path (DALI's resize, then the step in torch) run on the CPU, against torchvision in float
+with the same draws; the last column says how far torchvision's own way with images, in whole levels, is from that. It writes a
+table and its figures, and fails where a mean exceeds 1 level of 255 or a 99.9th percentile 4.
+"""
+
+import dataclasses
+import io
+import itertools
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
+
+from pipelines.colour import colour_batch, colour_rows  # noqa: E402
+from pipelines.graph import DaliGraph  # noqa: E402
+from pipelines.recipes import RECIPES, ColourJitter, GaussianBlur, RandomCrop, Recipe, StainJitter  # noqa: E402
+from pipelines.reference import decode, reference_view, reference_views  # noqa: E402
+from pipelines.views import draw_views  # noqa: E402
+from sharding.command import option, run_script  # noqa: E402
+from sharding.synthetic import draw_patch, encode  # noqa: E402
+from sharding.workers import available_cores  # noqa: E402
+from train.runs import code_commit, versions, write_json, write_text  # noqa: E402
+
+SEED = 42
+MEAN, HIGH = 1.0, 4.0  # levels: what a mean and a 99.9th percentile may be at most
+COLUMNS = {"graph": "CPU graph", "torch": "GPU path, on the CPU", "rounded": "torchvision in whole levels"}
+
+# Each operation alone, always applied; where there is no crop, all of the patch is resized.
+_WHOLE = Recipe(keep_aspect=False)
+OPERATIONS = {
+    "resize": _WHOLE,
+    "crop and resize": Recipe(crop=RandomCrop()),
+    "flip": dataclasses.replace(_WHOLE, flip=1.0),
+    "vertical flip": dataclasses.replace(_WHOLE, vertical_flip=1.0),
+    "quarter turns": dataclasses.replace(_WHOLE, turns="random"),
+    "stain 0.05": dataclasses.replace(_WHOLE, stain=StainJitter(0.05)),
+    "stain 0.2": dataclasses.replace(_WHOLE, stain=StainJitter(0.2)),
+    "brightness 0.8": dataclasses.replace(_WHOLE, jitter=ColourJitter(0.8, 0, 0, 0, probability=1.0)),
+    "contrast 0.8": dataclasses.replace(_WHOLE, jitter=ColourJitter(0, 0.8, 0, 0, probability=1.0)),
+    "saturation 0.8": dataclasses.replace(_WHOLE, jitter=ColourJitter(0, 0, 0.8, 0, probability=1.0)),
+    "hue 0.2": dataclasses.replace(_WHOLE, jitter=ColourJitter(0, 0, 0, 0.2, probability=1.0)),
+    "all four": dataclasses.replace(_WHOLE, jitter=ColourJitter(0.8, 0.8, 0.8, 0.2, probability=1.0)),
+    "grey": dataclasses.replace(_WHOLE, grey=1.0),
+    "blur": dataclasses.replace(_WHOLE, blur=GaussianBlur(probability=1.0)),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is compared on what."""
+
+    images: list[str] = option([], "folders of real patches, searched through for JPEG and PNG files")
+    patches: int = option(32, "how many patches of each folder, and how many drawn ones")
+    image_size: int = option(224, "side of a view, pixels")
+    out: str = option(str(ROOT / "benchmarks" / "results"), "where the table is written")
+
+
+def real_patches(folder: str, count: int) -> list[np.ndarray]:
+    """The bytes of so many images, evenly spread over all that lie under the folder. Raises ValueError where there are fewer."""
+    files = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    if len(files) < count:
+        raise ValueError(f"{folder}: {len(files)} JPEG and PNG files lie there, fewer than --patches {count}")
+    chosen = np.linspace(0, len(files) - 1, count).astype(int)
+    return [np.frombuffer(files[i].read_bytes(), np.uint8) for i in chosen]
+
+
+def drawn_patches(count: int, size: int) -> list[np.ndarray]:
+    """The bytes of so many drawn patches, JPEG."""
+    patches = (draw_patch("kidney", None, index=i, slide=i % 4, size=size, seed=SEED) for i in range(count))
+    return [np.frombuffer(encode(patch), np.uint8) for patch in patches]
+
+
+def size_of(encoded: np.ndarray) -> tuple[int, int]:
+    """Height and width in pixels."""
+    with Image.open(io.BytesIO(encoded.tobytes())) as image:
+        return image.height, image.width
+
+
+def compare(graph: DaliGraph, encoded: list[np.ndarray]) -> dict[str, dict[str, float]]:
+    """Mean, 99.9th percentile and maximum of the difference to the reference in levels of 255, by column."""
+    recipe, image_size = graph.recipe, graph.image_size
+    sizes = np.array([size_of(one) for one in encoded])
+    drawn = draw_views(np.arange(len(encoded)), seed=SEED, epoch=0, recipe=recipe, sizes=sizes)
+    setting: dict[str, Any] = {"recipe": recipe, "image_size": image_size}
+    reference = reference_views(encoded, drawn, **setting)
+    graph.put(encoded, drawn)
+    found = {"graph": graph.get()}
+    images = [decode(one) for one in encoded]
+    rows, resized = colour_rows(drawn, recipe), resized_levels(encoded, drawn.box, image_size)
+    found["torch"] = torch.stack([colour_batch(resized[view], rows[:, view]) for view in range(recipe.views)])
+    found["rounded"] = torch.stack(
+        [
+            torch.stack([reference_view(image, drawn, i, view, dtype=torch.uint8, **setting) for i, image in enumerate(images)])
+            for view in range(recipe.views)
+        ]
+    )
+    scale = 255 * torch.tensor(recipe.std).view(3, 1, 1)
+    return {name: figures((views - reference) * scale) for name, views in found.items()}
+
+
+def resized_levels(encoded: list[np.ndarray], boxes_BV4: np.ndarray, image_size: int) -> torch.Tensor:
+    """(V, B, S, S, 3) float32, in levels of 255: cut out and resized as on a GPU, here by DALI's CPU kernels."""
+    import nvidia.dali.fn as fn
+    import nvidia.dali.types as types
+    from nvidia.dali.pipeline import Pipeline
+
+    pipeline = Pipeline(batch_size=len(encoded), num_threads=available_cores(), device_id=None, prefetch_queue_depth=1)
+    with pipeline:
+        images = fn.decoders.image(fn.external_source(name="encoded", dtype=types.UINT8, ndim=1), output_type=types.RGB)
+        box = [fn.external_source(name=name, dtype=types.INT32, ndim=1) for name in ("start", "end")]
+        cut = fn.slice(images, start=box[0], end=box[1], axes=[0, 1])
+        pipeline.set_outputs(
+            fn.resize(cut, size=[image_size] * 2, interp_type=types.INTERP_LINEAR, antialias=True, dtype=types.FLOAT)
+        )
+    views = []
+    for box_B4 in boxes_BV4.swapaxes(0, 1):
+        (resized,) = pipeline.run(encoded=encoded, start=np.ascontiguousarray(box_B4[:, :2]), end=box_B4[:, :2] + box_B4[:, 2:])
+        views.append(torch.from_numpy(np.array(resized.as_tensor())))
+    return torch.stack(views)
+
+
+def figures(difference: torch.Tensor) -> dict[str, float]:
+    d = difference.abs().numpy().ravel()
+    return {"mean": float(d.mean()), "p99_9": float(np.percentile(d, 99.9)), "max": float(d.max())}
+
+
+def main(config: Config) -> None:
+    torch.set_num_threads(1)
+    sources = {"drawn": drawn_patches(config.patches, config.image_size)}
+    sources |= {Path(folder).name: real_patches(folder, config.patches) for folder in config.images}
+    cases = OPERATIONS | {f"recipe {name}": recipe for name, recipe in RECIPES.items()}
+    record: dict[str, Any] = {
+        "benchmark": "parity",
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": {"system": platform.platform(), "processor": _processor(), "cores": available_cores()},
+        "versions": versions(),
+        "commit": code_commit(),
+        "command": " ".join(["python", "benchmarks/parity.py", *sys.argv[1:]]),
+        "patches": config.patches,
+        "image_size": config.image_size,
+        "rows": [],
+    }
+    for name, recipe in cases.items():
+        graph = DaliGraph(
+            recipe=recipe, batch_size=config.patches, image_size=config.image_size, device="cpu", threads=available_cores()
+        )
+        for source, encoded in sources.items():
+            row = {"case": name, "source": source} | compare(graph, encoded)
+            record["rows"].append(row)
+            print(_line(row), flush=True)
+    record["too_far"] = [
+        f"{COLUMNS[column]}: {row['case']} on {row['source']}"
+        for row in record["rows"]
+        for column in ("graph", "torch")
+        if row[column]["mean"] > MEAN or row[column]["p99_9"] > HIGH
+    ]
+    path = _new_path(Path(config.out))
+    write_json(path, record)
+    write_text(path.with_suffix(".md"), table(record))
+    print(path.with_suffix(".md"))
+    if record["too_far"]:
+        print(f"TOO FAR: {'; '.join(record['too_far'])}", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def _new_path(folder: Path) -> Path:
+    """A new file's name: an earlier result is never overwritten."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{time.strftime('%Y-%m-%d')}-parity"
+    endings = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    return next(path for ending in endings if not (path := folder / f"{name}{ending}.json").exists())
+
+
+def _line(row: dict[str, Any]) -> str:
+    cells = (f"{row[column]['mean']:.4f} / {row[column]['p99_9']:.3f} / {row[column]['max']:.2f}" for column in COLUMNS)
+    return f"| {row['case']} | {row['source']} | {' | '.join(cells)} |"
+
+
+def table(record: dict[str, Any]) -> str:
+    """The figures as Markdown, a row each."""
+    machine = record["machine"]
+    lines = [
+        f"# Parity with torchvision, {record['date']}",
+        "",
+        f"{machine['processor']}, {machine['cores']} cores, {machine['system']}.",
+        f"Commit {record['commit']}; `{record['command']}`.",
+        f"{', '.join(f'{name} {version}' for name, version in record['versions'].items())}.",
+        "",
+        "Mean / 99.9th percentile / maximum of the difference to torchvision in float, in levels of 255, with the same draws,"
+        f" over {record['patches']} patches of each source, at {record['image_size']} px.",
+        "",
+        f"| operation | patches | {' | '.join(COLUMNS.values())} |",
+        "| --- | --- | " + " | ".join("---:" for _ in COLUMNS) + " |",
+        *(_line(row) for row in record["rows"]),
+        "",
+        f"More than {MEAN:g} in the mean or {HIGH:g} at the 99.9th percentile: {'; '.join(record['too_far']) or 'none'}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, Config, prog="parity.py", description=(__doc__ or "").splitlines()[0]))

@@ -1,0 +1,157 @@
+"""Several shard sets read as one: every epoch draws from each of them by its weight."""
+
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from pipelines.order import Order, epoch_order
+from pipelines.shards import ShardReader
+from sharding.manifest import class_names
+
+# Where a set's number stands in a patch's draw key. Set 0's keys are its ids, so its draws are those of the set alone.
+_SET_BITS = 48
+
+
+class Part(NamedTuple):
+    """One set of a mixture: its folder or open reader, ids (n,) of the patches to read, and its weight beside the others'."""
+
+    shards: str | Path | ShardReader
+    ids: np.ndarray
+    weight: float = 1.0
+
+
+class Mixture:
+    """What ViewLoader reads instead of a ShardReader: patch i of set k has the id (patches of the sets before it) + i.
+
+    ids: (n,) of all parts' patches, which is what the loader is given; an epoch has as many patches.
+    labels: (n,) int64 by id, -1 for all where the sets' classes are not the same; sizes, shards: as ShardReader's, by id,
+    with the shards numbered through.
+    Raises ValueError for no parts, a weight that is not above 0, and ids that a set does not have.
+    """
+
+    def __init__(self, parts: Sequence[Part]):
+        if not parts:
+            raise ValueError("a mixture needs at least one shard set")
+        assert len(parts) < 2 ** (63 - _SET_BITS), len(parts)
+        self.readers = [part.shards if isinstance(part.shards, ShardReader) else ShardReader(part.shards) for part in parts]
+        self.weights = [part.weight for part in parts]
+        self.folder = " + ".join(str(reader.folder) for reader in self.readers)
+        self._starts = _starts([len(reader) for reader in self.readers])
+        self._first_shards = _starts([int(reader.shards.max(initial=-1)) + 1 for reader in self.readers])
+        chosen = [np.asarray(part.ids, np.int64) for part in parts]
+        for reader, weight, ids in zip(self.readers, self.weights, chosen, strict=True):
+            if not 0 < weight < float("inf"):
+                raise ValueError(f"{reader.folder}: its weight is {weight:g}; give a number above 0, or leave the set out")
+            if not len(ids):
+                raise ValueError(f"{reader.folder}: no patch is selected")
+            if ids.min() < 0 or ids.max() >= len(reader):
+                wrong = ids.min() if ids.min() < 0 else ids.max()
+                raise ValueError(f"{reader.folder}: has patches 0 to {len(reader) - 1}, not {wrong}")
+        self.ids = np.concatenate([ids + start for ids, start in zip(chosen, self._starts, strict=False)])
+        self.sizes = np.concatenate([reader.sizes for reader in self.readers])
+        self.shards = np.concatenate(
+            [reader.shards + first for reader, first in zip(self.readers, self._first_shards, strict=False)]
+        )
+        classes = [class_names(reader.folder) for reader in self.readers]
+        if all(names == classes[0] for names in classes):
+            self.labels = np.concatenate([reader.labels for reader in self.readers])
+        else:  # a class's number means something else in each of them
+            self.labels = np.full(len(self), -1, np.int64)
+
+    def __len__(self):
+        return int(self._starts[-1])
+
+    def epoch_order(self, ids: np.ndarray, *, seed: int, epoch: int, window: int | None = None) -> Order:
+        """An epoch of as many patches as there are ids, from each set its share, evenly mixed.
+
+        A set goes through its ids in one pass after the other, each in its own order (see order.epoch_order, and there of
+        the window, which is each set's own), and goes on in the next epoch where it stopped. Its passes count the epochs
+        that views are drawn for, so a small set that comes several times in an epoch comes with new views.
+        Raises ValueError where a set's weight is too small for a single patch, or none of its patches is among ids.
+        """
+        sets = self._set_of(ids)
+        counts = shares(len(ids), self.weights)
+        drawn = []
+        for number, (reader, count) in enumerate(zip(self.readers, counts, strict=True)):
+            chosen = ids[sets == number]
+            if not count or not len(chosen):
+                why = "its weight is too small for an epoch" if len(chosen) else "none of its patches is selected for an epoch"
+                raise ValueError(f"{reader.folder}: {why} of {len(ids):,} patches; raise it, or leave the set out")
+            keys, shards = self.draw_keys(chosen), None
+            if window is not None:
+                shards = reader.shards[chosen - self._starts[number]] + np.int64(number << _SET_BITS)
+            start = epoch * count
+            passes = np.arange(start // len(keys), -(-(start + count) // len(keys)))
+            orders = [epoch_order(keys, seed=seed, epoch=int(each), shards=shards, window=window) for each in passes]
+            here = slice(start - int(passes[0]) * len(keys), None)
+            found = np.concatenate(orders)[here][:count] - (number << _SET_BITS) + self._starts[number]
+            drawn.append(Order(found, np.repeat(passes, len(keys))[here][:count]))
+        mixed = interleaved(counts)
+        return Order(*(np.concatenate(columns)[mixed] for columns in zip(*drawn, strict=True)))
+
+    def draw_keys(self, ids: np.ndarray) -> np.ndarray:
+        """What a patch's random numbers are keyed by: its id in its own set, with the set's number above it."""
+        sets = self._set_of(ids)
+        return ids - self._starts[sets] + (sets << _SET_BITS)
+
+    def read(self, ids: np.ndarray) -> list[np.ndarray]:
+        """As ShardReader.read."""
+        encoded: list[np.ndarray] = [np.empty(0, np.uint8)] * len(ids)
+        for reader, rows, own in self._by_set(ids):
+            for row, data in zip(rows, reader.read(own), strict=True):
+                encoded[row] = data
+        return encoded
+
+    def check(self, ids: np.ndarray) -> None:
+        """As ShardReader.check."""
+        for reader, _, own in self._by_set(ids):
+            reader.check(own)
+
+    def expect(self, shards: np.ndarray) -> None:
+        """As ShardReader.expect."""
+        sets = np.searchsorted(self._first_shards, shards, side="right") - 1
+        for number, reader in enumerate(self.readers):
+            reader.expect(shards[sets == number] - self._first_shards[number])
+
+    def close(self) -> None:
+        """As ShardReader.close."""
+        for reader in self.readers:
+            reader.close()
+
+    def _set_of(self, ids: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._starts, ids, side="right") - 1
+
+    def _by_set(self, ids: np.ndarray) -> Iterator[tuple[ShardReader, np.ndarray, np.ndarray]]:
+        """Of each set that these ids are of: its reader, their rows, and their ids in the set."""
+        sets = self._set_of(ids)
+        for number in np.unique(sets):
+            rows = np.flatnonzero(sets == number)
+            yield self.readers[number], rows, ids[rows] - self._starts[number]
+
+
+def shares(patches: int, weights: Sequence[float]) -> list[int]:
+    """How many of the patches each set gives, by largest remainder; equal remainders go to the first."""
+    exact = [Fraction(weight) for weight in weights]  # so that no rounding decides
+    quotas = [patches * weight / sum(exact) for weight in exact]
+    counts = [int(quota) for quota in quotas]
+    by_remainder = sorted(range(len(weights)), key=lambda k: (counts[k] - quotas[k], k))
+    for k in by_remainder[: patches - sum(counts)]:
+        counts[k] += 1
+    return counts
+
+
+def interleaved(counts: Sequence[int]) -> np.ndarray:
+    """The places of sets' patches, listed one set after the other, in an even mixture: (sum of counts,) int64.
+
+    The i-th of n patches of a set stands at (i + 1/2) / n of the way, so every stretch has each set's share, give or take a few.
+    """
+    places = np.concatenate([(np.arange(count) + 0.5) / count for count in counts if count])
+    return np.argsort(places, kind="stable")
+
+
+def _starts(lengths: Sequence[int]) -> np.ndarray:
+    """(sets + 1,) int64: where each begins when they follow each other, and where the last ends."""
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)

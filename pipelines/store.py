@@ -1,0 +1,155 @@
+"""A folder at a URL: its files, read in parts through any fsspec driver, however slow or faulty the store.
+
+One policy for all stores: every request has a time-out, and one that failed is made again after a pause that doubles, because
+a store that is overloaded recovers only when its clients wait. So the drivers' own retries are turned off where they have any;
+ours would multiply with them.
+"""
+
+import asyncio
+import random
+import re
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+import fsspec
+
+# Of each driver: no retries of its own, and the bytes as they are stored, which is what the checksums are of.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "s3": {"config_kwargs": {"retries": {"total_max_attempts": 1}}},
+    "http": {"headers": {"Accept-Encoding": "identity"}},
+}
+_OPTIONS["s3a"], _OPTIONS["https"] = _OPTIONS["s3"], _OPTIONS["http"]
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds
+
+
+class Interrupted(Exception):
+    """What was asked of the store is not wanted any more."""
+
+
+class NotThere(ValueError):
+    """A file that the store does not have."""
+
+
+class RemoteFolder:
+    """The files of a folder at a URL. Safe for threads, which may ask for several at once.
+
+    url: scheme://..., without a password or query; credentials are the driver's business (AWS_*, ~/.aws, ...) and are not kept.
+    tries: of each request; timeout: seconds of each, where the driver is asynchronous (s3, http, gcs, abfs; file and memory are
+    not); sleep: called with the seconds of each pause, by default one that can be interrupted.
+    Raises ValueError for a URL that no installed driver reads, or that has a password or a query in it.
+    """
+
+    def __init__(self, url: str, *, tries: int = 6, timeout: float = 60.0, sleep: Callable[[float], Any] | None = None):
+        assert is_url(url) and tries >= 1 and timeout > 0, (url, tries, timeout)
+        scheme = url.partition("://")[0]
+        if urlsplit(url).password is not None:
+            raise ValueError(
+                f"the address {scheme}://... has a password in it, which would be written into every record of the run: leave it "
+                "out, and give the driver its credentials by the environment"
+            )
+        if "?" in url:
+            raise ValueError(f"{url.partition('?')[0]}: give the address of the set's folder, without ? and what follows")
+        self.url, self.tries, self.timeout = url.rstrip("/"), tries, timeout
+        try:
+            # A driver of our own: a cached one has the credentials of whoever asked first.
+            self._fs, path = fsspec.url_to_fs(self.url, skip_instance_cache=True, **_OPTIONS.get(scheme, {}))
+        except ImportError as error:
+            raise ValueError(f"{self.url}: the driver of {scheme}:// is not installed ({error}): install it with pip") from error
+        except ValueError as error:
+            raise ValueError(
+                f"{self.url}: no driver reads {scheme}:// ({error}): use s3://, https:// or a local folder"
+            ) from error
+        if hasattr(self._fs, "retries"):
+            self._fs.retries = 1  # s3fs tries again on top of its library, which the options are for
+        self._path = path.rstrip("/")
+        self._interrupt = threading.Event()
+        self._sleep = sleep or self._interrupt.wait
+        self._running: set[Future] = set()
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes start to stop of a file, fewer where it ends before (none at its end).
+
+        A server that knows no ranges sends all; then everything from start on is returned.
+        Raises NotThere; ValueError, naming the file and the last error, where the file may not be read or every try failed;
+        Interrupted, see below.
+        """
+        for attempt in range(self.tries):
+            try:
+                data = self._request(f"{self._path}/{name}", start, stop)
+            except Exception as error:  # drivers have exceptions of many kinds
+                if self._interrupt.is_set():
+                    raise Interrupted from error
+                status = _http_status(error)
+                if status == 416:  # range not satisfiable: it starts at the file's end or beyond
+                    return b""
+                if isinstance(error, FileNotFoundError):
+                    raise NotThere(f"{self.url}/{name} is not there ({_said(error)})") from error
+                if isinstance(error, PermissionError) or status in (401, 403) or "Credentials" in type(error).__name__:
+                    raise ValueError(
+                        f"{self.url}/{name} may not be read ({_said(error)}): give the driver credentials that may, by the "
+                        "environment or its own files (for s3://, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)"
+                    ) from error
+                if attempt + 1 == self.tries:
+                    raise ValueError(
+                        f"{self.url}/{name} cannot be read: {self.tries} tries failed, the last with {_said(error)}; see whether "
+                        "the store is up and reachable from here, and start again: what was fetched is kept"
+                    ) from error
+                self._pause(attempt)
+            else:
+                return data[start:] if len(data) > stop - start else data
+        raise AssertionError
+
+    @contextmanager
+    def interrupted(self) -> Iterator[None]:
+        """Meanwhile, every request ends with Interrupted, also those that are under way."""
+        self._interrupt.set()
+        try:
+            for request in list(self._running):
+                request.cancel()
+            yield
+        finally:
+            self._interrupt.clear()
+
+    def _pause(self, attempt: int) -> None:
+        """Half a second, then twice as long each time, less a random part so that a cluster's ranks do not come back at once."""
+        longest = min(_FIRST_PAUSE * 2**attempt, _LONGEST_PAUSE)
+        self._sleep(longest * random.SystemRandom().uniform(0.5, 1.0))  # not a result's randomness: no seed, no stream
+        if self._interrupt.is_set():
+            raise Interrupted
+
+    def _request(self, path: str, start: int, stop: int) -> bytes:
+        if not self._fs.async_impl:
+            return self._fs.cat_file(path, start=start, end=stop)
+        request = asyncio.run_coroutine_threadsafe(self._fs._cat_file(path, start=start, end=stop), self._fs.loop)
+        self._running.add(request)
+        try:
+            if self._interrupt.is_set():
+                raise Interrupted
+            return request.result(self.timeout)
+        except TimeoutError as error:
+            raise TimeoutError(f"no answer within {self.timeout:g} s") from error
+        finally:
+            request.cancel()  # does nothing to one that has ended
+            self._running.discard(request)
+
+
+def is_url(text: object) -> bool:
+    """Is it a text that begins with a scheme, such as s3://?"""
+    return isinstance(text, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) is not None
+
+
+def _http_status(error: BaseException) -> int | None:
+    """The HTTP status behind a driver's error: aiohttp's own, or that of the botocore error which s3fs translated."""
+    response = getattr(error.__cause__, "response", None)
+    if isinstance(response, dict):
+        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return getattr(error, "status", None)
+
+
+def _said(error: BaseException) -> str:
+    """What an error says, in one line, and its kind where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
