@@ -65,8 +65,17 @@ def describe_view(parameters: ViewParameters, patch: int, view: int) -> str:
         for operation in parameters.order[patch, view]
         if operation >= 0
     ]
-    marks = " flip" * bool(parameters.flip[patch, view]) + " grey" * bool(parameters.grey[patch, view])
-    return f"{width} x {height} at {left}, {top}{marks}\n{', '.join(steps[:2])}\n{', '.join(steps[2:])}"
+    if (parameters.stain[patch, view] != [[1], [0]]).any():
+        steps.append("stain")
+    if sigma := parameters.sigma[patch, view]:
+        steps.append(f"blur {sigma:.1f}")
+    marks = [word for word, drawn in (("flip", parameters.flip), ("vertical", parameters.vertical)) if drawn[patch, view]]
+    if turns := int(parameters.turns[patch, view]):
+        marks.append(f"turn {turns}")
+    if parameters.grey[patch, view]:
+        marks.append("grey")
+    place = " ".join([f"{width} x {height} at {left}, {top}", *marks])
+    return f"{place}\n{', '.join(steps[:3])}\n{', '.join(steps[3:])}"
 
 
 def _pixels(views_VBCSS: torch.Tensor, recipe: Recipe) -> np.ndarray:

@@ -26,6 +26,7 @@ from sharding.manifest import FORMAT_VERSION, decoded, index_file, shard_file
 from sharding.new_splits import split_new
 from sharding.plan import shard_bounds, tar_sizes
 from sharding.roles import Roles, find_roles
+from sharding.sources.gathering import PLACE
 from sharding.sources.scan import Scan, printable, scan_sources
 from sharding.staging import check_space, clear, clear_stale, link_files, partial_folder, publish, write_pieces
 from sharding.telling import refusals, treatments
@@ -203,7 +204,7 @@ def _write_shards(partial: Path, scan: Scan, plan: _Plan, treatment: Treatment, 
     clear_stale(partial, range(plan.first, plan.first + len(plan.order)))
     if treatment.encode == "keep":  # otherwise nobody knows yet
         check_space(partial, plan.needed)
-    places = scan.files.select(["container", "path", "offset", "size"])
+    places = scan.files.select(list(PLACE))
     tasks = (
         ShardTask(number, places.take(pa.array(rows)), plan.labels[rows].astype(np.int32))
         for number, rows in enumerate(plan.order, start=plan.first)

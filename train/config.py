@@ -31,8 +31,8 @@ class PretrainConfig:
     data: str = required(_DATA, identity=False)
     name: str = required(_NAME, identity=False)
     method: Literal["simclr"] = option("simclr", "what is learnt: simclr (NT-Xent on two views)")
-    recipe: Literal["simclr", "simclr-mild"] = option(
-        "simclr", "augmentation: simclr (the paper's), or a milder one for small patches"
+    recipe: Literal["simclr", "simclr-mild", "simclr-blur", "pathology"] = option(
+        "simclr", "augmentation: the paper's, milder (small patches), with blur, or with stain jitter and turns"
     )
     backbone: str = option("resnet18", "any timm model name")
     init: str = option("scratch", "scratch, imagenet, an earlier run's name or folder, or a weights file", identity=False)

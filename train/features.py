@@ -18,7 +18,7 @@ from sharding.manifest import fingerprint
 from train.runs import replacing
 
 # Raise when the same backbone, data and recipe would give other features.
-FEATURES_VERSION = 1
+FEATURES_VERSION = 2
 _BATCH = 128
 
 
@@ -87,7 +87,7 @@ def compute_features(
     )
     parts = []
     console = Console()
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with loader, Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=len(ids))
         for batch in loader:
             parts.append(backbone(batch.views[0]).float().cpu().numpy())

@@ -92,7 +92,9 @@ def scan_sources(
     if labelled:
         _check_classes(found)
     kept_fields = tuple(field for field in columns if field != "name")
-    scan = Scan(found.select([*PLACE, *kept_fields]), kept_fields, notes)
+    # In one piece, because taking rows out of many pieces joins these anew each time.
+    scan = Scan(found.select([*PLACE, *kept_fields]).combine_chunks(), kept_fields, notes)
+    del found, tables
     pa.default_memory_pool().release_unused()  # what sorting and joining took: as much again as the rows
     return scan
 

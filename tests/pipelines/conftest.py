@@ -14,7 +14,7 @@ from sharding.synthetic import draw_patch, encode
 
 @pytest.fixture(scope="session", autouse=True)
 def _compile_once():
-    """DALI compiles the colour step anew for every view of every graph, 2 s each; these tests make many graphs."""
+    """DALI compiles our step anew for every graph, a second each; these tests make many graphs."""
     originals = {name: getattr(NumbaFunction, name) for name in ("_get_run_fn_cpu", "_get_setup_fn_cpu")}
     for name, compile_function in originals.items():
         setattr(NumbaFunction, name, _kept(compile_function))
