@@ -108,7 +108,6 @@ def write_manifest(
     columns = columns | {name: (none, list(counter)) for name, counter in noted.items()}
     dictionaries = {name: _merged(names, before, name) for name, (_, names) in columns.items()}
     extra = [name for name in columns if name not in COLUMNS]
-    extra = [name for name in columns if name not in COLUMNS]
     schema = pa.schema([(name, COLUMNS.get(name, WORDS)) for name in [*COLUMNS, *extra]])
 
     def tables() -> Iterator[pa.Table]:

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sharding.manifest import COLUMNS, read_dataset, read_manifest, read_quarantine
+from sharding.manifest import COLUMNS, read_dataset, read_manifest, read_quarantine, source_digests
 from sharding.roles import Roles
 from sharding.sources.archives import FileReader
 from sharding.sources.scan import Scan, source_names
@@ -73,8 +73,9 @@ def what_is_new(existing: Existing, scan: Scan, roles: Roles, *, append: bool, c
     place = pc.index_in(names, stored).fill_null(-1).to_numpy(zero_copy_only=False)
     known = np.flatnonzero(place >= 0)
     place = place[known]
-    source_sha256 = pc.coalesce(_joined(existing.manifest["source_sha256"]), _joined(existing.manifest["sha256"]))
-    then = pa.concat_arrays([source_sha256, _joined(existing.quarantine["sha256"])]).take(pa.array(place))
+    then = pa.concat_arrays([_joined(source_digests(existing.manifest)), _joined(existing.quarantine["sha256"])]).take(
+        pa.array(place)
+    )
     now = pa.array(_digests(scan.files.take(pa.array(known)), crew), pa.string())
     changed = pc.not_equal(then, now).to_numpy(zero_copy_only=False)
     if (spoiled := known[changed & (place < packed)]).size:

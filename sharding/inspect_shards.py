@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sharding.command import option, positional, run_script
-from sharding.manifest import decoded, fingerprint, read_dataset, read_manifest, read_quarantine
+from sharding.manifest import decoded, fingerprint, read_dataset, read_manifest, read_quarantine, source_digests
 from sharding.splits.assign import content_digests
 from sharding.verifying import verify
 from sharding.workers import available_cores
@@ -218,7 +218,7 @@ def _losses(manifest: pa.Table) -> Iterator[str]:
 
 def _copies(manifest: pa.Table) -> Iterator[str]:
     """Exact copies, by the source's content; and those that lie in several splits or classes."""
-    digests = content_digests(pc.coalesce(manifest["source_sha256"], manifest["sha256"]))
+    digests = content_digests(source_digests(manifest))
     _, content, counts = np.unique(digests, axis=0, return_inverse=True, return_counts=True)
     copies = len(digests) - len(counts)
     if not copies:

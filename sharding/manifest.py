@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 FORMAT_VERSION = 2
@@ -121,6 +122,13 @@ def read_quarantine(shards: str | Path) -> pa.Table:
         return pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is missing or damaged: pack the set again, or copy it again") from error
+
+
+def source_digests(manifest: pa.Table) -> pa.ChunkedArray:
+    """The hex sha256 of each patch's source file, which is the same however the image is stored."""
+    if "source_sha256" not in manifest.column_names:
+        return manifest["sha256"]
+    return pc.coalesce(manifest["source_sha256"], manifest["sha256"])  # null where the source's bytes are what is stored
 
 
 def decoded(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:

@@ -4,10 +4,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from sharding.assembling import Contents
-from sharding.manifest import decoded
+from sharding.manifest import decoded, source_digests
 from sharding.roles import Roles
 from sharding.sources.scan import Scan
 from sharding.splits.assign import assign_splits, case_notes, content_digests
@@ -32,7 +31,7 @@ def split_new(
     held = np.full(len(labels), -1, np.int64)
     digests = contents.contents
     if before is not None:
-        digests = np.concatenate([content_digests(pc.coalesce(before["source_sha256"], before["sha256"])), digests])
+        digests = np.concatenate([content_digests(source_digests(before)), digests])
         held_codes, held_names = decoded(before["split"])
         names += [name for name in held_names if name not in names]
         held[:old] = np.array([names.index(name) for name in held_names], np.int64)[held_codes]

@@ -11,10 +11,9 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from sharding.draws import priorities
-from sharding.manifest import decoded
+from sharding.manifest import decoded, source_digests
 from sharding.splits.assign import assign_splits, content_digests, cut_classes, parse_shares
 from sharding.splits.copies import bunches_of, no_bunches
 from sharding.splits.groups import Groups, split_whole_groups
@@ -52,7 +51,7 @@ def select(
     _check_numbers(fraction, cap, validation, part)
     if duplicates not in ("together", "apart"):
         raise ValueError(f"duplicates {duplicates!r} is not known: it is together or apart")
-    contents = content_digests(_digests(manifest))
+    contents = content_digests(source_digests(manifest))
     keep = _of_split(manifest, split, resplit, contents, group_aware, duplicates, seed)
     if classes is not None:
         keep &= _of_classes(manifest, classes, keep, split)
@@ -87,13 +86,6 @@ def select(
     if not len(chosen):
         raise ValueError(f"nothing is selected for {part}: there are too few patches for a validation share of {validation:g}")
     return np.sort(ids[chosen])
-
-
-def _digests(manifest: pa.Table) -> pa.ChunkedArray:
-    """The hex sha256 of each patch's source file."""
-    if "source_sha256" not in manifest.column_names:
-        return manifest["sha256"]
-    return pc.coalesce(manifest["source_sha256"], manifest["sha256"])  # null where the source's bytes are what is stored
 
 
 def _of_split(

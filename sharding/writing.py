@@ -101,7 +101,6 @@ class _Rows:
     def __init__(self) -> None:
         self.columns: dict[str, list] = {name: [] for name in ROWS.names}
         self.labels: list[int] = []
-        self.packed = 0
 
     def add(self, **values) -> None:
         for name, column in self.columns.items():
@@ -132,7 +131,7 @@ def _tar_pieces(task: ShardTask, treatment: Treatment, reader: FileReader, rows:
         if isinstance(stored, Refusal):
             rows.add(reason=stored.reason, detail=stored.detail, source_sha256=digest)
             continue
-        key = sample_key(task.number, rows.packed, os.path.basename(os.fsdecode(place[1])))
+        key = sample_key(task.number, len(rows.labels), os.path.basename(os.fsdecode(place[1])))
         rows.add(
             source_sha256=digest,
             key=key,
@@ -147,7 +146,6 @@ def _tar_pieces(task: ShardTask, treatment: Treatment, reader: FileReader, rows:
             sha256=digest if stored.converted is None else hashlib.sha256(stored.data).hexdigest(),
         )
         rows.labels.append(label)
-        rows.packed += 1
         pieces = member(f"{key}.{EXTENSIONS[stored.format]}", stored.data)
         if label >= 0:
             pieces += member(f"{key}.cls", str(label).encode())
