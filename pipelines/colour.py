@@ -10,6 +10,7 @@ Both take one parameter row per image, made by `colour_rows`. The Numba function
 Numba keeps on disk does not notice changes in another.
 """
 
+import ctypes
 import functools
 
 import numba
@@ -356,17 +357,23 @@ def _blur(plane, weights):
 
 
 @njit(cache=True)
+def view_step(out, image, row):
+    """image: (H, W, 3) uint8, row: (37,) float32 of `colour_rows` -> out: (3, S, S) float32, a view of the patch."""
+    _resize(out, image, row)
+    _finish(out, row)
+
+
+@njit(cache=True)
 def views_step(out, image, rows):
-    """image: (H, W, 3) uint8, rows: (V, 37) float32 of `colour_rows` -> out: (V, 3, S, S) float32, the patch's views."""
+    """All views of a patch: rows: (V, 37) -> out: (V, 3, S, S)."""
     for view in range(out.shape[0]):
-        _resize(out[view], image, rows[view])
-        _finish(out[view], rows[view])
+        view_step(out[view], image, rows[view])
 
 
 @functools.cache
-def views_step_at():
-    """views_step as a C function, compiled once and kept on disk: of the addresses of out, image and rows, of V and S, and of the
-    image's height and width."""
+def view_step_at():
+    """view_step as a C function, compiled once and kept on disk: of the addresses of out, image and row, of S, and of the image's
+    height and width. The address of out is an integer, so that it may be reckoned."""
     pointer, integer = numba.types.CPointer, numba.types.int64
 
     @numba.cfunc(
@@ -377,18 +384,20 @@ def views_step_at():
             integer,
             integer,
             integer,
-            integer,
         ),
         cache=True,
     )
-    def step(out, image, rows, views, side, height, width):
-        views_step(
-            numba.carray(out, (views, 3, side, side)),
+    def step(out, image, row, side, height, width):
+        view_step(
+            numba.carray(out, (3, side, side)),
             numba.carray(image, (height, width, 3)),
-            numba.carray(rows, (views, ROW)),
+            numba.carray(row, (ROW,)),
         )
 
-    return step.ctypes
+    assert step.address is not None
+    at = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3)(step.address)
+    at.step = step  # type: ignore[attr-defined]  # the compiled code lives as long as this does
+    return at
 
 
 @njit(cache=True)

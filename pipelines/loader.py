@@ -1,6 +1,5 @@
 """The loader: shard set, selection, recipe and seed -> batches of views, resumable at any step on any world size."""
 
-import gc
 import os
 import time
 from collections import deque
@@ -101,8 +100,8 @@ class ViewLoader:
         A loader that is closed opens all that anew when it is iterated again.
         """
         if self._graph is not None:
+            self._graph.close()
             self._graph = None
-            gc.collect()  # DALI's Python objects refer to each other, so that their threads would live on until some later moment
         if self._owns_reader:
             self.reader.close()
 
@@ -232,6 +231,7 @@ class ViewLoader:
             try:
                 views = graph.get() if len(under_way[0]) else self._no_views()
             except RuntimeError as error:
+                graph.close()
                 self._graph = None
                 self.reader.check(np.concatenate(under_way))
                 raise ValueError(
@@ -249,6 +249,7 @@ class ViewLoader:
             while self._graph and self._graph.pending:  # of an iteration that was left early
                 self._graph.get()
         except RuntimeError:  # a patch that cannot be decoded: said when it is read again
+            self._graph.close()
             self._graph = None
         if self._graph is None:
             self._graph = DaliGraph(
