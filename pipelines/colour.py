@@ -453,6 +453,36 @@ def _finish(out, row):
                 _blur(out[channel], weights)
 
 
+def box_sizes(rows_BR: np.ndarray) -> np.ndarray:
+    """(B, 2) float32: height and width of the box, pixels of the image."""
+    return rows_BR[:, _BOX + 2 : _BOX + 4]
+
+
+def reach(sizes_B2: np.ndarray, image_size: int) -> np.ndarray:
+    """(B, 2) int32: how many pixels beyond a box of such height and width an antialiased resize may look, and one more."""
+    return np.ceil(np.maximum(sizes_B2 / image_size, 1)).astype(np.int32) + 1
+
+
+def inside_weights(sizes_B2: np.ndarray, image_size: int, device: torch.device) -> list[torch.Tensor]:
+    """For rows and for columns, (B, S) float32: the share of each new pixel's weights that lies inside the box, above 0 to 1.
+
+    A resize that adds up zeros beyond the box gives torchvision's pixels when it is divided by both.
+    """
+    sizes_2B1 = torch.from_numpy(np.ascontiguousarray(sizes_B2.T)).to(device, non_blocking=True)[:, :, None]
+    scale = sizes_2B1 / image_size
+    width = scale.clamp(min=1)
+    centre_2BS = scale * (torch.arange(image_size, device=device) + 0.5)
+    first_2BS = (centre_2BS - width).floor()
+    inside_2BS, all_2BS = torch.zeros_like(centre_2BS), torch.zeros_like(centre_2BS)
+    # One by one: how a sum over a dimension is split may depend on its length, and so on the other patches of the batch.
+    for k in range(2 * int(reach(sizes_B2, image_size).max()) + 1):
+        pixel_2BS = first_2BS + k
+        weight_2BS = (1 - (pixel_2BS + 0.5 - centre_2BS).abs() / width).clamp_(min=0)
+        all_2BS += weight_2BS
+        inside_2BS += torch.where((pixel_2BS >= 0) & (pixel_2BS < sizes_2B1), weight_2BS, 0)
+    return list(inside_2BS / all_2BS)
+
+
 def colour_batch(images_BHWC: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
     """The same step for a batch in torch, for a GPU: (B, H, W, 3) uint8 or float32 levels, (B, 37) rows -> (B, 3, H, W) float32.
 

@@ -4,8 +4,10 @@ On the CPU DALI decodes, and the exact step that is ours (`colour`) makes the vi
 where the consumer finds them: to copy them from DALI's memory into fresh memory took longer than to make them. On a GPU DALI cuts
 out and resizes too, and the same step in torch follows.
 
-For a GPU the box is cut out before the resize: DALI's resize of a box would mix in the pixels around it. And it hands on float32:
-rounded to whole levels, views would be up to 6 levels off behind a strong jitter.
+Its resize alone would not do. Of a box it mixes in the pixels around it; of a box that is cut out it repeats those at the border
+when it makes it smaller, up to 15 levels off, where torchvision leaves out what lies beyond. So zeros are put around the box,
+which add nothing, and the sums are divided by the weights that fell inside. And it hands on float32: rounded to whole levels,
+views would be up to 6 levels off behind a strong jitter.
 """
 
 import functools
@@ -17,10 +19,9 @@ import nvidia.dali.fn as fn
 import nvidia.dali.types as types
 import torch
 from nvidia.dali.pipeline import Pipeline
-from nvidia.dali.plugin.pytorch import feed_ndarray, to_torch_type
 from PIL import Image
 
-from pipelines.colour import colour_batch, colour_rows, view_step_at
+from pipelines.colour import box_sizes, colour_batch, colour_rows, inside_weights, reach, view_step_at
 from pipelines.memory import BatchMemory
 from pipelines.recipes import Recipe
 from pipelines.views import ViewParameters, draw_views
@@ -59,10 +60,13 @@ class DaliGraph:
     """Batches of views by DALI: `put` the bytes and parameters of a batch, `get` its views, in the same order.
 
     device: "cpu", or "cuda" (decoding by nvJPEG and all augmentation on torch's current GPU).
+    step: "numba" (CPU) or "torch" (both): whose step makes the views. A CPU can so be asked what a GPU will be; it is slow.
     """
 
-    def __init__(self, *, recipe: Recipe, batch_size: int, image_size: int, device: str, threads: int):
+    def __init__(self, *, recipe: Recipe, batch_size: int, image_size: int, device: str, threads: int, step: str | None = None):
         self.recipe, self.image_size, self.device = recipe, image_size, device
+        self.step = step or ("numba" if device == "cpu" else "torch")
+        assert self.step == "torch" or (self.step == "numba" and device == "cpu"), (step, device)
         self._under_way: deque[tuple[np.ndarray, torch.Tensor | None]] = deque()  # rows, and on the CPU where the views go
         # One piece is with the consumer, and when it asks for more, it may still hold that.
         self._memory = BatchMemory(recipe.views * batch_size * 3 * image_size**2, keep=AHEAD + 1)
@@ -77,7 +81,7 @@ class DaliGraph:
             images = fn.decoders.image(
                 encoded, output_type=types.RGB, **(_GPU_DECODER if device == "cuda" else {"device": "cpu"})
             )
-            if device == "cpu":
+            if self.step == "numba":
                 self._pipeline.set_outputs(self._done(images))
             else:
                 self._pipeline.set_outputs(*(self._resized(images, view) for view in range(recipe.views)))
@@ -100,12 +104,19 @@ class DaliGraph:
         )
 
     def _resized(self, images, view):
-        start = fn.external_source(name=f"start{view}", dtype=types.INT32, ndim=1)
-        end = fn.external_source(name=f"end{view}", dtype=types.INT32, ndim=1)
+        place = "gpu" if self.device == "cuda" else "cpu"
+
+        def drawn(name, dtype=types.INT32):
+            return fn.external_source(name=f"{name}{view}", dtype=dtype, ndim=1)
+
+        box = fn.slice(images, device=place, start=drawn("start"), end=drawn("end"), axes=[0, 1])
+        widened = {"start": drawn("wide_start"), "end": drawn("wide_end"), "axes": [0, 1]}
         return fn.resize(
-            fn.slice(images, device="gpu", start=start, end=end, axes=[0, 1]),
-            device="gpu",
+            fn.slice(box, device=place, out_of_bounds_policy="pad", fill_values=0, **widened),
+            device=place,
             size=[self.image_size, self.image_size],
+            roi_start=drawn("roi_start", types.FLOAT),
+            roi_end=drawn("roi_end", types.FLOAT),
             interp_type=types.INTERP_LINEAR,
             antialias=True,
             dtype=types.FLOAT,
@@ -133,7 +144,7 @@ class DaliGraph:
         feed, rows = self._pipeline.feed_input, colour_rows(parameters, self.recipe)
         feed("encoded", encoded)
         views = None
-        if self.device == "cpu":
+        if self.step == "numba":
             views = self._memory.take((self.recipe.views, len(rows), 3, self.image_size, self.image_size))
             bytes_of_view, bytes_of_patch = (stride * views.element_size() for stride in views.stride()[:2])
             addresses = views.data_ptr() + bytes_of_patch * np.arange(len(rows), dtype=np.int64)
@@ -141,9 +152,14 @@ class DaliGraph:
             feed("place", np.stack([addresses, *np.broadcast_to([[bytes_of_view], [self.image_size]], (2, len(rows)))], axis=1))
         else:
             for view in range(self.recipe.views):
-                box = parameters.box[:, view]
-                feed(f"start{view}", np.ascontiguousarray(box[:, :2]))
-                feed(f"end{view}", box[:, :2] + box[:, 2:])
+                top_left, size = parameters.box[:, view, :2], parameters.box[:, view, 2:]
+                margin = reach(size, self.image_size)
+                feed(f"start{view}", np.ascontiguousarray(top_left))
+                feed(f"end{view}", top_left + size)
+                feed(f"wide_start{view}", -margin)
+                feed(f"wide_end{view}", size + margin)
+                feed(f"roi_start{view}", margin.astype(np.float32))
+                feed(f"roi_end{view}", (size + margin).astype(np.float32))
         self._under_way.append((rows, views))
 
     def get(self) -> torch.Tensor:
@@ -151,15 +167,20 @@ class DaliGraph:
 
         Raises RuntimeError when DALI cannot decode a patch; the graph is of no use after that: close it.
         """
-        outputs = self._pipeline.share_outputs()
+        # On a GPU nobody waits: torch's stream goes on when DALI's is done, and DALI has its memory back when torch's is.
+        outputs = self._pipeline.share_outputs(torch.cuda.current_stream() if self.device == "cuda" else None)
         rows, views = self._under_way.popleft()
         try:
             if views is not None:
                 return views
-            copies = [_copy_of(tensors) for tensors in outputs]
-            return torch.stack([colour_batch(copy, rows[:, view]) for view, copy in enumerate(copies)])
+            return torch.stack([self._finished(sums, rows[:, view]) for view, sums in enumerate(outputs)])
         finally:
             self._pipeline.release_outputs()
+
+    def _finished(self, sums, rows_BR):
+        sums_BSS3 = torch.from_dlpack(sums.as_tensor())  # DALI's own memory, which the first operation reads from
+        down_BS, across_BS = inside_weights(box_sizes(rows_BR), self.image_size, sums_BSS3.device)
+        return colour_batch(sums_BSS3 / down_BS[:, :, None, None] / across_BS[:, None, :, None], rows_BR)
 
     @property
     def pending(self) -> int:
@@ -172,12 +193,5 @@ class DaliGraph:
         self._under_way.clear()
 
     def __del__(self):
-        self.close()
-
-
-def _copy_of(tensors) -> torch.Tensor:
-    """DALI's GPU batch as a torch tensor of its own, ordered on torch's current stream."""
-    dense = tensors.as_tensor()
-    out = torch.empty(dense.shape(), dtype=to_torch_type[dense.dtype], device="cuda")
-    feed_ndarray(dense, out, cuda_stream=torch.cuda.current_stream())
-    return out
+        if "_pipeline" in vars(self):  # it was made
+            self.close()

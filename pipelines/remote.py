@@ -224,7 +224,8 @@ class RemoteSet:
                         part.unlink()  # it was finished between our look and our lock, and we began another
                         continue
                     self._fetch(name, file, part)
-                    part.rename(path)
+                    with self._room(0):  # nobody counts the files meanwhile
+                        part.rename(path)
 
     def _fetch(self, name: str, file: BufferedRandom, part: Path) -> None:
         """Fill the .part, whose lock we have, until its bytes are those of dataset.json; the size need not be known for that."""
@@ -271,7 +272,11 @@ class RemoteSet:
             return
         with open(self.cache / ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            found = [(path, path.stat()) for path in self.cache.glob("*/*") if path.name != "dataset.json"]
+            found = []
+            for path in self.cache.glob("*/*"):
+                with suppress(FileNotFoundError):  # of a process without a limit, which does not take this lock
+                    if path.name != "dataset.json":
+                        found.append((path, path.stat()))
             excess = sum(stat.st_size for _, stat in found) + needed - self.limit_bytes
             for path, stat in sorted(found, key=lambda each: each[1].st_atime_ns):
                 if excess > 0 and _remove(path):

@@ -17,14 +17,13 @@ from rich.console import Console
 from rich.table import Table
 
 from sharding.command import option, positional, run_script
+from sharding.decoders import decoder_path
 from sharding.manifest import decoded, fingerprint, read_dataset, read_manifest, read_quarantine, source_digests
 from sharding.splits.assign import content_digests
 from sharding.verifying import verify
 from sharding.workers import available_cores
 
 _SHOWN = 12  # rows of a table that could be long
-# What a hardware JPEG decoder takes, by NVIDIA's documentation of nvJPEG's hardware backend.
-_HARDWARE = tuple(f"baseline {chroma}" for chroma in ("4:4:4", "4:2:2", "4:2:0"))
 
 
 @dataclass(frozen=True)
@@ -171,17 +170,6 @@ def _decoders_table(manifest: pa.Table) -> Table:
     if "hardware JPEG" in paths:
         table.caption = "PatchCLR gives these to CUDA as well: the share that the hardware takes would depend on the batch size."
     return table
-
-
-def decoder_path(image_format: str, coding: str | None) -> str:
-    """What decodes an image in DALI's mixed mode: hardware JPEG (where the GPU has one), CUDA JPEG, nvJPEG2000 or CPU."""
-    if image_format == "jpeg2000":
-        return "nvJPEG2000"
-    if image_format != "jpeg" or not coding:
-        return "CPU"
-    if coding in _HARDWARE:
-        return "hardware JPEG"
-    return "CUDA JPEG" if coding.startswith(("baseline", "progressive", "extended")) else "CPU"
 
 
 def _words_table(manifest: pa.Table, column: str, title: str) -> Table | None:

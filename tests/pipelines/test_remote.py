@@ -28,11 +28,10 @@ from pipelines.recipes import RECIPES
 from pipelines.remote import RemoteSet, is_remote
 from pipelines.shards import ShardReader
 from sharding.manifest import index_file, read_dataset, shard_file
-from tests.helpers import ROOT
+from tests.helpers import ROOT, S3_SECRET
 
 pytestmark = pytest.mark.timeout(60)
 
-SECRET = "a-secret-that-is-nowhere-on-disk"
 PART = 20_000  # bytes: a shard of these tests takes several requests
 TRIES = 3
 SHARDS = [shard_file(number) for number in range(3)]
@@ -127,14 +126,8 @@ class Server:
 
 
 @pytest.fixture(autouse=True)
-def _small_parts_and_no_one_s_cache(monkeypatch, tmp_path):
+def _small_parts_and_no_one_s_cache(monkeypatch, no_one_s_stores):
     monkeypatch.setattr(remote_module, "_PART", PART)
-    monkeypatch.setenv("PATCHCLR_CACHE", str(tmp_path / "cache"))
-    for name in [name for name in os.environ if name.startswith(("AWS_", "FSSPEC_"))]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no config"))
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no credentials"))
 
 
 @pytest.fixture(scope="session")
@@ -156,33 +149,9 @@ def cache(tmp_path) -> Path:
     return tmp_path / "cache"
 
 
-@pytest.fixture(scope="session")
-def s3_server():
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
-    yield "http://{}:{}".format(*server.get_host_and_port())
-    server.stop()
-
-
-@pytest.fixture
-def s3(s3_server, monkeypatch):
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
-
-
 @pytest.fixture
 def s3_url(s3, shard_set) -> str:
-    import boto3
-
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="patches")
-    for path in shard_set.iterdir():
-        client.upload_file(str(path), "patches", f"sets/kidney/{path.name}")
-    return "s3://patches/sets/kidney"
+    return s3(shard_set, "patches/sets/kidney")
 
 
 @contextmanager
@@ -283,7 +252,7 @@ def test_nothing_secret_is_kept(s3_url, cache):
         remote.local(SHARDS[0])
     kept = b"".join(str(path).encode() + path.read_bytes() for path in cache.rglob("*") if path.is_file())
     assert len(kept) > PART
-    assert SECRET.encode() not in kept
+    assert S3_SECRET.encode() not in kept
 
 
 # Stores that fail for a while
@@ -693,3 +662,17 @@ def test_close_leaves_no_thread_and_no_file(server, cache):
     server.close()
     links = [path for path in Path("/proc/self/fd").iterdir() if os.path.lexists(path)]
     assert links and not [path for path in links if str(cache) in os.readlink(path)]
+
+
+def test_a_file_that_goes_while_the_cache_is_counted_is_nobody_s_trouble(small_set, no_one_s_stores, monkeypatch):
+    """A process without a limit renames what it has fetched, and takes no lock to do so."""
+    whole = sum(path.stat().st_size for path in small_set.iterdir())
+    with RemoteSet(small_set.as_uri(), limit_bytes=2 * whole) as remote:
+        original = Path.glob
+
+        def with_one_that_went(self, pattern):
+            yield self / "other-set" / "shard-000000.tar.part"
+            yield from original(self, pattern)
+
+        monkeypatch.setattr(Path, "glob", with_one_that_went)
+        assert remote.local("shard-000000.tar").read_bytes() == (small_set / "shard-000000.tar").read_bytes()

@@ -1,0 +1,15 @@
+"""Which decoder takes an image, by what the manifest says of it."""
+
+# What a hardware JPEG decoder takes, by NVIDIA's documentation of nvJPEG's hardware backend.
+_HARDWARE = tuple(f"baseline {chroma}" for chroma in ("4:4:4", "4:2:2", "4:2:0"))
+
+
+def decoder_path(image_format: str, coding: str | None) -> str:
+    """What decodes an image in DALI's mixed mode: hardware JPEG (where the GPU has one), CUDA JPEG, nvJPEG2000 or CPU."""
+    if image_format == "jpeg2000":
+        return "nvJPEG2000"
+    if image_format != "jpeg" or not coding:
+        return "CPU"
+    if coding in _HARDWARE:
+        return "hardware JPEG"
+    return "CUDA JPEG" if coding.startswith(("baseline", "progressive", "extended")) else "CPU"
