@@ -31,11 +31,12 @@ from models.backbones import build_backbone
 from pipelines.loader import ViewLoader
 from pipelines.recipes import get_recipe
 from pipelines.shards import ShardReader
-from sharding.manifest import read_dataset
+from sharding.manifest import fingerprint, read_dataset
 from sharding.packing import build_shards
 from sharding.synthetic import LAYOUTS, draw_set
 from sharding.synthetic import Config as DrawConfig
 from sharding.workers import available_cores
+from train.inputs import Input, SetInput, place_of
 from train.loop import Job, ViewModel, fit, plain_place
 from train.methods import SimCLR
 from train.runs import Run, versions
@@ -289,8 +290,7 @@ def _job(s: Setting) -> Job:
     epochs = -(-steps // (len(ids) // batch_size))
     return Job(
         folder=s.folder / "run",
-        data=Path(s.reader().folder).absolute(),
-        ids=ids,
+        input=Input((SetInput(place_of(str(s.reader().folder)), fingerprint(s.reader().folder), ids),)),
         method=METHOD,
         backbone=s.backbone,
         init="scratch",

@@ -1,12 +1,13 @@
 """What all tests share: drawn shard sets, and one Ray for the whole run."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from sharding.packing import build_shards
-from tests.helpers import breast_files, write_tree
+from tests.helpers import S3_SECRET, breast_files, write_tree
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +42,45 @@ def ray_here():
     del os.environ["RAY_ADDRESS"]
     if before is not None:
         os.environ["RAY_ADDRESS"] = before
+
+
+@pytest.fixture
+def no_one_s_stores(monkeypatch, tmp_path):
+    """A cache of shard sets of our own, and none of the credentials that this machine may have."""
+    monkeypatch.setenv("PATCHCLR_CACHE", str(tmp_path / "cache"))
+    for name in [name for name in os.environ if name.startswith(("AWS_", "FSSPEC_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no credentials"))
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server, no_one_s_stores, monkeypatch) -> Callable[[Path, str], str]:
+    """An S3 server on loopback, and credentials for it. Puts a folder's files into bucket/prefix, and returns its URL."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", S3_SECRET)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
+
+    def upload(folder: Path, place: str) -> str:
+        import boto3
+
+        bucket, prefix = place.split("/", 1)
+        client = boto3.client("s3")
+        client.create_bucket(Bucket=bucket)
+        for path in folder.iterdir():
+            client.upload_file(str(path), bucket, f"{prefix}/{path.name}")
+        return f"s3://{place}"
+
+    return upload

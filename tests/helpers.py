@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
+S3_SECRET = "a-secret-that-is-nowhere-on-disk"
 
 
 def encoded(number: int, *, size: tuple[int, int] = (16, 12), mode: str = "RGB", format: str = "JPEG", **settings) -> bytes:
@@ -57,6 +58,13 @@ def assert_refused(done: subprocess.CompletedProcess, *words: str) -> None:
     assert "Traceback" not in done.stderr
     for word in words:
         assert word in done.stderr
+
+
+def open_files(folder: Path) -> set[str]:
+    """Names of the files under the folder that this process has open or mapped."""
+    opened = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if os.path.lexists(link)]
+    mapped = [line.split(maxsplit=5)[5] for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
+    return {Path(path).name for path in opened + mapped if path.startswith(f"{folder}/")}
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:

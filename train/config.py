@@ -12,7 +12,8 @@ from sharding.command import option, required
 Precision = Literal["fp32", "bf16", "fp64"]
 Optimizer = Literal["lars", "adam", "adamw", "sgd"]
 
-_DATA = "folder of the shard set (from sharding/build.py)"
+_DATA = "the shard set (from sharding/build.py): its folder, or its URL (s3://bucket/kidney, https://...)"
+_CACHE = "GiB that $PATCHCLR_CACHE may hold of sets at URLs, on each node; default: all, and nothing is removed"
 _NAME = "the run's name; its folder is STORAGE/NAME"
 _SEED = "seed of everything random: order, views, initial weights"
 _WORKERS = "Ray Train workers (one GPU each where there are GPUs); 0: in this process, without Ray"
@@ -38,6 +39,12 @@ class PretrainConfig:
     init: str = option("scratch", "scratch, imagenet, an earlier run's name or folder, or a weights file", identity=False)
     split: str = option("train", "the split to learn from")
     fraction: float = option(1.0, "share of that split to use, 0 to 1 (5 %% lies inside 25 %%)")
+    mix: list[str] = option(
+        [], "further sets to learn from, SHARDS=WEIGHT ...: beside --data, whose weight is 1; places as in --data", identity=False
+    )
+    shuffle_window: int | None = option(
+        None, "shuffle within so many shards at a time, for a set larger than memory or cache; default: all together"
+    )
     image_size: int = option(224, _IMAGE_SIZE)
     batch_size: int = option(256, _BATCH)
     projection_dim: int = option(128, "width of the projection head's output")
@@ -55,6 +62,7 @@ class PretrainConfig:
     log_every: int = option(10, "steps between two rows of metrics.jsonl", identity=False)
     checkpoint_every: int = option(0, "steps between checkpoints; 0: one per epoch", identity=False)
     max_failures: int = option(3, "how often Ray may restart the workers from the last checkpoint", identity=False)
+    cache_gib: float | None = option(None, _CACHE, identity=False)
     storage: str = option("runs", _STORAGE, identity=False)
 
 
@@ -95,4 +103,5 @@ class EvaluateConfig:
     threads: int = option(0, _THREADS, identity=False)
     log_every: int = option(10, "steps between two rows of metrics.jsonl", identity=False)
     max_failures: int = option(3, "how often Ray may restart the workers from the last checkpoint", identity=False)
+    cache_gib: float | None = option(None, _CACHE, identity=False)
     storage: str = option("runs", _STORAGE, identity=False)

@@ -4,6 +4,7 @@ import functools
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,7 @@ from sharding.selection import select
 from train.config import EvaluateConfig
 from train.features import compute_features, frozen_features
 from train.heads_fit import fit_with_validation
+from train.inputs import Input, SetInput, gib, open_set, place_of
 from train.loop import HEAD_NAME, Job
 from train.methods import Supervised
 from train.metrics import TITLES, score
@@ -50,13 +52,23 @@ def evaluate(config: EvaluateConfig) -> Run:
     Raises ValueError for what the user can put right: data without labels, splits that are not there, weights that do not
     fit, a name that is taken.
     """
-    reader = ShardReader(config.data)
-    chosen = _choose(config, reader)
+    with open_set(config.data, gib(config.cache_gib)) as reader:
+        return _evaluate(config, reader)
+
+
+def _evaluate(config: EvaluateConfig, reader: ShardReader) -> Run:
+    selection = {"split": config.split, "fraction": config.fraction, "balance": config.balance, "seed": config.seed}
+    chosen = _choose(config, reader, selection)
     parent, architecture, image_size = _backbone(config)
+    learnt = Input((SetInput(place_of(config.data), fingerprint(reader.folder), chosen.used),), cache_bytes=gib(config.cache_gib))
     run = Run(Path(config.storage) / (config.name or _default_name(config, parent, architecture)))
     settled = identity(config) | {"image_size": image_size, "architecture": architecture}
-    stage = Stage(config.mode, settled, fingerprint(config.data), parent.key)
-    if not run.begin(stage, config):
+    stage = Stage(config.mode, settled, learnt.fingerprint, parent.key)
+    trains = config.mode != "linear"
+    batch_size = _batch_size(config, learnt.patches) if trains else None
+    recipe = Supervised.recipe_name if trains else "eval"
+    reads = learnt.describe(selection=selection, recipe=recipe, image_size=image_size, seed=config.seed, batch_size=batch_size)
+    if not run.begin(stage, config, reads):
         print(f"{run.name}: finished already, {run.folder}", flush=True)
         return run
     print(
@@ -65,11 +77,12 @@ def evaluate(config: EvaluateConfig) -> Run:
         flush=True,
     )
     started = time.monotonic()
-    if config.mode == "linear":
+    if batch_size is None:
         probabilities, extra = _linear(config, reader, chosen, parent, architecture, image_size)
         device = "CPU"
     else:
-        probabilities, extra, device = _trained(config, reader, chosen, parent, architecture, image_size, run, stage)
+        job = _job(config, chosen, learnt, parent, architecture, image_size, batch_size, run, stage)
+        probabilities, extra, device = _trained(config, reader, chosen, job, run)
     figures = score(probabilities, chosen.labels[chosen.test])
     _write_predictions(run.folder / "predictions.parquet", reader, chosen, probabilities)
     result = {
@@ -92,24 +105,21 @@ def evaluate(config: EvaluateConfig) -> Run:
     return run
 
 
-def _choose(config: EvaluateConfig, reader: ShardReader) -> Labels:
+def _choose(config: EvaluateConfig, reader: ShardReader, selection: dict[str, Any]) -> Labels:
     classes = class_names(reader.folder)
     if len(classes) < 2:
-        raise ValueError(
-            f"{reader.folder} has {len(classes)} classes: judging needs labels of at least two (build with {{class}})"
-        )
+        raise ValueError(f"{config.data} has {len(classes)} classes: judging needs labels of at least two (build with {{class}})")
     if config.split == config.test_split:
         raise ValueError(f"--split and --test-split are both {config.split!r}: a backbone is not judged on what it learnt from")
-    settings = {"split": config.split, "fraction": config.fraction, "balance": config.balance, "seed": config.seed}
-    choose = functools.partial(select, reader.manifest, **settings)  # type: ignore[arg-type]
+    choose = functools.partial(select, reader.manifest, **selection)
     used, held_out = choose(), choose(validation=config.validation, part="validation")
     test = select(reader.manifest, split=config.test_split)
     labels = reader.labels
     for name, ids in ((config.split, used), (config.test_split, test)):
         if (labels[ids] < 0).any():
-            raise ValueError(f"{reader.folder}: split {name!r} has patches without a label")
+            raise ValueError(f"{config.data}: split {name!r} has patches without a label")
     if len(np.unique(labels[used])) < 2:
-        raise ValueError(f"{reader.folder}: the used labels of split {config.split!r} are all of one class")
+        raise ValueError(f"{config.data}: the used labels of split {config.split!r} are all of one class")
     if len(held_out) in (0, len(used)):
         raise ValueError(f"--validation {config.validation:g} of {len(used)} labels leaves one part empty: use more labels")
     return Labels(classes, used, np.isin(used, held_out), test, labels)
@@ -163,16 +173,18 @@ def _linear(config, reader, chosen, parent, architecture, image_size):
     return head.probabilities(features["test"]), extra
 
 
-def _trained(config, reader, chosen, parent, architecture, image_size, run, stage):
-    batch_size = min(config.batch_size, len(chosen.used))
-    workers = max(1, config.workers)
+def _batch_size(config: EvaluateConfig, labels: int) -> int:
+    batch_size, workers = min(config.batch_size, labels), max(1, config.workers)
     batch_size -= batch_size % workers
     if batch_size == 0:
-        raise ValueError(f"{len(chosen.used)} labels are fewer than the {workers} workers: use fewer workers")
-    job = Job(
+        raise ValueError(f"{labels} labels are fewer than the {workers} workers: use fewer workers")
+    return batch_size
+
+
+def _job(config, chosen, learnt, parent, architecture, image_size, batch_size, run, stage):
+    return Job(
         folder=run.folder,
-        data=Path(config.data).absolute(),
-        ids=chosen.used,
+        input=learnt,
         method=Supervised(classes=len(chosen.classes)),
         backbone=architecture,
         init=parent.source,
@@ -190,11 +202,14 @@ def _trained(config, reader, chosen, parent, architecture, image_size, run, stag
         log_every=config.log_every,
         checkpoint_every=0,
         max_failures=config.max_failures,
-        card={"method": config.mode, "chain": [*parent.chain, f"{config.mode} on {Path(config.data).name}"], "key": stage.key},
+        card={"method": config.mode, "chain": [*parent.chain, f"{config.mode} on {learnt.name}"], "key": stage.key},
     )
+
+
+def _trained(config, reader, chosen, job, run):
     with follow(run, steps=job.steps, title=run.name, starting="starting"):
         device = run_job(job, config.workers)
-    backbone = build_backbone(architecture, image_size)
+    backbone = build_backbone(job.backbone, job.image_size)
     load_backbone_weights(backbone, run.folder)
     head = LinearHead(int(backbone.num_features), len(chosen.classes))  # type: ignore[arg-type]
     head.load_state_dict(torch.load(run.folder / HEAD_NAME, weights_only=True, map_location="cpu"))
@@ -203,13 +218,13 @@ def _trained(config, reader, chosen, parent, architecture, image_size, run, stag
         reader,
         chosen.test,
         recipe=get_recipe("eval"),
-        image_size=image_size,
+        image_size=job.image_size,
         title="predictions",
         threads=job.threads or None,
     )
     with torch.no_grad():
         probabilities = torch.softmax(head(torch.from_numpy(features)).double(), dim=1).numpy()
-    return probabilities, {"batch_size": batch_size, "steps": job.steps}, device
+    return probabilities, {"batch_size": job.batch_size, "steps": job.steps}, device
 
 
 def _write_predictions(path: Path, reader: ShardReader, chosen: Labels, probabilities: np.ndarray) -> None:

@@ -82,6 +82,7 @@ def compute_features(
         seed=0,
         device=device,
         shuffle=False,
+        window=1,  # ids are mostly in the order of the shards, and no more of them than these need be open or in a cache
         drop_last=False,
         threads=threads,
     )

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from pipelines.preview import view_sheet
 from pipelines.recipes import get_recipe
-from pipelines.shards import ShardReader
+from train.inputs import open_set
 
 # Told apart in print and by colour-blind readers (Okabe and Ito 2008).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -70,11 +70,11 @@ def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str], title: st
         return _svg(figure)
 
 
-def pairs(data: str, *, recipe: str, image_size: int, seed: int) -> bytes:
-    """PNG of augmented pairs as training sees them, in its first epoch."""
-    reader = ShardReader(data)
-    ids = np.arange(min(_PAIRS, len(reader)))
-    sheet = view_sheet(reader, ids, recipe=get_recipe(recipe), image_size=max(_READABLE, image_size), seed=seed, columns=2)
+def pairs(data: str, *, recipe: str, image_size: int, seed: int, cache_bytes: int | None = None) -> bytes:
+    """PNG of augmented pairs as training sees them, in its first epoch. cache_bytes: see inputs.Input."""
+    with open_set(data, cache_bytes) as reader:
+        ids = np.arange(min(_PAIRS, len(reader)))
+        sheet = view_sheet(reader, ids, recipe=get_recipe(recipe), image_size=max(_READABLE, image_size), seed=seed, columns=2)
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

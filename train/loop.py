@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -23,6 +22,7 @@ from models.backbones import build_backbone
 from models.weights import apply_init, save_backbone
 from pipelines.loader import Batch, ViewLoader
 from pipelines.recipes import describe_recipe
+from train.inputs import Input
 from train.methods import Method
 from train.runs import write_json, write_text
 from train.schedules import build_optimizer, learning_rate
@@ -38,8 +38,7 @@ class Job:
     """All that a worker needs to know. It travels to every worker, so it is plain data."""
 
     folder: Path  # of the run, which all workers share
-    data: Path
-    ids: np.ndarray = field(repr=False)
+    input: Input
     method: Method
     backbone: str
     init: str  # scratch, imagenet, or a path
@@ -61,7 +60,7 @@ class Job:
 
     @property
     def steps_per_epoch(self) -> int:
-        return len(self.ids) // self.batch_size
+        return self.input.patches // self.batch_size
 
     @property
     def steps(self) -> int:
@@ -98,24 +97,34 @@ class ViewModel(nn.Module):
 
 def fit(job: Job, place: Place) -> None:
     """Train to the end, from the newest checkpoint if there is one; rank 0 leaves weights, card and metrics in the folder."""
-    assert job.steps > 0, (len(job.ids), job.batch_size, job.epochs)
-    loader = ViewLoader(
-        job.data,
-        job.ids,
-        batch_size=job.batch_size,
-        image_size=job.image_size,
-        recipe=job.method.recipe,
-        seed=job.seed,
-        rank=place.rank,
-        world_size=place.world_size,
-        device=place.device.type,
-        threads=job.threads or None,
-    )
+    assert job.steps > 0, (job.input, job.batch_size, job.epochs)
+    with (
+        job.input.opened() as (shards, ids),
+        ViewLoader(
+            shards,
+            ids,
+            batch_size=job.batch_size,
+            image_size=job.image_size,
+            recipe=job.method.recipe,
+            seed=job.seed,
+            rank=place.rank,
+            world_size=place.world_size,
+            device=place.device.type,
+            window=job.input.window,
+            threads=job.threads or None,
+        ) as loader,
+    ):
+        model = _train(job, place, loader)
+    if place.rank == 0:
+        _write_weights(job, model)
+
+
+def _train(job: Job, place: Place, loader: ViewLoader) -> ViewModel:
+    """Take the steps that are left. Returns the trained model."""
     torch.manual_seed(job.seed)
     model, init_lines = _build_model(job, place)
     optimizer = build_optimizer(job.optimizer, model, weight_decay=job.weight_decay, fused=place.device.type == "cuda")
     step = _restore(place, model, optimizer, loader)
-    recorder = Recorder(job, step, init_lines) if place.rank == 0 else None
 
     parallel: nn.Module = model
     if place.world_size > 1:
@@ -124,26 +133,25 @@ def fit(job: Job, place: Place) -> None:
         parallel.compile()
 
     model.train()
-    clock = Clock(loader)
-    while loader.epoch < job.epochs:
-        for batch in loader:
-            rate = learning_rate(
-                step, peak=job.peak_learning_rate, steps=job.steps, warmup_steps=round(job.warmup_epochs * job.steps_per_epoch)
-            )
-            log = (step + 1) % job.log_every == 0 or step + 1 == job.steps
-            loss, metrics = _step(parallel, optimizer, batch, rate, step, job, place, with_metrics=log)
-            step += 1
-            clock.patches += job.batch_size
-            if log:
-                values = _mean_over_ranks({"loss": loss} | metrics, place)
-                if recorder:
-                    recorder.write({"epoch": loader.epoch, "step": step, "learning_rate": rate} | values | clock.read(place))
-                clock = Clock(loader)
-            if step == job.steps or step % (job.checkpoint_every or job.steps_per_epoch) == 0:
-                place.save(step, lambda folder: _write_checkpoint(folder, model, optimizer, loader, step))  # noqa: B023
-    if recorder:
-        recorder.close()
-        _write_weights(job, model)
+    recorder = Recorder(job, step, init_lines) if place.rank == 0 else None
+    with contextlib.closing(recorder) if recorder else contextlib.nullcontext():
+        clock = Clock(loader)
+        while loader.epoch < job.epochs:
+            for batch in loader:
+                warmup_steps = round(job.warmup_epochs * job.steps_per_epoch)
+                rate = learning_rate(step, peak=job.peak_learning_rate, steps=job.steps, warmup_steps=warmup_steps)
+                log = (step + 1) % job.log_every == 0 or step + 1 == job.steps
+                loss, metrics = _step(parallel, optimizer, batch, rate, step, job, place, with_metrics=log)
+                step += 1
+                clock.patches += job.batch_size
+                if log:
+                    values = _mean_over_ranks({"loss": loss} | metrics, place)
+                    if recorder:
+                        recorder.write({"epoch": loader.epoch, "step": step, "learning_rate": rate} | values | clock.read(place))
+                    clock = Clock(loader)
+                if step == job.steps or step % (job.checkpoint_every or job.steps_per_epoch) == 0:
+                    place.save(step, lambda folder: _write_checkpoint(folder, model, optimizer, loader, step))  # noqa: B023
+    return model
 
 
 def _build_model(job, place):
@@ -225,7 +233,7 @@ class Recorder:
                 self._board.add_scalar(name, value, int(row["step"]))
 
     def close(self) -> None:
-        """Flush both."""
+        """Flush both, and end TensorBoard's thread."""
         self._file.close()
         self._board.close()
 

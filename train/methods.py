@@ -47,10 +47,11 @@ class Supervised:
     """Classification with labels, by cross-entropy: the baseline, and fine-tuning."""
 
     classes: int
+    recipe_name: str = "supervised"
 
     @property
     def recipe(self) -> Recipe:
-        return get_recipe("supervised")
+        return get_recipe(self.recipe_name)
 
     def build_head(self, features: int) -> nn.Module:
         return LinearHead(features, self.classes)

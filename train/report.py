@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sharding.command import option, positional, run_script
 from train import figures
+from train.inputs import gib
 from train.metrics import TITLES
 from train.runs import Run, find_run, write_text
 
@@ -172,7 +173,8 @@ def _views_png(run, record, config):
     """The sheet, made once and kept in the run's folder."""
     path = run.folder / "views.png"
     if not path.exists():
-        png = figures.pairs(record["data"], recipe=config["recipe"], image_size=config["image_size"], seed=config["seed"])
+        settings = {name: config[name] for name in ("recipe", "image_size", "seed")}
+        png = figures.pairs(record["data"], **settings, cache_bytes=gib(run.config.get("cache_gib")))
         path.write_bytes(png)
     return path.read_bytes()
 

@@ -21,16 +21,21 @@ from typing import Any
 
 import yaml
 
+from train.inputs import place_of
+
 # Raise a stage's version when the same config and data would come out with other figures.
 STAGE_VERSIONS = {"pretrain": 2, "linear": 2, "finetune": 2, "supervised": 2}
+
+# Fields that came later: they are left out where they are not used, so that the keys of earlier runs stay what they are.
+_LATER = ("shuffle_window",)
 
 _PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "ray", "numpy", "numba", "pyarrow", "torchmetrics")
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What decides a result. config: the identity fields; data: the shard set's fingerprint; parent: what the weights come
-    from ("scratch", "imagenet", an earlier stage's key, or a file's hash)."""
+    """What decides a result. config: the identity fields; data: the shard set's fingerprint, or those of a mixture and their
+    weights; parent: what the weights come from ("scratch", "imagenet", an earlier stage's key, or a file's hash)."""
 
     kind: str
     config: dict[str, Any]
@@ -50,7 +55,8 @@ class Stage:
 
 def identity(config) -> dict[str, Any]:
     """A config's fields that decide the result."""
-    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.metadata["identity"]}
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.metadata["identity"]}
+    return {name: value for name, value in fields.items() if value is not None or name not in _LATER}
 
 
 class Run:
@@ -64,6 +70,11 @@ class Run:
     def record(self) -> dict[str, Any]:
         """run.json. Raises ValueError when there is none."""
         return read_json(self.folder / "run.json", "this is no run's folder: give a run that train/ or tune/ made")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.yaml: every field, also those that decide nothing."""
+        return yaml.safe_load((self.folder / "config.yaml").read_text())
 
     @property
     def result(self) -> dict[str, Any]:
@@ -80,8 +91,10 @@ class Run:
         text = path.read_text() if path.exists() else ""
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
-    def begin(self, stage: Stage, config) -> bool:
+    def begin(self, stage: Stage, config, reads: dict[str, Any]) -> bool:
         """Take the folder for a stage. Returns False when the stage is already finished there.
+
+        reads: the `input` of run.json (see inputs.Input.describe).
 
         Raises ValueError, with every field that differs, when the name stands for another stage. A run that failed before
         its first step (a misspelt backbone, say) holds nothing to lose, and its name is free.
@@ -98,7 +111,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))
         started = self.record["started"] if (self.folder / "run.json").exists() else _now()
-        self._write_record(stage, config, {"started": started, "status": "running"})
+        self._write_record(stage, config, {"input": reads, "started": started, "status": "running"})
         return True
 
     def _has_work(self) -> bool:
@@ -116,7 +129,7 @@ class Run:
             "name": self.name,
             "key": stage.key,
             "stage": stage.describe(),
-            "data": str(Path(config.data).absolute()),
+            "data": place_of(config.data),
             "seed": config.seed,
             "command": sys.argv,
             "commit": code_commit(),
@@ -188,7 +201,7 @@ def _differences(theirs: dict, ours: dict) -> list[str]:
         if theirs["config"].get(name) != ours["config"].get(name)
     ]
     if theirs["data"] != ours["data"]:
-        found.append("other data (the shard set's fingerprint differs)")
+        found.append("other data (the fingerprint or the weight of a shard set differs)")
     if theirs["parent"] != ours["parent"]:
         found.append("other initial weights")
     if theirs["version"] != ours["version"]:

@@ -14,6 +14,8 @@
       linear:
         evaluate: {data: breast, backbone: kidney-breast, mode: linear, fraction: [0.05, 0.5]}
 
+`mix` is a list of its own and no axis; what is before "=" in it may be a name of `data`.
+
 A stage is named by its key and, where it has axes, by their values: linear-fraction-0.05, linear-fraction-0.5. `init` and
 `backbone` may name an earlier stage. Stages run in the order of the file.
 """
@@ -97,7 +99,7 @@ def _cells(stage, body, content, storage, place, earlier):
     for name, value in fields.items():
         if value == [] or any(isinstance(v, list | dict) for v in (value if isinstance(value, list) else [value])):
             raise ValueError(f"{place}: {name} is {value!r}, and should be a value or a list of values")
-    axes = {name: value for name, value in fields.items() if isinstance(value, list)}
+    axes = {name: value for name, value in fields.items() if isinstance(value, list) and name != "mix"}
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
         name = "-".join([stage, *(f"{axis}-{value}".replace("/", "_") for axis, value in chosen.items())])
@@ -106,11 +108,18 @@ def _cells(stage, body, content, storage, place, earlier):
         settled = fields | chosen | {"name": name, "storage": storage}
         data = content.get("data") or {}
         settled["data"] = data.get(settled.get("data"), settled.get("data"))
+        if isinstance(mix := settled.get("mix"), list):
+            settled["mix"] = [_placed(str(each), data) for each in mix]
         parent = settled.get(_PARENT_FIELDS[kind])
         if parent in content["stages"] and parent not in earlier:
             raise ValueError(f"{place}: starts from {parent}, which comes later or has axes; name an earlier stage without axes")
         earlier.add(name)
         yield Cell(kind, _config(KINDS[kind], settled, place))
+
+
+def _placed(text, data):
+    shards, equals, weight = text.rpartition("=")
+    return f"{data.get(shards, shards)}{equals}{weight}"
 
 
 def _config(config_class, fields, place):

@@ -1,10 +1,13 @@
 """The training loop in this process: it learns, and a run that was cut off ends as if it had not been."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import json
 import math
+import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -16,8 +19,11 @@ from models.backbones import build_backbone
 from models.weights import load_backbone_weights
 from pipelines.loader import ViewLoader
 from pipelines.recipes import RandomCrop, Recipe
+from sharding.manifest import fingerprint
 from sharding.packing import build_shards
+from tests.helpers import open_files
 from train import loop
+from train.inputs import Input, SetInput
 from train.loop import CHECKPOINT_NAME, HEAD_NAME, Job, fit, plain_place
 from train.methods import SimCLR, Supervised
 from train.runs import Run
@@ -35,12 +41,15 @@ def _reference_views(monkeypatch):
     monkeypatch.setattr(loop, "ViewLoader", functools.partial(ViewLoader, backend="torchvision"))
 
 
+def input_of(data, ids):
+    return Input((SetInput(str(data), fingerprint(data), ids),))
+
+
 def job_of(folder, data, **changes) -> Job:
     """20 patches, 5 steps of 4 in an epoch, 2 epochs; no batch norm."""
     job = Job(
         folder=folder,
-        data=data,
-        ids=np.arange(20),
+        input=input_of(data, np.arange(20)),
         method=SimCLR(projection_dim=8, temperature=0.5),
         backbone="test_efficientnet_ln",
         init="scratch",
@@ -120,7 +129,14 @@ def test_learns_to_tell_patches_apart(tmp_path, monkeypatch):
         path.parent.mkdir(exist_ok=True)
         Image.new("RGB", (32, 32), colour).save(path)
     build_shards([tmp_path / "images"], tmp_path / "shards", unlabelled=True)
-    job = job_of(tmp_path / "run", tmp_path / "shards", ids=np.arange(8), method=MildSimCLR(8, 0.5), batch_size=8, epochs=40)
+    job = job_of(
+        tmp_path / "run",
+        tmp_path / "shards",
+        input=input_of(tmp_path / "shards", np.arange(8)),
+        method=MildSimCLR(8, 0.5),
+        batch_size=8,
+        epochs=40,
+    )
     job = dataclasses.replace(job, log_every=40, checkpoint_every=1000, peak_learning_rate=2e-3)
     fit(job, plain_place(job.folder, CPU))
     (row,) = Run(job.folder).metrics()
@@ -175,7 +191,7 @@ def test_seed_decides_everything(tmp_path, small_set):
 def test_precisions_agree_about_the_loss(tmp_path, small_set, precision):
     losses = []
     for name in ("fp32", precision):
-        job = job_of(tmp_path / name, small_set, epochs=1, precision=name, ids=np.arange(4))
+        job = job_of(tmp_path / name, small_set, epochs=1, precision=name, input=input_of(small_set, np.arange(4)))
         fit(job, plain_place(job.folder, CPU))
         losses.append(Run(job.folder).metrics()[0]["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=0.02 if precision == "bf16" else 1e-5)
@@ -187,7 +203,13 @@ def test_labels_are_learnt(tmp_path, small_set, monkeypatch):
     monkeypatch.setattr(loop, "ViewLoader", ViewLoader)
     ids = np.arange(0, 90, 6)
     job = job_of(
-        tmp_path / "run", small_set, ids=ids, batch_size=15, epochs=60, method=Supervised(classes=3), peak_learning_rate=3e-3
+        tmp_path / "run",
+        small_set,
+        input=input_of(small_set, ids),
+        batch_size=15,
+        epochs=60,
+        method=Supervised(classes=3),
+        peak_learning_rate=3e-3,
     )
     job = dataclasses.replace(job, log_every=60, checkpoint_every=1000)
     fit(job, plain_place(job.folder, CPU))
@@ -219,6 +241,53 @@ def test_cut_off_run_ends_as_an_undisturbed_one(tmp_path, small_set, backbone):
     check("epoch's end", [lambda place: cut_after(place, 5)], checkpoint_every=0)
     check("thrice", [lambda place: cut_before_saving(place, 4), lambda place: cut_before_saving(place, 6),
                      lambda place: cut_after(place, 10)])  # fmt: skip
+
+
+def test_cut_off_mixture_in_windows_ends_as_an_undisturbed_one(tmp_path, small_set, other_set):
+    """The second set, of 24 patches, is gone through one and a half times, so each epoch begins it elsewhere."""
+    sets = (SetInput(str(small_set), fingerprint(small_set), np.arange(20)),
+            SetInput(str(other_set), fingerprint(other_set), np.arange(24), weight=4.5))  # fmt: skip
+    weights = []
+    for name, at in (("undisturbed", None), ("cut", 13)):
+        job = job_of(tmp_path / name, small_set, input=Input(sets, window=1), checkpoint_every=1)
+        assert (job.input.patches, job.steps) == (44, 22)
+        if at:
+            with pytest.raises(CutOff):
+                fit(job, cut_after(plain_place(job.folder, CPU), at))
+        fit(job, plain_place(job.folder, CPU))
+        weights.append((weights_of(job.folder), rows_of(job.folder)))
+    assert_same_weights(weights[0][0], weights[1][0])
+    assert weights[0][1] == weights[1][1] and len(weights[0][1]) == 22
+
+
+@pytest.mark.parametrize("ends", ["well", "early"])
+def test_nothing_stays_open(tmp_path, small_set, monkeypatch, ends):
+    closed = []
+
+    class Watched(ViewLoader):
+        def close(self):
+            closed.append(self.wait_seconds)
+            super().close()
+
+    monkeypatch.setattr(loop, "ViewLoader", functools.partial(Watched, backend="torchvision"))
+    shutil.copytree(small_set, tmp_path / "shards")
+    threads = set(threading.enumerate())
+    job = job_of(tmp_path / "run", tmp_path / "shards", epochs=1)
+    opened = []
+
+    def save(at, write):
+        opened.append(open_files(tmp_path))
+        assert threads < set(threading.enumerate())  # TensorBoard's
+        if ends == "early":
+            raise CutOff
+
+    with contextlib.suppress(CutOff):
+        fit(job, dataclasses.replace(plain_place(job.folder, CPU), save=save))
+    assert len(opened) == (1 if ends == "early" else 3)
+    assert {"shard-000000.tar", "metrics.jsonl"} <= opened[0]
+    assert not open_files(tmp_path)
+    assert set(threading.enumerate()) == threads
+    assert len(closed) == 1
 
 
 def test_cut_off_before_the_first_checkpoint_starts_over(tmp_path, small_set):

@@ -19,7 +19,7 @@ def tiny():
 def make_run(storage, name, *, finished=True, weights=None):
     config = PretrainConfig(data="shards", name=name, backbone="test_resnet")
     run = Run(storage / name)
-    run.begin(Stage("pretrain", identity(config), "d" * 64, "scratch"), config)
+    run.begin(Stage("pretrain", identity(config), "d" * 64, "scratch"), config, {})
     if weights is not None:
         save_backbone(weights, run.folder, {"backbone": "test_resnet", "chain": ["simclr on kidney"], "image_size": 32})
     if finished:

@@ -30,7 +30,7 @@ def run_of(storage, name, kind, result, rows=()):
     config = PretrainConfig(data=str(storage / "no shards"), name=name, seed=7)
     run = Run(storage / name)
     stage = Stage(kind, {"method": "simclr", "recipe": "simclr", "image_size": 64, "seed": 7}, "d" * 64, "scratch")
-    run.begin(stage, config)
+    run.begin(stage, config, {})
     lines = [
         f'{{"epoch": 0, "step": {s}, "loss": {loss}, "learning_rate": 0.1, "{measure}": 0.5}}\n' for s, loss, measure in rows
     ]
@@ -237,7 +237,7 @@ def test_diverged_run_has_a_report(tmp_path):
 
 def test_unfinished_run_is_refused(tmp_path):
     run = Run(tmp_path / "cut off")
-    run.begin(Stage("pretrain", {}, "d", "scratch"), PretrainConfig(data="d", name="cut off"))
+    run.begin(Stage("pretrain", {}, "d", "scratch"), PretrainConfig(data="d", name="cut off"), {})
     with pytest.raises(ValueError, match="not finished") as error:
         write_report([judged(tmp_path), run], tmp_path / "report.html")
     assert "cut off" in str(error.value)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -47,8 +48,8 @@ def test_places_and_workers_are_no_part_of_the_key():
         config: {f.name for f in dataclasses.fields(config) if not f.metadata["identity"]}
         for config in (PretrainConfig, EvaluateConfig)
     }
-    common = {"data", "name", "workers", "threads", "log_every", "max_failures", "storage"}
-    assert names[PretrainConfig] == common | {"init", "compile", "checkpoint_every"}
+    common = {"data", "name", "workers", "threads", "log_every", "max_failures", "cache_gib", "storage"}
+    assert names[PretrainConfig] == common | {"mix", "init", "compile", "checkpoint_every"}
     assert names[EvaluateConfig] == common | {"backbone", "architecture"}
 
 
@@ -65,6 +66,12 @@ def test_key_changes_with_kind_data_parent_and_version(monkeypatch):
     assert all(len(key) == 64 for key in keys)
 
 
+def test_fields_that_came_later_leave_earlier_keys_as_they_are():
+    assert "shuffle_window" not in identity(CONFIG)
+    assert identity(dataclasses.replace(CONFIG, shuffle_window=8))["shuffle_window"] == 8
+    assert identity(CONFIG)["learning_rate"] is None
+
+
 def test_key_is_that_of_published_runs(monkeypatch):
     """The order of the config's fields does not matter. Pinned: another digest would make every finished run another stage."""
     monkeypatch.setitem(STAGE_VERSIONS, "linear", 1)
@@ -79,28 +86,37 @@ def test_key_is_that_of_published_runs(monkeypatch):
 def test_life_of_a_run(tmp_path):
     run = Run(tmp_path / "runs" / "kidney")
     assert not run.finished
-    assert run.begin(stage_of(), CONFIG) is True
+    assert run.begin(stage_of(), CONFIG, {"seed": 42}) is True
     record = run.record
+    assert record["input"] == {"seed": 42}
     assert (record["status"], record["key"], record["seed"]) == ("running", stage_of().key, 42)
     assert record["versions"]["torch"] == versions()["torch"]
     assert yaml.safe_load((run.folder / "config.yaml").read_text()) == dataclasses.asdict(CONFIG)
     with pytest.raises(ValueError, match="not finished"):
         _ = run.result
-    assert run.begin(stage_of(), CONFIG) is True  # cut off: it goes on
+    assert run.begin(stage_of(), CONFIG, {}) is True  # cut off: it goes on
     assert run.record["started"] == record["started"]
     run.finish({"kind": "pretrain"}, wall_seconds=12.34, device="CPU")
     assert run.finished and run.result == {"kind": "pretrain"}
     assert (run.record["status"], run.record["wall_seconds"], run.record["device"]) == ("finished", 12.3, "CPU")
-    assert run.begin(stage_of(), CONFIG) is False  # and is not run again
+    assert run.begin(stage_of(), CONFIG, {}) is False  # and is not run again
     assert run.record["status"] == "finished"
     assert not [path for path in run.folder.iterdir() if path.name.startswith(".")]
 
 
+def test_the_data_s_place_is_recorded(tmp_path):
+    run = Run(tmp_path / "kidney")
+    run.begin(stage_of(), CONFIG, {})
+    assert run.record["data"] == str(Path("shards").absolute())
+    run.begin(stage_of(), dataclasses.replace(CONFIG, data="s3://bucket/sets/kidney/"), {})
+    assert run.record["data"] == "s3://bucket/sets/kidney"
+
+
 def test_where_and_how_fast_may_differ(tmp_path):
     run = Run(tmp_path / "kidney")
-    run.begin(stage_of(), CONFIG)
+    run.begin(stage_of(), CONFIG, {})
     moved = dataclasses.replace(CONFIG, workers=4, log_every=1, data="elsewhere")
-    assert run.begin(stage_of(moved), moved)
+    assert run.begin(stage_of(moved), moved, {})
 
 
 @pytest.mark.parametrize(
@@ -109,6 +125,7 @@ def test_where_and_how_fast_may_differ(tmp_path):
         (stage_of(dataclasses.replace(CONFIG, batch_size=64)), "batch_size 256 (now 64)"),
         (stage_of(dataclasses.replace(CONFIG, seed=1, epochs=9)), "epochs 100 (now 9), seed 42 (now 1)"),
         (stage_of(data="e" * 64), "fingerprint"),
+        (stage_of(dataclasses.replace(CONFIG, shuffle_window=2)), "shuffle_window None (now 2)"),
         (stage_of(parent="imagenet"), "other initial weights"),
         (Stage("linear", identity(CONFIG), "d" * 64, "scratch"), "stage pretrain (now linear)"),
     ],
@@ -116,7 +133,7 @@ def test_where_and_how_fast_may_differ(tmp_path):
 @pytest.mark.parametrize("work", ["finished", "a step", "a checkpoint", "a checkpoint of Ray's"])
 def test_name_of_another_stage_is_refused(tmp_path, stage, words, work):
     run = Run(tmp_path / "kidney")
-    run.begin(stage_of(), CONFIG)
+    run.begin(stage_of(), CONFIG, {})
     if work == "finished":
         run.finish({}, wall_seconds=1, device="CPU")
     elif work == "a step":
@@ -126,7 +143,7 @@ def test_name_of_another_stage_is_refused(tmp_path, stage, words, work):
         (run.folder / "checkpoints" / name).mkdir(parents=True)
     before = {path.name: path.read_bytes() for path in run.folder.iterdir() if path.is_file()}
     with pytest.raises(ValueError, match="is taken by a run with") as error:
-        run.begin(stage, CONFIG)
+        run.begin(stage, CONFIG, {})
     for part in (words, "'kidney'", str(run.folder)):
         assert part in str(error.value)
     assert {path.name: path.read_bytes() for path in run.folder.iterdir() if path.is_file()} == before
@@ -134,24 +151,24 @@ def test_name_of_another_stage_is_refused(tmp_path, stage, words, work):
 
 def test_name_of_a_run_that_did_nothing_is_free(tmp_path):
     run, other = Run(tmp_path / "kidney"), stage_of(parent="imagenet")
-    run.begin(stage_of(), CONFIG)
-    assert run.begin(other, CONFIG)
+    run.begin(stage_of(), CONFIG, {})
+    assert run.begin(other, CONFIG, {})
     assert run.record["key"] == other.key
 
 
 def test_older_version_is_refused(tmp_path, monkeypatch):
     run = Run(tmp_path / "kidney")
     monkeypatch.setitem(STAGE_VERSIONS, "pretrain", 1)
-    run.begin(stage_of(), CONFIG)
+    run.begin(stage_of(), CONFIG, {})
     (run.folder / "metrics.jsonl").write_text('{"step": 1}\n')
     monkeypatch.setitem(STAGE_VERSIONS, "pretrain", 99)
     with pytest.raises(ValueError, match="older version 1 of this stage's code \\(now 99\\)"):
-        run.begin(stage_of(), CONFIG)
+        run.begin(stage_of(), CONFIG, {})
 
 
 def test_find_run_by_name_or_folder(tmp_path):
     run = Run(tmp_path / "runs" / "kidney")
-    run.begin(stage_of(), CONFIG)
+    run.begin(stage_of(), CONFIG, {})
     (tmp_path / "runs" / "empty").mkdir()
     assert find_run("kidney", str(tmp_path / "runs")).folder == run.folder
     assert find_run(str(run.folder), "elsewhere").folder == run.folder

@@ -5,8 +5,9 @@ import shutil
 import numpy as np
 import pytest
 
-from sharding.manifest import read_manifest
+from sharding.manifest import fingerprint, read_manifest
 from sharding.selection import select
+from train.inputs import Input, SetInput
 from train.loop import Job
 from train.methods import SimCLR
 from train.runs import Run
@@ -19,8 +20,7 @@ def make_job(folder, data, **changes):
     folder.mkdir()
     settings = {
         "folder": folder,
-        "data": data,
-        "ids": select(read_manifest(data), split="train"),
+        "input": Input((SetInput(str(data), fingerprint(data), select(read_manifest(data), split="train")),)),
         "method": SimCLR(projection_dim=16, temperature=0.5),
         "backbone": NO_BATCH_NORM,
         "init": "scratch",
@@ -59,7 +59,7 @@ def test_any_number_of_workers_gives_the_same_loss_curve(ray_here, one_process, 
     job = make_job(tmp_path / "run", small_set)
     run_job(job, workers=workers)
     expected = curve(one_process.folder)
-    assert len(expected) == job.steps == 2 * (len(job.ids) // 20)
+    assert len(expected) == job.steps == 2 * (job.input.patches // 20)
     assert abs(curve(job.folder) - expected).max() < 1e-6
     # The curve alone could agree by luck while the loss hardly moves: the weights have to agree too, and to have moved.
     ours, theirs = ((folder / "backbone.safetensors").stat().st_size for folder in (job.folder, one_process.folder))

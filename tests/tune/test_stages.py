@@ -26,7 +26,7 @@ def study(tmp_path):
 
 def finish(study, cell):
     run = Run(f"{study.storage}/{cell.name}")
-    run.begin(Stage(cell.kind if cell.kind == "pretrain" else "linear", {}, "d", "scratch"), cell.config)
+    run.begin(Stage(cell.kind if cell.kind == "pretrain" else "linear", {}, "d", "scratch"), cell.config, {})
     run.finish({"kind": cell.kind}, wall_seconds=1, device="CPU")
     return run
 
@@ -35,7 +35,7 @@ def test_is_finished(study):
     first, second, third = study.cells
     assert [is_finished(study, cell) for cell in study.cells] == [False, False, False]
     finish(study, second)
-    Run(f"{study.storage}/{third.name}").begin(Stage("linear", {}, "d", "scratch"), third.config)  # begun, not finished
+    Run(f"{study.storage}/{third.name}").begin(Stage("linear", {}, "d", "scratch"), third.config, {})  # begun, not finished
     assert [is_finished(study, cell) for cell in study.cells] == [False, True, False]
     finish(study, first)
     assert is_finished(study, first)

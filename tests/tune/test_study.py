@@ -119,7 +119,15 @@ def test_configs_are_settled(tmp_path):
     """Plain values of the right class, so that a stage's key is that of the same flags on the command line."""
     for cell in read_study(write(tmp_path, STUDY)).cells:
         values = dataclasses.asdict(cell.config)
+        assert values.pop("mix", []) == []
         assert all(value is None or type(value) in (str, int, float, bool) for value in values.values())
+
+
+def test_mix_is_no_axis_and_knows_the_sets(tmp_path):
+    fields = {"data": "kidney", "mix": ["breast=0.5", "s3://bucket/a=b=2"], "seed": [1, 2]}
+    cells = read_study(write(tmp_path, with_stage("pretrain", fields))).cells
+    assert [cell.name for cell in cells] == ["only-seed-1", "only-seed-2"]
+    assert cells[1].config.mix == ["shards/breast=0.5", "s3://bucket/a=b=2"]
 
 
 # What is wrong with a file

@@ -12,7 +12,7 @@ from tune.table import result_table
 def judged(tmp_path, name, **metrics):
     config = EvaluateConfig(data="shards")
     run = Run(tmp_path / name)
-    run.begin(Stage("linear", {}, "d", "scratch"), config)
+    run.begin(Stage("linear", {}, "d", "scratch"), config, {})
     figures = {"accuracy": 0.5, "balanced_accuracy": 0.25, "f1": 0.125, "auroc": 0.75} | metrics
     run.finish({"kind": "linear", "labels": 1234, "metrics": figures}, wall_seconds=1, device="CPU")
     return run
@@ -26,7 +26,7 @@ def shown(table):
 
 def test_a_row_per_judged_run(tmp_path):
     pretrained = Run(tmp_path / "kidney")
-    pretrained.begin(Stage("pretrain", {}, "d", "scratch"), EvaluateConfig(data="shards"))
+    pretrained.begin(Stage("pretrain", {}, "d", "scratch"), EvaluateConfig(data="shards"), {})
     pretrained.finish({"kind": "pretrain"}, wall_seconds=1, device="CPU")
     table = result_table([pretrained, judged(tmp_path, "linear"), judged(tmp_path, "other", accuracy=0.9, auroc=None)])
     text = shown(table)
