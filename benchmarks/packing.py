@@ -13,7 +13,6 @@ that was not reached is printed as MISSED.
 """
 
 import importlib.util
-import itertools
 import shlex
 import shutil
 import sys
@@ -24,16 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
 
+from measuring import RunFailed, machine, new_path, print_table  # noqa: E402
 from packing_contenders import CONTENDERS, Task  # noqa: E402
 from packing_images import LAYOUT, draw_images, image_files  # noqa: E402
 from packing_report import (  # noqa: E402
     judge,
-    machine,
     memory_markdown,
     memory_table,
     speed_lines,
@@ -42,7 +40,7 @@ from packing_report import (  # noqa: E402
     summarise,
     versions,
 )
-from packing_runs import RunFailed, note_peaks, one_run, output_folder, run_process  # noqa: E402
+from packing_runs import note_peaks, one_run, output_folder, run_process  # noqa: E402
 
 from sharding.command import option, required, run_script  # noqa: E402
 from sharding.workers import available_cores  # noqa: E402
@@ -140,7 +138,7 @@ def measure_speed(config: Config, workers: int, record: dict[str, Any], path: Pa
     record["targets"] = judge(record["summary"])
     write_json(path, record)
     write_text(path.with_suffix(".md"), speed_markdown(record))
-    _print_table(console, *speed_table(record))
+    print_table(console, *speed_table(record))
     for line in speed_lines(record):
         console.print(line, markup=False)
 
@@ -214,7 +212,7 @@ def measure_memory(config: Config, workers: int, record: dict[str, Any], path: P
         finally:
             write_json(path, record)
     write_text(path.with_suffix(".md"), memory_markdown(record))
-    _print_table(console, *memory_table(record["memory"]))
+    print_table(console, *memory_table(record["memory"]))
 
 
 def _one_peak(task: Task, count: int) -> dict[str, float]:
@@ -233,26 +231,6 @@ def _one_peak(task: Task, count: int) -> dict[str, float]:
         "child_bytes": max((peak for process, peak in peaks.items() if process != report["process"]), default=0),
         "wall_s": wall,
     }
-
-
-# ---- Both ----
-
-
-def new_path(folder: Path, what: str) -> Path:
-    """A new JSON file's name: an earlier result is never overwritten."""
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"{time.strftime('%Y-%m-%d')}-{what}"
-    endings = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
-    return next(path for ending in endings if not (path := folder / f"{name}{ending}.json").exists())
-
-
-def _print_table(console: Console, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    table = Table(*header)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
 
 
 if __name__ == "__main__":

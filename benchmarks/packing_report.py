@@ -1,17 +1,12 @@
 """What the packing benchmark says: ratios, targets, tables, and what they were measured on."""
 
-import importlib.metadata
-import os
-import platform
 import statistics
 import subprocess
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from measuring import heading, markdown_table, versions_of
 from packing_contenders import CONTENDERS, DECODERS
-
-from sharding.workers import available_cores
 
 _PACKAGES = ("numpy", "pyarrow", "pillow", "nvidia-nvimgcodec-cu13", "nvidia-dali-cuda130")
 
@@ -105,12 +100,12 @@ def speed_markdown(record: dict[str, Any]) -> str:
     what = f"{images['patches']:,} {'drawn' if images['drawn'] else 'real'} images of {images['bytes'] / images['patches']:,.0f}"
     return "\n".join(
         [
-            *_heading("Packing", record),
+            *heading("Packing", record),
             f"{what} bytes on average, in the page cache. Patches/s, a fresh process each time, the rounds interleaved. A "
             "packer's time runs from the start of its process, imports included, until its output is synced to the disk; a bare "
             "decode's time is that of decoding alone. Ratios are medians of the ratios within a round.",
             "",
-            *_markdown_table(*speed_table(record)),
+            *markdown_table(*speed_table(record)),
             "",
             *(f"- {line}" for line in speed_lines(record)),
             "",
@@ -139,11 +134,11 @@ def memory_table(found: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[
 def memory_markdown(record: dict[str, Any]) -> str:
     return "\n".join(
         [
-            *_heading("Memory of packing", record),
+            *heading("Memory of packing", record),
             "Peak resident memory (VmHWM; MB are 10^6 bytes) of ours with --check header: of the process that packs, and of its "
             "largest child. Bytes per patch are the growth since the first row.",
             "",
-            *_markdown_table(*memory_table(record["memory"])),
+            *markdown_table(*memory_table(record["memory"])),
             "",
             *(f"- FAILED: {what}: {why}" for what, why in record["failed"].items()),
             "",
@@ -154,35 +149,9 @@ def memory_markdown(record: dict[str, Any]) -> str:
 # ---- What a result says of itself ----
 
 
-def machine(workers: int) -> dict[str, Any]:
-    """What the figures depend on and the next machine has otherwise."""
-    models = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    memory = [int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if line.startswith("MemTotal:")]
-    return {
-        "cpu": models[0] if models else platform.processor() or "unknown",
-        "cores": available_cores(),
-        "workers": workers,
-        "memory_bytes": memory[0] if memory else None,
-        "kernel": platform.release(),
-        "load": [round(load, 2) for load in os.getloadavg()],
-    }
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text(errors="replace").splitlines()
-    except OSError:
-        return []
-
-
 def versions(names: Iterable[str]) -> dict[str, str]:
     """Of Python, of what decodes and writes, and of the contenders."""
-    found = {"python": platform.python_version()}
-    for package in dict.fromkeys([*_PACKAGES, *(p for name in names if (p := CONTENDERS[name].package))]):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
+    found = versions_of([*_PACKAGES, *(p for name in names if (p := CONTENDERS[name].package))])
     if "tar" in names:
         found["tar"] = (
             subprocess.run(["tar", "--version"], capture_output=True, text=True, check=True)
@@ -190,22 +159,3 @@ def versions(names: Iterable[str]) -> dict[str, str]:
             .removeprefix("tar ")
         )
     return found
-
-
-def _heading(title: str, record: dict[str, Any]) -> list[str]:
-    m = record["machine"]
-    memory = f"{m['memory_bytes'] / 1e9:,.0f} GB of memory" if m["memory_bytes"] else "memory unknown"
-    return [
-        f"# {title}, {record['date']}, {m['cores']} cores",
-        "",
-        f"{m['cpu']}, {m['cores']} cores, {m['workers']} workers, {memory}, load {m['load'][0]} before it began. "
-        f"Commit {record['commit']}; `{record['command']}`.",
-        "",
-        ", ".join(f"{package} {version}" for package, version in record["versions"].items()) + ".",
-        "",
-    ]
-
-
-def _markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return ["| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines]

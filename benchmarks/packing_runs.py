@@ -3,20 +3,14 @@
 import json
 import os
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from measuring import RunFailed, run_fresh
 from packing_contenders import CONTENDERS, DECODERS, Task, command
-
-_POLL_S = 0.02  # between two looks at the memory of the processes
-
-
-class RunFailed(Exception):
-    """A contender ended with an error, or its output does not hold every patch."""
 
 
 @contextmanager
@@ -66,18 +60,7 @@ def run_process(name: str, task: Task, watch: Callable[[int], None] | None = Non
     """Run a contender to its end; what it reports. watch: called with its process id, again and again. Raises RunFailed."""
     result, log = Path(task.out).with_name("result.json"), Path(task.out).with_name("contender.log")
     result.unlink(missing_ok=True)
-    with log.open("wb") as file:
-        process = subprocess.Popen(command(name, task, result), stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-        try:
-            while watch and process.poll() is None:
-                watch(process.pid)
-                time.sleep(_POLL_S)
-            process.wait()
-        finally:
-            process.kill()
-    if process.returncode:
-        said = log.read_text(errors="replace").strip().splitlines()
-        raise RunFailed(f"exit code {process.returncode}: {said[-1].strip() if said else 'it said nothing'}")
+    run_fresh(command(name, task, result), log, watch)
     return json.loads(result.read_text()) if CONTENDERS[name].run else {}
 
 

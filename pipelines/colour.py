@@ -363,13 +363,6 @@ def view_step(out, image, row):
     _finish(out, row)
 
 
-@njit(cache=True)
-def views_step(out, image, rows):
-    """All views of a patch: rows: (V, 37) -> out: (V, 3, S, S)."""
-    for view in range(out.shape[0]):
-        view_step(out[view], image, rows[view])
-
-
 @functools.cache
 def view_step_at():
     """view_step as a C function, compiled once and kept on disk: of the addresses of out, image and row, of S, and of the image's

@@ -1,7 +1,7 @@
 """The loader: shard set, selection, recipe and seed -> batches of views, resumable at any step on any world size."""
 
 import os
-import time
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
@@ -17,6 +17,7 @@ from pipelines.recipes import Recipe
 from pipelines.reference import reference_views
 from pipelines.shards import ShardReader
 from pipelines.views import ViewParameters, draw_views
+from pipelines.waiting import WaitClock
 
 # V views, B patches of this rank, S image size
 BACKENDS = ("dali", "torchvision")
@@ -24,9 +25,9 @@ BACKENDS = ("dali", "torchvision")
 
 @dataclass(frozen=True)
 class Batch:
-    """views: (V, B, 3, S, S) float32, normalised; id: (B,) int64 patch ids; label: (B,) int64, -1 where unlabelled.
+    """views: (V, B, 3, S, S), normalised; id: (B,) int64 patch ids; label: (B,) int64, -1 where unlabelled.
 
-    views are on the loader's device, id and label on the CPU. B may be 0, in an incomplete last batch.
+    views are on the loader's device and of its dtype, id and label on the CPU. B may be 0, in an incomplete last batch.
     """
 
     views: torch.Tensor
@@ -49,7 +50,10 @@ class ViewLoader:
     that what ranks do together at each step does not wait for one that has nothing.
     verify: hold each patch's bytes against the manifest's checksum when it is first read (64 bytes of memory per patch of
     the set); otherwise that is done only for patches that cannot be decoded.
-    backend: "dali", or "torchvision" for the slow reference with the same draws. device: "cpu" or "cuda".
+    backend: "dali", or "torchvision" for the slow reference with the same draws. device: "cpu" or "cuda", torch's current GPU.
+    dtype: of the views, which are made in float32 and rounded at the end; channels_last: in memory, the channels of a pixel lie
+    beside each other (as in torch.channels_last, also behind `views.flatten(0, 1)`).
+    On a GPU it warns once, on rank 0, of patches that the CPU has to decode (PNG and the rarer kinds of JPEG).
     Raises ValueError for no ids, ids that the set does not have, a batch that does not divide by the ranks or is larger
     than the selection, and, while iterating, for a shard that changed or cannot be decoded.
     A context manager, or ended by `close`.
@@ -73,6 +77,8 @@ class ViewLoader:
         drop_last: bool = True,
         threads: int | None = None,
         verify: bool = False,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
     ):
         assert 0 <= rank < world_size, (rank, world_size)
         self._owns_reader = not isinstance(shards, ShardReader | Mixture)
@@ -81,12 +87,14 @@ class ViewLoader:
         self.batch_size, self.image_size, self.recipe, self.seed = batch_size, image_size, recipe, seed
         self.rank, self.world_size, self.device, self.backend = rank, world_size, device, backend
         self.shuffle, self.window, self.drop_last = shuffle, window, drop_last
+        self.dtype, self.channels_last = dtype, channels_last
         self.threads = threads or max(1, len(os.sched_getaffinity(0)) // world_size)
         self._check()
         self.epoch = self.step = 0
-        self.wait_seconds = 0.0
+        self._wait = WaitClock(device)
         self._verified = np.zeros(len(self.reader), bool) if verify else None
         self._graph: Any = None  # a DaliGraph, made at the first use
+        self._warned = False
 
     def __enter__(self):
         return self
@@ -129,6 +137,11 @@ class ViewLoader:
     def __len__(self) -> int:
         """Steps in an epoch."""
         return steps_per_epoch(len(self.ids), self.batch_size, drop_last=self.drop_last)
+
+    @property
+    def wait_seconds(self) -> float:
+        """How long the consumer has waited for batches so far; on a GPU, how long the device has."""
+        return self._wait.seconds
 
     def state_dict(self) -> dict:
         """Where the consumer stands: the next batch is (epoch, step)."""
@@ -204,15 +217,21 @@ class ViewLoader:
     def _no_views(self) -> torch.Tensor:
         return torch.empty((self.recipe.views, 0, 3, self.image_size, self.image_size), device=self.device)
 
+    def _as_asked(self, views_VBCSS: torch.Tensor) -> torch.Tensor:
+        views_VBCSS = views_VBCSS.to(self.device, self.dtype)
+        if self.channels_last:
+            views_VBCSS = views_VBCSS.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+        return views_VBCSS
+
     def _reference_views(self, parts: Iterable[Order]) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         for ids, epochs in parts:
-            started = time.perf_counter()
-            views = self._no_views()
-            if len(ids):
-                parameters = self.parameters(ids, epochs)
-                views = reference_views(self._read(ids), parameters, recipe=self.recipe, image_size=self.image_size)
-            self.wait_seconds += time.perf_counter() - started
-            yield ids, views.to(self.device)
+            with self._wait.waiting():
+                views = self._no_views()
+                if len(ids):
+                    parameters = self.parameters(ids, epochs)
+                    views = reference_views(self._read(ids), parameters, recipe=self.recipe, image_size=self.image_size)
+                views = self._as_asked(views)
+            yield ids, views
 
     def _dali_views(self, parts: Iterable[Order]) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         from pipelines.graph import AHEAD
@@ -221,25 +240,29 @@ class ViewLoader:
         parts = iter(parts)
         under_way: deque[np.ndarray] = deque()
         while True:
-            started = time.perf_counter()
-            while len(under_way) < AHEAD and (part := next(parts, None)) is not None:
-                if len(part.ids):
-                    graph.put(self._read(part.ids), self.parameters(*part))
-                under_way.append(part.ids)
-            if not under_way:
-                return
-            try:
-                views = graph.get() if len(under_way[0]) else self._no_views()
-            except RuntimeError as error:
-                graph.close()
-                self._graph = None
-                self.reader.check(np.concatenate(under_way))
-                raise ValueError(
-                    f"{self.reader.folder}: DALI cannot make views of the batch with patches {under_way[0][:4].tolist()} ...,"
-                    f" though its bytes are as the manifest says: {error}"
-                ) from error
-            self.wait_seconds += time.perf_counter() - started
+            with self._wait.waiting():
+                while len(under_way) < AHEAD and (part := next(parts, None)) is not None:
+                    if len(part.ids):
+                        graph.put(self._read(part.ids), self.parameters(*part))
+                    under_way.append(part.ids)
+                if not under_way:
+                    return
+                views = self._as_asked(self._get(graph, under_way))
             yield under_way.popleft(), views
+
+    def _get(self, graph, under_way: deque[np.ndarray]) -> torch.Tensor:
+        if not len(under_way[0]):
+            return self._no_views()
+        try:
+            return graph.get()
+        except RuntimeError as error:
+            graph.close()
+            self._graph = None
+            self.reader.check(np.concatenate(under_way))
+            raise ValueError(
+                f"{self.reader.folder}: DALI cannot make views of the batch with patches {under_way[0][:4].tolist()} ...,"
+                f" though its bytes are as the manifest says: {error}"
+            ) from error
 
     def _ready_graph(self):
         """The graph, with nothing under way in it."""
@@ -252,6 +275,7 @@ class ViewLoader:
             self._graph.close()
             self._graph = None
         if self._graph is None:
+            self._warn_of_the_cpu()
             self._graph = DaliGraph(
                 recipe=self.recipe,
                 batch_size=-(-self.batch_size // self.world_size),
@@ -260,3 +284,15 @@ class ViewLoader:
                 threads=self.threads,
             )
         return self._graph
+
+    def _warn_of_the_cpu(self) -> None:
+        """Say once which patches a GPU leaves to the CPU."""
+        if self.device == "cpu" or self.rank or self._warned:
+            return
+        self._warned = True
+        if by_cpu := self.reader.decoders(self.ids).get("CPU"):
+            warnings.warn(
+                f"{self.reader.folder}: {by_cpu:,} of {len(self.ids):,} patches are of a kind that no GPU decodes, so the CPU"
+                " decodes them (sharding/inspect_shards.py shows their kinds; build.py --encode jpeg:95 makes them JPEG)",
+                stacklevel=2,
+            )

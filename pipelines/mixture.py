@@ -1,5 +1,6 @@
 """Several shard sets read as one: every epoch draws from each of them by its weight."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -115,6 +116,10 @@ class Mixture:
         sets = np.searchsorted(self._first_shards, shards, side="right") - 1
         for number, reader in enumerate(self.readers):
             reader.expect(shards[sets == number] - self._first_shards[number])
+
+    def decoders(self, ids: np.ndarray) -> Counter[str]:
+        """As ShardReader.decoders."""
+        return sum((reader.decoders(own) for reader, _, own in self._by_set(ids)), Counter())
 
     def close(self) -> None:
         """As ShardReader.close."""

@@ -5,6 +5,7 @@ import hashlib
 import mmap
 import os
 import resource
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.remote import RemoteSet, is_remote
+from sharding.decoders import decoder_path
 from sharding.manifest import read_manifest, shard_file
 
 _OTHER_FILES = 256  # that a process may have open beside its shards
@@ -68,6 +70,15 @@ class ShardReader:
                 self.remote.release(shard_file(shard))
         if self.remote:
             self.remote.prefetch([shard_file(shard) for shard in shards.tolist()])
+
+    def decoders(self, ids: np.ndarray) -> Counter[str]:
+        """How many of these patches each decoder takes where there is a GPU (see sharding.decoders)."""
+        kinds = read_manifest(self.folder, columns=["format", "coding"]).take(pa.array(ids))
+        counted = kinds.group_by(["format", "coding"]).aggregate([([], "count_all")]).to_pylist()
+        found: Counter[str] = Counter()
+        for row in counted:
+            found[decoder_path(row["format"], row["coding"])] += row["count_all"]
+        return found
 
     def close(self) -> None:
         """Unmap the shards, which are mapped anew when they are read again, and end a remote set that was opened by its URL."""

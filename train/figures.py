@@ -26,7 +26,7 @@ _STYLE: Any = {
 
 
 _PAIRS = 6
-_READABLE = 150  # pixels: what the captions need
+_READABLE = 192  # pixels: what the captions need
 
 
 def curves(metrics: dict[str, list[dict[str, Any]]], name: str, title: str, *, logarithmic: bool = False) -> str:

@@ -98,6 +98,7 @@ class ViewModel(nn.Module):
 def fit(job: Job, place: Place) -> None:
     """Train to the end, from the newest checkpoint if there is one; rank 0 leaves weights, card and metrics in the folder."""
     assert job.steps > 0, (job.input, job.batch_size, job.epochs)
+    on_gpu = place.device.type == "cuda"
     with (
         job.input.opened() as (shards, ids),
         ViewLoader(
@@ -112,6 +113,9 @@ def fit(job: Job, place: Place) -> None:
             device=place.device.type,
             window=job.input.window,
             threads=job.threads or None,
+            # As the model takes them on a GPU: under autocast its first layer would round them to bf16 itself.
+            dtype=torch.bfloat16 if on_gpu and job.precision == "bf16" else torch.float32,
+            channels_last=on_gpu,
         ) as loader,
     ):
         model = _train(job, place, loader)

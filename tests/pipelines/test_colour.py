@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms.v2 import functional as F
 
-from pipelines.colour import colour_batch, colour_rows, colour_step, views_step
+from pipelines.colour import colour_batch, colour_rows, colour_step, view_step
 from pipelines.recipes import RECIPES, GaussianBlur, RandomCrop, Recipe, StainJitter, simclr
 from pipelines.reference import reference_view
 from pipelines.views import OPERATIONS, ViewParameters, draw_views
@@ -77,7 +77,7 @@ def numba_views(images_BHWC, drawn, recipe, side=None) -> np.ndarray:
     side = side or images_BHWC.shape[1]
     rows, out = colour_rows(drawn, recipe), np.full((len(images_BHWC), 1, 3, side, side), np.nan, np.float32)
     for i, image in enumerate(images_BHWC):
-        views_step(out[i], image, rows[i])
+        view_step(out[i, 0], image, rows[i, 0])
     return out[:, 0]
 
 
@@ -267,6 +267,6 @@ def test_views_of_one_image_are_made_of_it_in_their_order():
     image = np.random.default_rng(0).integers(0, 256, (50, 40, 3), np.uint8)
     drawn = draw_views(np.arange(1), seed=1, epoch=0, recipe=recipe, sizes=np.array([[50, 40]]))
     out = np.full((4, 3, 32, 32), np.nan, np.float32)
-    views_step(out, image, colour_rows(drawn, recipe)[0])
-    for k in range(4):
+    for k, row in enumerate(colour_rows(drawn, recipe)[0]):
+        view_step(out[k], image, row)
         np.testing.assert_array_equal(out[k], np.rot90(out[0], k, axes=(1, 2)))

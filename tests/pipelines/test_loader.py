@@ -14,10 +14,12 @@ import pytest
 import torch
 
 from pipelines.loader import ViewLoader
+from pipelines.mixture import Mixture, Part
 from pipelines.recipes import get_recipe
 from pipelines.shards import ShardReader
 from sharding.manifest import shard_file
-from tests.helpers import ROOT
+from sharding.packing import build_shards
+from tests.helpers import ROOT, encoded, write_tree
 
 # Shared, so that the graph is made once where a test does not need its own.
 SIMCLR, EVAL = get_recipe("simclr"), get_recipe("eval")
@@ -646,7 +648,7 @@ def test_wait_seconds_grow_by_what_the_reader_takes(shard_set, backend, monkeypa
         return read(self, ids)
 
     loader = loader_of(shard_set, EVAL, backend=backend)
-    monkeypatch.setattr("pipelines.loader.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("pipelines.waiting.time.perf_counter", lambda: now[0])
     monkeypatch.setattr(ShardReader, "read", slow_read)
     assert loader.wait_seconds == 0
     seen = []
@@ -729,3 +731,65 @@ def test_memory_does_not_grow_with_the_epochs(shard_set):
         for _ in loader:
             pass
     assert resident() - before < 20
+
+
+# Forms of the views
+
+
+@pytest.mark.parametrize("backend", ["dali", "torchvision"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_views_are_rounded_and_laid_out_as_asked(small_set, backend, dtype):
+    common = {"ids": np.arange(23), "batch_size": 10, "drop_last": False, "backend": backend}
+    usual = list(loader_of(small_set, **common))
+    asked = list(loader_of(small_set, dtype=dtype, channels_last=True, **common))
+    assert [len(batch.id) for batch in asked] == [10, 10, 3]
+    for one, other in zip(usual, asked, strict=True):
+        assert other.views.dtype == dtype
+        assert torch.equal(other.views, one.views.to(dtype))
+        assert other.views.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+        assert other.views.flatten(0, 1).data_ptr() == other.views.data_ptr()
+
+
+def test_a_rank_without_patches_has_the_asked_form_too(small_set):
+    loader = loader_of(
+        small_set, ids=np.arange(1), rank=0, world_size=2, drop_last=False, dtype=torch.bfloat16, channels_last=True
+    )
+    (batch,) = list(loader)
+    assert batch.views.shape == (2, 0, 3, 16, 16) and batch.views.dtype == torch.bfloat16
+
+
+# What a GPU leaves to the CPU
+
+
+def mixed_set(tmp_path):
+    """7 JPEGs and 3 PNGs."""
+    files = {f"{i}.jpg": encoded(i) for i in range(7)} | {f"{i}.png": encoded(i, format="PNG") for i in range(7, 10)}
+    build_shards([write_tree(tmp_path / "images", files)], tmp_path / "set", unlabelled=True, workers=1)
+    return ShardReader(tmp_path / "set")
+
+
+def test_patches_that_a_gpu_leaves_to_the_cpu_are_said_once(tmp_path):
+    reader = mixed_set(tmp_path)
+    assert reader.decoders(np.arange(10)) == {"CPU": 3, "hardware JPEG": 7}
+    loader = loader_of(reader, ids=np.arange(10))
+    loader.device = "cuda"  # there need not be one to say it
+    with pytest.warns(UserWarning, match="3 of 10 patches are of a kind that no GPU decodes") as said:
+        _ = [loader._warn_of_the_cpu() for _ in range(2)]
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("case", ["JPEG alone", "on the CPU", "another rank"])
+def test_nothing_is_said_where_there_is_nothing_to_say(tmp_path, case, recwarn):
+    reader = mixed_set(tmp_path)
+    formats = np.array(reader.manifest["format"].to_pylist())
+    ids = np.flatnonzero(formats == "jpeg") if case == "JPEG alone" else np.arange(10)
+    loader = loader_of(reader, ids=ids, batch_size=4, world_size=2, rank=int(case == "another rank"))
+    loader.device = "cpu" if case == "on the CPU" else "cuda"
+    loader._warn_of_the_cpu()
+    assert not recwarn.list
+
+
+def test_a_mixture_adds_up_its_sets_decoders(tmp_path, small_set):
+    reader, other = mixed_set(tmp_path), ShardReader(small_set)
+    mixture = Mixture([Part(reader, np.arange(10)), Part(other, np.arange(len(other)))])
+    assert mixture.decoders(mixture.ids) == reader.decoders(np.arange(10)) + other.decoders(np.arange(len(other)))

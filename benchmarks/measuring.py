@@ -1,0 +1,110 @@
+"""What the benchmarks that run in rounds share: fresh processes, files of results, and what a result says of itself."""
+
+import importlib.metadata
+import itertools
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sharding.workers import available_cores
+
+_POLL_S = 0.02  # between two looks at the memory of the processes
+
+
+class RunFailed(Exception):
+    """A process ended with an error, or its output is not what was asked for."""
+
+
+def run_fresh(command: Sequence[str], log: Path, watch: Callable[[int], None] | None = None) -> None:
+    """Run a process to its end; what it says goes to `log`. watch: called with its process id, again and again.
+
+    Raises RunFailed with the last line of what it said.
+    """
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        try:
+            while watch and process.poll() is None:
+                watch(process.pid)
+                time.sleep(_POLL_S)
+            process.wait()
+        finally:
+            process.kill()
+    if process.returncode:
+        said = log.read_text(errors="replace").strip().splitlines()
+        raise RunFailed(f"exit code {process.returncode}: {said[-1].strip() if said else 'it said nothing'}")
+
+
+def new_path(folder: Path, what: str) -> Path:
+    """A new JSON file's name: an earlier result is never overwritten."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{time.strftime('%Y-%m-%d')}-{what}"
+    endings = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    return next(path for ending in endings if not (path := folder / f"{name}{ending}.json").exists())
+
+
+def machine(workers: int) -> dict[str, Any]:
+    """What the figures depend on and the next machine has otherwise."""
+    models = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    memory = [int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if line.startswith("MemTotal:")]
+    return {
+        "cpu": models[0] if models else platform.processor() or "unknown",
+        "cores": available_cores(),
+        "workers": workers,
+        "memory_bytes": memory[0] if memory else None,
+        "kernel": platform.release(),
+        "load": [round(load, 2) for load in os.getloadavg()],
+    }
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """Of Python and of these packages."""
+    found = {"python": platform.python_version()}
+    for package in dict.fromkeys(packages):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def heading(title: str, record: dict[str, Any]) -> list[str]:
+    """The first lines of a result in Markdown: what was measured, when, on what, by which command."""
+    m = record["machine"]
+    memory = f"{m['memory_bytes'] / 1e9:,.0f} GB of memory" if m["memory_bytes"] else "memory unknown"
+    return [
+        f"# {title}, {record['date']}, {m['cores']} cores",
+        "",
+        f"{m['cpu']}, {m['cores']} cores, {m['workers']} workers, {memory}, load {m['load'][0]} before it began. "
+        f"Commit {record['commit']}; `{record['command']}`.",
+        "",
+        ", ".join(f"{package} {version}" for package, version in record["versions"].items()) + ".",
+        "",
+    ]
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return ["| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines]
+
+
+def print_table(console: Console, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    table = Table(*header)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
