@@ -6,7 +6,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ from gpu_pixels import (
     levels,
     with_halved_colour,
 )
+from step_model import METHOD, WEIGHT_DECAY, model_step
 
-from models.backbones import build_backbone
 from pipelines.loader import ViewLoader
 from pipelines.recipes import get_recipe
 from pipelines.shards import ShardReader
@@ -37,15 +37,11 @@ from sharding.synthetic import LAYOUTS, draw_set
 from sharding.synthetic import Config as DrawConfig
 from sharding.workers import available_cores
 from train.inputs import Input, SetInput, place_of
-from train.loop import Job, ViewModel, fit, plain_place
-from train.methods import SimCLR
+from train.loop import Job, fit, plain_place
 from train.runs import Run, versions
-from train.schedules import build_optimizer
 
 Result = dict[str, Any]
 
-METHOD = SimCLR(128, 0.5)  # width of the projection, temperature
-WEIGHT_DECAY = 1e-6
 _ORGAN = "kidney"  # unlabelled, and the quicker one to draw
 
 
@@ -176,7 +172,13 @@ def purity(s: Setting, found: Result) -> None:
 def model(s: Setting, found: Result) -> None:
     """The model alone: training steps as the loop takes them, on views that lie on the device."""
     _fresh_memory(s.device)
-    step = _model_step(s)
+    step = model_step(
+        backbone=s.backbone,
+        image_size=s.image_size,
+        batch_size=s.batch_size,
+        device=s.device,
+        bf16=not s.dry,  # few CPUs know it
+    )
 
     def steps(count: int) -> float:
         return _seconds(s.device, (step() for _ in range(count))) / count
@@ -189,29 +191,6 @@ def model(s: Setting, found: Result) -> None:
     s.model_alone = 2 * s.batch_size / seconds
     figures: Result = {"img_per_s": round(s.model_alone, 1), "ms_per_step": round(1000 * seconds, 2), "timed_steps": 3 * count}
     found |= figures | _peak_memory(s.device)
-
-
-def _model_step(s: Setting) -> Callable[[], None]:
-    torch.manual_seed(SEED)
-    backbone = build_backbone(s.backbone, s.image_size)
-    net: Any = ViewModel(backbone, METHOD.build_head(int(backbone.num_features))).to(s.device)  # type: ignore[arg-type]
-    if s.device == "cuda":
-        net = net.to(memory_format=torch.channels_last)
-    optimizer = build_optimizer("lars", net, weight_decay=WEIGHT_DECAY, fused=s.device == "cuda")
-    for group in optimizer.param_groups:
-        group["lr"] = 0.01
-    net.train()
-    views_VBCSS = torch.randn(2, s.batch_size, 3, s.image_size, s.image_size, device=s.device)
-    label_B = torch.full((s.batch_size,), -1, device=s.device)
-
-    def step() -> None:
-        with torch.autocast(s.device, torch.bfloat16, enabled=not s.dry):  # few CPUs know bf16
-            loss = METHOD.loss(net(views_VBCSS), label_B, None)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-
-    return step
 
 
 def loader(s: Setting, found: Result) -> None:

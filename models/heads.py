@@ -12,12 +12,14 @@ class ProjectionHead(nn.Sequential):
 
     layers=2: Linear, ReLU, Linear, without biases, hidden width F: the head of SimCLR.
     layers=3: three linear layers without biases, hidden width F, each followed by batch norm, ReLU between them: the
-    head of SimCLR v2 (whose last batch norm has no shift; ours has, as SyncBatchNorm knows no other).
+    head of SimCLR v2. As there, the last batch norm has a scale and no shift (here: a shift of 0 that is not trained, as
+    SyncBatchNorm knows no norm without one).
 
     Raises ValueError for another number of layers, or for a width below 1.
 
     Source: Chen et al. 2020, "A simple framework for contrastive learning of visual representations", section 2.1 and
-    appendix B.9; Chen et al. 2020, "Big self-supervised models are strong semi-supervised learners", section 2.
+    appendix B.9; Chen et al. 2020, "Big self-supervised models are strong semi-supervised learners", section 2, and
+    github.com/google-research/simclr, where the biases and batch norms of the deeper head are to be seen.
     """
 
     def __init__(self, features: int, projection_dim: int, layers: int = 2):
@@ -29,7 +31,9 @@ class ProjectionHead(nn.Sequential):
             modules = []
             for width in (features, features):
                 modules += [nn.Linear(features, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()]
-            modules += [nn.Linear(features, projection_dim, bias=False), nn.BatchNorm1d(projection_dim)]
+            last = nn.BatchNorm1d(projection_dim)
+            last.bias.requires_grad_(False)
+            modules += [nn.Linear(features, projection_dim, bias=False), last]
         else:
             raise ValueError(f"a projection head of {layers} layers is not known: take 2 (SimCLR) or 3 (SimCLR v2)")
         super().__init__(*modules)

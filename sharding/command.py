@@ -55,8 +55,8 @@ class _Parser(ArgumentParser):
 def build_parser(config_class: type, *, prog: str, description: str, exit_on_error: bool = True) -> ArgumentParser:
     """A parser with one flag per field of config_class, and --config.
 
-    A list field takes one or more values, a bool field is `--name` or `--no-name`. With exit_on_error False a wrong value
-    raises jsonargparse.ArgumentError.
+    A list field takes one or more values; a bool field is `--name` or `--no-name`, also where its default is None. With
+    exit_on_error False a wrong value raises jsonargparse.ArgumentError.
     """
     parser_class = _Parser if exit_on_error else ArgumentParser
     parser = parser_class(prog=prog, description=description, formatter_class=_HelpFormatter, exit_on_error=exit_on_error)
@@ -65,7 +65,7 @@ def build_parser(config_class: type, *, prog: str, description: str, exit_on_err
     for field in dataclasses.fields(config_class):
         hint, flag = hints[field.name], "--" + field.name.replace("_", "-")
         settings: dict[str, typing.Any] = {"help": field.metadata["help"]}
-        if hint is bool:
+        if hint in (bool, bool | None):
             settings["action"] = ActionYesNo(no_prefix="no-")
         elif typing.get_origin(hint) is list:
             settings |= {"type": typing.get_args(hint)[0], "nargs": "+"}

@@ -11,6 +11,7 @@ from sharding.command import option, required
 
 Precision = Literal["fp32", "bf16", "fp64"]
 Optimizer = Literal["lars", "adam", "adamw", "sgd"]
+Schedule = Literal["cosine", "constant"]
 
 _DATA = "the shard set (from sharding/build.py): its folder, or its URL (s3://bucket/kidney, https://...)"
 _CACHE = "GiB that $PATCHCLR_CACHE may hold of sets at URLs, on each node; default: all, and nothing is removed"
@@ -20,7 +21,10 @@ _WORKERS = "Ray Train workers (one GPU each where there are GPUs); 0: in this pr
 _THREADS = "threads that decode and augment, per worker; 0: the worker's share of the cores"
 _STORAGE = "folder for runs; on a cluster one that all nodes share"
 _PRECISION = "numbers of the forward and backward pass: bf16 is autocast, fp64 is for tests"
+_AUTO_PRECISION = _PRECISION + "; auto is bf16 where the GPUs have it, else fp32, and what a run began with when it goes on"
 _OPTIMIZER = "lars as in SimCLR, adam, adamw or sgd (momentum 0.9)"
+_SCHEDULE = "the learning rate after warm-up: half a cosine down to 0, or constant (with --warmup-epochs 0: throughout)"
+_WARMUP = "epochs of linear warm-up, at most a tenth of all; then --schedule"
 _IMAGE_SIZE = "side of a view, pixels"
 _BATCH = "patches per step over all workers"
 
@@ -31,9 +35,15 @@ class PretrainConfig:
 
     data: str = required(_DATA, identity=False)
     name: str = required(_NAME, identity=False)
-    method: Literal["simclr"] = option("simclr", "what is learnt: simclr (NT-Xent on two views)")
-    recipe: Literal["simclr", "simclr-mild", "simclr-blur", "pathology"] = option(
-        "simclr", "augmentation: the paper's, milder (small patches), with blur, or with stain jitter and turns"
+    method: Literal["simclr", "rotnet", "rotnet-jitter"] = option(
+        "simclr",
+        "what is learnt: simclr (NT-Xent on two views), rotnet (by which quarter turn each of four views was turned), or"
+        " rotnet-jitter (the same, with colours of its own for each turn)",
+    )
+    recipe: Literal["simclr", "simclr-mild", "simclr-blur", "pathology", "rotnet", "rotnet-jitter"] | None = option(
+        None,
+        "augmentation; default: the method's own. For simclr: the paper's, milder (small patches), with blur, or with stain"
+        " jitter and turns",
     )
     backbone: str = option("resnet18", "any timm model name")
     init: str = option("scratch", "scratch, imagenet, an earlier run's name or folder, or a weights file", identity=False)
@@ -47,19 +57,44 @@ class PretrainConfig:
     )
     image_size: int = option(224, _IMAGE_SIZE)
     batch_size: int = option(256, _BATCH)
-    projection_dim: int = option(128, "width of the projection head's output")
-    temperature: float = option(0.5, "temperature of NT-Xent")
+    micro_batch: int | None = option(
+        None,
+        "for a batch larger than memory: so many patches per worker at a time, in two passes, with the loss of the whole batch."
+        " Equal to the whole batch but for rounding and dropout, except with batch norm, whose statistics are then a"
+        " micro-batch's; default: all at once",
+    )
+    projection_dim: int = option(128, "width of the projection head's output (simclr)")
+    projection_layers: Literal[2, 3] = option(2, "layers of that head: 2, or 3 with batch norm as in SimCLR v2 (simclr)")
+    temperature: float = option(0.5, "temperature of NT-Xent (simclr)")
     optimizer: Optimizer = option("lars", _OPTIMIZER)
-    learning_rate: float | None = option(None, "peak learning rate; default 0.3 x batch / 256 for lars and sgd, 3e-4 for adam")
+    learning_rate: float | None = option(None, "peak learning rate; default by --lr-rule for lars and sgd, 3e-4 for adam")
+    lr_rule: Literal["linear", "sqrt"] = option(
+        "linear", "the default rate of lars and sgd: 0.3 x batch / 256, or 0.075 x sqrt(batch), which is higher below 4096"
+    )
+    schedule: Schedule = option("cosine", _SCHEDULE)
     weight_decay: float = option(1e-6, "decay of weights; biases and norms have none")
     epochs: int = option(100, "passes over the selected patches")
-    warmup_epochs: float = option(10.0, "epochs of linear warm-up, at most a tenth of all; cosine decay follows")
-    precision: Precision = option("fp32", _PRECISION)
+    warmup_epochs: float = option(10.0, _WARMUP)
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = option("auto", _AUTO_PRECISION)
     seed: int = option(42, _SEED)
     workers: int = option(1, _WORKERS, identity=False)
     threads: int = option(0, _THREADS, identity=False)
-    compile: bool = option(False, "torch.compile the model (worth it on a GPU)", identity=False)
+    compile: bool | None = option(None, "torch.compile the model; default: on a GPU where the compiler works", identity=False)
+    channels_last: bool | None = option(None, "channels last in memory; default: on a GPU", identity=False)
+    deterministic: bool = option(
+        False,
+        "only algorithms that give the same bits every time, and no TF32: slower on a GPU, no change on a CPU",
+        identity=False,
+    )
+    profile: bool = option(False, "trace a few steps with torch's profiler, into the run's folder profile/", identity=False)
     log_every: int = option(10, "steps between two rows of metrics.jsonl", identity=False)
+    probe_every: int = option(
+        10, "epochs between two probes (a ridge classifier and kNN on frozen features, in metrics.jsonl); 0: none", identity=False
+    )
+    probe_data: str | None = option(
+        None, "the labelled shard set to probe on, its --split alone; default: --data where it has labels", identity=False
+    )
+    probe_patches: int = option(2048, "labelled patches that a probe looks at", identity=False)
     checkpoint_every: int = option(0, "steps between checkpoints; 0: one per epoch", identity=False)
     max_failures: int = option(3, "how often Ray may restart the workers from the last checkpoint", identity=False)
     cache_gib: float | None = option(None, _CACHE, identity=False)
@@ -94,9 +129,10 @@ class EvaluateConfig:
     batch_size: int = option(64, _BATCH + " (finetune and supervised)")
     optimizer: Optimizer = option("adam", _OPTIMIZER)
     learning_rate: float | None = option(None, "peak learning rate; default 1e-3 for supervised, 1e-4 for finetune")
+    schedule: Schedule = option("cosine", _SCHEDULE)
     weight_decay: float = option(1e-4, "decay of weights; biases and norms have none")
     epochs: int = option(50, "passes over the used labels (finetune and supervised)")
-    warmup_epochs: float = option(1.0, "epochs of linear warm-up, at most a tenth of all; cosine decay follows")
+    warmup_epochs: float = option(1.0, _WARMUP)
     precision: Precision = option("fp32", _PRECISION)
     seed: int = option(42, _SEED + ", and of which labels are used")
     workers: int = option(0, _WORKERS, identity=False)

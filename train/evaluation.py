@@ -27,8 +27,10 @@ from train.methods import Supervised
 from train.metrics import TITLES, score
 from train.parents import Parent, resolve_init
 from train.progress import follow
+from train.provenance import learnt_before, leave_record, look_for
 from train.report import write_report
 from train.runs import Run, Stage, find_run, identity, replacing
+from train.starting import describe_model, describe_rate
 from train.workers import run_job
 
 _PEAKS = {"supervised": 1e-3, "finetune": 1e-4}
@@ -76,11 +78,13 @@ def _evaluate(config: EvaluateConfig, reader: ShardReader) -> Run:
         f" of {config.data}, judged on {len(chosen.test):,} patches",
         flush=True,
     )
+    before = look_for(learnt_before(parent), reader, chosen.test)
     started = time.monotonic()
     if batch_size is None:
         probabilities, extra = _linear(config, reader, chosen, parent, architecture, image_size)
         device = "CPU"
     else:
+        leave_record(run.folder, kind=config.mode, learnt=learnt, parent=parent)
         job = _job(config, chosen, learnt, parent, architecture, image_size, batch_size, run, stage)
         probabilities, extra, device = _trained(config, reader, chosen, job, run)
     figures = score(probabilities, chosen.labels[chosen.test])
@@ -95,7 +99,8 @@ def _evaluate(config: EvaluateConfig, reader: ShardReader) -> Run:
         "test_patches": len(chosen.test),
         "split_rule": f"{config.fraction:.0%} of split {config.split!r}, judged on split {config.test_split!r}",
         "recipe": describe_recipe(get_recipe("eval")),
-        "warnings": _warnings(reader, chosen),
+        "warnings": [*before.warnings, *_warnings(reader, chosen)],
+        "notes": before.notes,
         "metrics": figures,
     }
     run.finish(result | extra, wall_seconds=time.monotonic() - started, device=device)
@@ -195,6 +200,7 @@ def _job(config, chosen, learnt, parent, architecture, image_size, batch_size, r
         peak_learning_rate=config.learning_rate or _PEAKS[config.mode],
         weight_decay=config.weight_decay,
         warmup_epochs=min(config.warmup_epochs, config.epochs / 10),
+        schedule=config.schedule,
         precision=config.precision,
         seed=config.seed,
         threads=config.threads,
@@ -207,6 +213,11 @@ def _job(config, chosen, learnt, parent, architecture, image_size, batch_size, r
 
 
 def _trained(config, reader, chosen, job, run):
+    model = describe_model(
+        job.method, backbone=job.backbone, image_size=job.image_size, init=job.init, weight_decay=job.weight_decay
+    )
+    for line in [*model, describe_rate(job)]:
+        print(f"{run.name}: {line}", flush=True)
     with follow(run, steps=job.steps, title=run.name, starting="starting"):
         device = run_job(job, config.workers)
     backbone = build_backbone(job.backbone, job.image_size)

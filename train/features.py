@@ -12,6 +12,7 @@ from torch import nn
 
 from models.weights import weights_hash
 from pipelines.loader import ViewLoader
+from pipelines.mixture import Mixture
 from pipelines.recipes import Recipe, describe_recipe
 from pipelines.shards import ShardReader
 from sharding.manifest import fingerprint
@@ -62,17 +63,22 @@ def frozen_features(
 @torch.no_grad()
 def compute_features(
     backbone: nn.Module,
-    reader: ShardReader,
+    reader: ShardReader | Mixture,
     ids: np.ndarray,
     *,
     recipe: Recipe,
     image_size: int,
+    device: str | None = None,
     threads: int | None = None,
-    title: str = "features",
+    title: str | None = "features",
 ) -> np.ndarray:
-    """Features of these patches, each exactly once: (n, F) float32, in the order of ids."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    """Features of these patches, each exactly once: (n, F) float32, in the order of ids. The backbone is left in eval mode.
+
+    device: "cpu" or "cuda", to which the backbone goes; None: a GPU where there is one. title: of the bar, None for no bar.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     backbone = backbone.to(device).eval()
+    dtype = next((parameter.dtype for parameter in backbone.parameters()), torch.float32)
     loader = ViewLoader(
         reader,
         ids,
@@ -88,9 +94,9 @@ def compute_features(
     )
     parts = []
     console = Console()
-    with loader, Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(title, total=len(ids))
+    with loader, Progress(console=console, transient=True, disable=title is None or not console.is_terminal) as progress:
+        task = progress.add_task(title or "", total=len(ids))
         for batch in loader:
-            parts.append(backbone(batch.views[0]).float().cpu().numpy())
+            parts.append(backbone(batch.views[0].to(dtype)).float().cpu().numpy())
             progress.advance(task, len(batch.id))
     return np.concatenate(parts)

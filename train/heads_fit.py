@@ -38,7 +38,7 @@ def fit_path(features: np.ndarray, labels: np.ndarray, *, classes: int, decays: 
     """
     n, mean, std = len(features), features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64)
     std[std < 1e-12] = 1.0  # a constant feature says nothing, and must not divide by 0
-    z_nR, basis_FR, variance_R = _principal((features.astype(np.float64) - mean) / std)
+    z_nR, basis_FR, variance_R = principal((features.astype(np.float64) - mean) / std)
     target_nK = np.eye(classes)[labels]
     heads: dict[float, LogisticHead] = {}
     weight_RK, bias_K = np.zeros((z_nR.shape[1], classes)), np.zeros(classes)
@@ -62,8 +62,8 @@ def fit_path(features: np.ndarray, labels: np.ndarray, *, classes: int, decays: 
     return [heads[decay] for decay in decays]
 
 
-def _principal(x_nF):
-    """The principal components: scores (n, R), basis (F, R), variances (R,), without those that have none.
+def principal(x_nF: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The principal components of (n, F) features of mean 0: scores (n, R), basis (F, R), variances (R,), all above 0.
 
     The best weights lie in their span, so nothing is lost, and few patches make a small problem.
     """

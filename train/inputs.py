@@ -76,6 +76,18 @@ class Input:
                 mixture = Mixture([Part(reader, each.ids, each.weight) for reader, each in parts])
                 yield mixture, mixture.ids
 
+    def describe_sets(self) -> list[dict[str, Any]]:
+        """What a model card says of it: each set's name, without where it lies, its fingerprint, and what was chosen of it."""
+        return [
+            {
+                "name": PurePosixPath(each.shards).name,
+                "fingerprint": each.fingerprint,
+                "patches": len(each.ids),
+                "weight": each.weight,
+            }
+            for each in self.sets
+        ]
+
     def describe(
         self, *, selection: dict[str, Any], recipe: str, image_size: int, seed: int, batch_size: int | None
     ) -> dict[str, Any]:

@@ -5,9 +5,7 @@ buffers, and how many steps were taken.
 """
 
 import contextlib
-import json
-import shutil
-import time
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,20 +20,29 @@ from models.backbones import build_backbone
 from models.weights import apply_init, save_backbone
 from pipelines.loader import Batch, ViewLoader
 from pipelines.recipes import describe_recipe
+from train.checkpoints import CHECKPOINT_NAME, Background, copied_state, keep_newest
+from train.engine import arithmetic, compile_model, on_where_it_helps
 from train.inputs import Input
 from train.methods import Method
-from train.runs import write_json, write_text
+from train.probe import Probe, run_probe
+from train.recorder import Clock, Recorder
+from train.runs import Run
 from train.schedules import build_optimizer, learning_rate
+from train.tracing import tracing
+from train.two_pass import check_micro_batch, two_pass_backward
 
 # V views, B local patches, D width of the head's output, S image size
 
-CHECKPOINT_NAME = "checkpoint.pt"
 HEAD_NAME = "head.pt"
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that a worker needs to know. It travels to every worker, so it is plain data."""
+    """All that a worker needs to know. It travels to every worker, so it is plain data.
+
+    compile, channels_last: None is where it helps, on a GPU. micro_batch: patches of a rank that have a graph at a time, None:
+    all. profile: trace a few steps into folder/profile.
+    """
 
     folder: Path  # of the run, which all workers share
     input: Input
@@ -52,11 +59,17 @@ class Job:
     precision: str
     seed: int
     threads: int
-    compile: bool
+    compile: bool | None
     log_every: int
     checkpoint_every: int
     max_failures: int
     card: dict[str, Any] = field(repr=False)
+    schedule: str = "cosine"
+    probe: Probe | None = None
+    micro_batch: int | None = None
+    channels_last: bool | None = None
+    deterministic: bool = False
+    profile: bool = False
 
     @property
     def steps_per_epoch(self) -> int:
@@ -66,12 +79,18 @@ class Job:
     def steps(self) -> int:
         return self.epochs * self.steps_per_epoch
 
+    @property
+    def warmup_steps(self) -> int:
+        return round(self.warmup_epochs * self.steps_per_epoch)
+
 
 @dataclass(frozen=True)
 class Place:
     """Where a worker runs: its rank, its device, and how it saves. Ray's is made in `workers`, a plain one here.
 
-    save: called by all ranks at the same step with a function that rank 0 uses to write into a folder;
+    save: called by all ranks at the same step with a function that rank 0 uses to write into a folder. It may be called in a
+    thread, after `save` has returned;
+    wait: until the last `save` has written, for at most so many seconds (None: however long). Raises what kept it from that;
     restore: the folder of the newest checkpoint, or None, as a context.
     """
 
@@ -80,6 +99,7 @@ class Place:
     device: torch.device
     group: dist.ProcessGroup | None
     save: Callable[[int, Callable[[Path], None]], None]
+    wait: Callable[[float | None], None]
     restore: Callable[[], contextlib.AbstractContextManager[Path | None]]
 
 
@@ -98,8 +118,10 @@ class ViewModel(nn.Module):
 def fit(job: Job, place: Place) -> None:
     """Train to the end, from the newest checkpoint if there is one; rank 0 leaves weights, card and metrics in the folder."""
     assert job.steps > 0, (job.input, job.batch_size, job.epochs)
+    check_micro_batch(job.micro_batch, job.batch_size // place.world_size)
     on_gpu = place.device.type == "cuda"
     with (
+        arithmetic(place.device, deterministic=job.deterministic),
         job.input.opened() as (shards, ids),
         ViewLoader(
             shards,
@@ -115,7 +137,7 @@ def fit(job: Job, place: Place) -> None:
             threads=job.threads or None,
             # As the model takes them on a GPU: under autocast its first layer would round them to bf16 itself.
             dtype=torch.bfloat16 if on_gpu and job.precision == "bf16" else torch.float32,
-            channels_last=on_gpu,
+            channels_last=on_where_it_helps(job.channels_last, place.device),
         ) as loader,
     ):
         model = _train(job, place, loader)
@@ -133,29 +155,54 @@ def _train(job: Job, place: Place, loader: ViewLoader) -> ViewModel:
     parallel: nn.Module = model
     if place.world_size > 1:
         parallel = DistributedDataParallel(model, process_group=place.group)
-    if job.compile:
-        parallel.compile()
+    # Inductor chooses among its kernels by measuring them, so that what is to be the same every time does without.
+    compiled = compile_model(parallel, False if job.deterministic and job.compile is None else job.compile, place.device)
 
     model.train()
-    recorder = Recorder(job, step, init_lines) if place.rank == 0 else None
-    with contextlib.closing(recorder) if recorder else contextlib.nullcontext():
+    profile = job.folder / "profile" if job.profile and place.rank == 0 else None
+    with contextlib.ExitStack() as stack:
+        recorder = None
+        if place.rank == 0:
+            recorder = stack.enter_context(
+                contextlib.closing(Recorder(Run(job.folder), step, init_lines, _describe_engine(job, place, compiled)))
+            )
+        stack.callback(place.wait, None)  # however the block ends, what is being written is written
+        traced = stack.enter_context(tracing(profile, place.device))
         clock = Clock(loader)
         while loader.epoch < job.epochs:
             for batch in loader:
-                warmup_steps = round(job.warmup_epochs * job.steps_per_epoch)
-                rate = learning_rate(step, peak=job.peak_learning_rate, steps=job.steps, warmup_steps=warmup_steps)
-                log = (step + 1) % job.log_every == 0 or step + 1 == job.steps
-                loss, metrics = _step(parallel, optimizer, batch, rate, step, job, place, with_metrics=log)
+                rate = learning_rate(
+                    step, peak=job.peak_learning_rate, steps=job.steps, warmup_steps=job.warmup_steps, schedule=job.schedule
+                )
+                probe = job.probe if job.probe and job.probe.due(step + 1, job.steps_per_epoch, job.steps) else None
+                log = bool(probe) or (step + 1) % job.log_every == 0 or step + 1 == job.steps
+                values = _step(parallel, optimizer, batch, rate, step, job, place, with_metrics=log)
                 step += 1
                 clock.patches += job.batch_size
                 if log:
-                    values = _mean_over_ranks({"loss": loss} | metrics, place)
+                    row = {"epoch": loader.epoch, "step": step, "learning_rate": rate} | _mean_over_ranks(values, place)
                     if recorder:
-                        recorder.write({"epoch": loader.epoch, "step": step, "learning_rate": rate} | values | clock.read(place))
+                        row |= clock.read(place.device)
+                        if probe:
+                            row |= run_probe(probe, model.backbone, job.image_size, place.device.type, job.threads or None)
+                        recorder.write(row)
                     clock = Clock(loader)
+                place.wait(0)  # a disk that is full ends the run now, not at the next checkpoint
                 if step == job.steps or step % (job.checkpoint_every or job.steps_per_epoch) == 0:
-                    place.save(step, lambda folder: _write_checkpoint(folder, model, optimizer, loader, step))  # noqa: B023
+                    place.wait(None)  # one copy of the state at a time
+                    state = {
+                        "model": model.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "loader": loader.state_dict(),
+                        "step": step,
+                    }
+                    place.save(step, copied_state(state, place.device) if place.rank == 0 else _nothing)
+                traced()
     return model
+
+
+def _nothing(folder: Path) -> None:
+    raise AssertionError("only rank 0 writes checkpoints")
 
 
 def _build_model(job, place):
@@ -165,29 +212,59 @@ def _build_model(job, place):
     if job.precision == "fp64":
         model = model.double()
     model = model.to(place.device)
-    if place.device.type == "cuda":
+    if on_where_it_helps(job.channels_last, place.device):
         model = model.to(memory_format=torch.channels_last)
-        if place.world_size > 1:  # statistics of the global batch; torch has no such norm for the CPU
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if place.device.type == "cuda" and place.world_size > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # statistics of the global batch; torch has none for the CPU
     return model, lines
 
 
+def _describe_engine(job, place, compiled):
+    """How the steps are computed, as plain data for the run's record."""
+    name = torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else "CPU"
+    return {
+        "device": name,
+        "workers": place.world_size,
+        "precision": job.precision,
+        "float32_products": torch.get_float32_matmul_precision(),
+        "channels_last": on_where_it_helps(job.channels_last, place.device),
+        "compiled": compiled,
+        "deterministic": job.deterministic,
+        "micro_batch": job.micro_batch,
+    }
+
+
 def _step(model, optimizer, batch: Batch, rate, step, job, place, *, with_metrics):
-    """One step of the optimiser. Returns the loss and metrics of this rank's part, still on the device."""
+    """One step of the optimiser, which waits for no value of the device. Returns the loss and, where asked for, metrics of this
+    rank's part, still on the device."""
     for group in optimizer.param_groups:
         group["lr"] = rate
-    # For dropout and the like: a function of the step, so that a run that was cut off goes on with the same numbers.
-    torch.manual_seed(job.seed * 1_000_003 + step * place.world_size + place.rank)
     views = batch.views.double() if job.precision == "fp64" else batch.views
     label_B = batch.label.to(place.device, non_blocking=True)
-    with torch.autocast(place.device.type, torch.bfloat16, enabled=job.precision == "bf16"):
-        z_VBD = model(views)
-        loss = job.method.loss(z_VBD, label_B, place.group)
+    autocast = functools.partial(torch.autocast, place.device.type, torch.bfloat16, enabled=job.precision == "bf16")
+
+    def reseed(micro: int) -> None:
+        # For dropout and the like: a function of the step, so that a run that was cut off goes on with the same numbers.
+        torch.manual_seed(job.seed * 1_000_003 + step * place.world_size + place.rank + (micro << 40))
+
+    def loss_of(z_VBD: torch.Tensor) -> torch.Tensor:
+        return job.method.loss(z_VBD, label_B, place.group)
+
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    if job.micro_batch and job.micro_batch < len(label_B):
+        loss, z_VBD = two_pass_backward(model, views, loss_of, micro_batch=job.micro_batch, reseed=reseed, autocast=autocast)
+    else:
+        reseed(0)
+        with autocast():
+            z_VBD = model(views)
+            loss = loss_of(z_VBD)
+        loss.backward()
+    values = {"loss": loss.detach()}
+    if with_metrics:
+        values |= job.method.metrics(z_VBD.detach(), label_B, place.group)
+        values["gradient_norm"] = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     optimizer.step()
-    metrics = job.method.metrics(z_VBD.detach(), label_B, place.group) if with_metrics else {}
-    return loss.detach(), metrics
+    return values
 
 
 def _mean_over_ranks(values: dict[str, torch.Tensor], place: Place) -> dict[str, float]:
@@ -196,55 +273,6 @@ def _mean_over_ranks(values: dict[str, torch.Tensor], place: Place) -> dict[str,
         dist.all_reduce(stacked, group=place.group)
         stacked /= place.world_size
     return dict(zip(values, stacked.tolist(), strict=True))
-
-
-class Clock:
-    """Speed since it was made: patches per second over all workers, and the share of time spent waiting for data."""
-
-    def __init__(self, loader: ViewLoader):
-        self._loader, self._waited, self._started = loader, loader.wait_seconds, time.perf_counter()
-        self.patches = 0
-
-    def read(self, place: Place) -> dict[str, float]:
-        """patches_per_s; data_wait, 0 to 1; gpu_memory_gib, the peak so far, where there is a GPU."""
-        seconds = time.perf_counter() - self._started
-        wait = (self._loader.wait_seconds - self._waited) / seconds
-        found = {"patches_per_s": round(self.patches / seconds, 2), "data_wait": round(wait, 4)}
-        if place.device.type == "cuda":
-            found["gpu_memory_gib"] = round(torch.cuda.max_memory_allocated(place.device) / 2**30, 3)
-        return found
-
-
-class Recorder:
-    """metrics.jsonl and TensorBoard. Rows after the step that a run goes on from are taken away: they come again."""
-
-    def __init__(self, job: Job, step: int, init_lines: list[str]):
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
-
-        path = job.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        write_text(path, "".join(kept))
-        write_json(job.folder / "init.json", init_lines)
-        self._file = path.open("a", buffering=1)
-        self._board = SummaryWriter(str(job.folder / "tensorboard"), purge_step=step + 1 if step else None)
-
-    def write(self, row: dict[str, float]) -> None:
-        """Append a row; a value that is no number (NaN) becomes null."""
-        self._file.write(json.dumps({k: None if v != v else v for k, v in row.items()}) + "\n")
-        for name, value in row.items():
-            if name != "step":
-                self._board.add_scalar(name, value, int(row["step"]))
-
-    def close(self) -> None:
-        """Flush both, and end TensorBoard's thread."""
-        self._file.close()
-        self._board.close()
-
-
-def _write_checkpoint(folder: Path, model, optimizer, loader, step) -> None:
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "loader": loader.state_dict(), "step": step}
-    torch.save(state, folder / CHECKPOINT_NAME)
 
 
 def _restore(place: Place, model, optimizer, loader) -> int:
@@ -261,28 +289,31 @@ def _restore(place: Place, model, optimizer, loader) -> int:
 
 def _write_weights(job: Job, model: ViewModel) -> None:
     recipe = describe_recipe(job.method.recipe)
-    card = job.card | {"backbone": job.backbone, "image_size": job.image_size, "features": model.backbone.num_features}
+    card = job.card | {
+        "backbone": job.backbone,
+        "features": model.backbone.num_features,
+        "image_size": job.image_size,
+        "mean": recipe["mean"],
+        "std": recipe["std"],
+        "recipe_name": job.method.recipe_name,
+        "recipe": recipe,
+        "data": job.input.describe_sets(),
+        "final": Run(job.folder).final,
+    }
     torch.save({name: tensor.cpu() for name, tensor in model.head.state_dict().items()}, job.folder / HEAD_NAME)
-    save_backbone(model.backbone, job.folder, card | {"recipe": recipe, "mean": recipe["mean"], "std": recipe["std"]})
+    save_backbone(model.backbone, job.folder, card)
 
 
 def plain_place(folder: Path, device: torch.device | None = None) -> Place:
-    """This process alone, with checkpoints under folder/checkpoints; the newest one is kept."""
-    checkpoints = folder / "checkpoints"
+    """This process alone, with checkpoints under folder/checkpoints, written by a thread; the newest one is kept."""
+    checkpoints, background = folder / "checkpoints", Background()
 
     def save(step: int, write: Callable[[Path], None]) -> None:
-        partial, final = checkpoints / f".step-{step:09d}.partial", checkpoints / f"step-{step:09d}"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        for old in sorted(checkpoints.glob("step-*"))[:-1]:
-            shutil.rmtree(old)
+        background.start(functools.partial(keep_newest, checkpoints, step, write))
 
     @contextlib.contextmanager
     def restore() -> Iterator[Path | None]:
         yield max(checkpoints.glob("step-*"), default=None)
 
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Place(rank=0, world_size=1, device=device, group=None, save=save, restore=restore)
+    return Place(rank=0, world_size=1, device=device, group=None, save=save, wait=background.wait, restore=restore)

@@ -20,6 +20,13 @@ TITLES = {
 }
 
 
+def accuracies(guesses: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """accuracy, and balanced_accuracy (mean recall over the classes that occur), of n > 0 guessed classes: (n,) each."""
+    right = guesses == labels
+    recalls = [right[labels == label].mean() for label in np.unique(labels)]
+    return {"accuracy": float(right.mean()), "balanced_accuracy": float(np.mean(recalls))}
+
+
 def score(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float | list]:
     """Figures of n predictions over K classes.
 

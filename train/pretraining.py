@@ -1,5 +1,6 @@
 """The pretraining stage: a backbone from unlabelled patches."""
 
+import functools
 import json
 import time
 from pathlib import Path
@@ -10,16 +11,24 @@ import numpy as np
 from pipelines.recipes import describe_recipe
 from sharding.manifest import fingerprint
 from sharding.selection import select
+from train.alarms import Alarms
 from train.config import PretrainConfig
 from train.inputs import Input, SetInput, gib, open_set, parse_mix, place_of
 from train.loop import Job
-from train.methods import METHODS
+from train.methods import build_method
 from train.parents import resolve_init
+from train.probe import plan_probe
 from train.progress import follow
+from train.provenance import leave_record
 from train.report import write_report
 from train.runs import Run, Stage, identity
-from train.schedules import default_learning_rate
-from train.workers import run_job
+from train.schedules import peak_learning_rate
+from train.starting import describe_model, describe_rate
+from train.tracing import SKIPPED, TRACE_NAME, WARM_UP
+from train.two_pass import check_micro_batch
+from train.workers import gpus_with_bf16, run_job
+
+_COMPARE_BY = "runs with different batch sizes are compared by top1 and the probe, not by the loss"
 
 
 def pretrain(config: PretrainConfig) -> Run:
@@ -27,13 +36,27 @@ def pretrain(config: PretrainConfig) -> Run:
 
     Raises ValueError for what the user can put right: data, names, sizes and weights that do not fit.
     """
+    method = build_method(config)
+    peak = peak_learning_rate(config.learning_rate, optimizer=config.optimizer, batch_size=config.batch_size, rule=config.lr_rule)
     selection = {"split": config.split, "fraction": config.fraction, "seed": config.seed}
     chosen = _choose(config, selection)
     _check(config, chosen.patches)
+    probe, probe_line = plan_probe(config)
     parent = resolve_init(config.init, config.storage, backbone=config.backbone)
     run = Run(Path(config.storage) / config.name)
-    stage = Stage("pretrain", identity(config), chosen.fingerprint, parent.key)
-    method = METHODS[config.method](config)
+    model = functools.partial(
+        describe_model,
+        method,
+        backbone=config.backbone,
+        image_size=config.image_size,
+        init=parent.source,
+        weight_decay=config.weight_decay,
+    )
+    # Before Ray is asked for its GPUs, so that a mistake shows in seconds. Where there is a run already, its name comes first.
+    model_lines = None if run.has_work() else model()
+    precision = _settle_precision(config, run)
+    settled = identity(config) | {"recipe": method.recipe_name, "precision": precision}
+    stage = Stage("pretrain", settled, chosen.fingerprint, parent.key)
     reads = chosen.describe(
         selection=selection,
         recipe=method.recipe_name,
@@ -44,6 +67,7 @@ def pretrain(config: PretrainConfig) -> Run:
     if not run.begin(stage, config, reads):
         print(f"{run.name}: finished already, {run.folder}", flush=True)
         return run
+    leave_record(run.folder, kind="pretrain", learnt=chosen, parent=parent)
     job = Job(
         folder=run.folder,
         input=chosen,
@@ -54,16 +78,22 @@ def pretrain(config: PretrainConfig) -> Run:
         batch_size=config.batch_size,
         epochs=config.epochs,
         optimizer=config.optimizer,
-        peak_learning_rate=config.learning_rate or default_learning_rate(config.optimizer, config.batch_size),
+        peak_learning_rate=peak,
         weight_decay=config.weight_decay,
         warmup_epochs=min(config.warmup_epochs, config.epochs / 10),
-        precision=config.precision,
+        schedule=config.schedule,
+        precision=precision,
         seed=config.seed,
         threads=config.threads,
         compile=config.compile,
         log_every=config.log_every,
         checkpoint_every=config.checkpoint_every,
         max_failures=config.max_failures,
+        probe=probe,
+        micro_batch=config.micro_batch,
+        channels_last=config.channels_last,
+        deterministic=config.deterministic,
+        profile=config.profile,
         card={
             "method": config.method,
             "chain": [*parent.chain, f"{config.method} on {chosen.name}"],
@@ -75,9 +105,14 @@ def pretrain(config: PretrainConfig) -> Run:
         f" (split {config.split}), {job.steps:,} steps of {config.batch_size}",
         flush=True,
     )
+    for line in [*(model_lines or model()), describe_rate(job), probe_line]:
+        print(f"{run.name}: {line}", flush=True)
     started = time.monotonic()
-    with follow(run, steps=job.steps, title=run.name, starting="starting the workers" if config.workers else "starting"):
+    starting = "starting the workers" if config.workers else "starting"
+    with follow(run, steps=job.steps, title=run.name, starting=starting, alarms=_alarms(job)):
         device = run_job(job, config.workers)
+    if config.profile:
+        print(f"{run.name}: {_where_traced(run)}", flush=True)
     _finish(run, job, stage, time.monotonic() - started, device)
     return run
 
@@ -94,6 +129,27 @@ def _choose(config: PretrainConfig, selection: dict[str, Any]) -> Input:
     return Input(tuple(sets), config.shuffle_window, cache_bytes)
 
 
+def _settle_precision(config: PretrainConfig, run: Run) -> str:
+    if config.precision != "auto":
+        return config.precision
+    if (run.folder / "run.json").exists() and run.has_work():
+        begun = run.record["stage"]["config"].get("precision")
+        if begun is not None:  # wherever it goes on: the numbers are part of what the run is
+            return begun
+    return "bf16" if gpus_with_bf16(config.workers) else "fp32"
+
+
+def _alarms(job: Job) -> Alarms:
+    return Alarms(chance_loss=job.method.chance_loss(job.batch_size), patience=max(job.warmup_steps, job.steps_per_epoch))
+
+
+def _where_traced(run: Run) -> str:
+    path = run.folder / "profile" / TRACE_NAME
+    if path.exists():
+        return f"the profile is {path}, for chrome://tracing or ui.perfetto.dev"
+    return f"no profile: it begins after {SKIPPED + WARM_UP} steps, and fewer were left"
+
+
 def _sets(config: PretrainConfig) -> str:
     return " + ".join([config.data, *config.mix])
 
@@ -102,7 +158,7 @@ def _check(config: PretrainConfig, patches: int) -> None:
     if config.epochs < 1:
         raise ValueError(f"--epochs {config.epochs}: train for at least one")
     if config.batch_size < 2:
-        raise ValueError(f"--batch-size {config.batch_size}: a contrastive loss needs at least 2 patches")
+        raise ValueError(f"--batch-size {config.batch_size}: a batch needs at least 2 patches, to compare with each other")
     if config.batch_size > patches:
         raise ValueError(
             f"--batch-size {config.batch_size} is larger than the {patches} selected patches of {_sets(config)}:"
@@ -110,6 +166,7 @@ def _check(config: PretrainConfig, patches: int) -> None:
         )
     if config.workers < 0 or config.batch_size % max(1, config.workers):
         raise ValueError(f"--batch-size {config.batch_size} is the global batch and must divide by --workers {config.workers}")
+    check_micro_batch(config.micro_batch, config.batch_size // max(1, config.workers))
     if config.shuffle_window is not None and config.shuffle_window < 1:
         raise ValueError(f"--shuffle-window {config.shuffle_window}: give at least 1 shard, or leave it out to shuffle all")
     if config.log_every < 1 or config.checkpoint_every < 0:
@@ -117,7 +174,7 @@ def _check(config: PretrainConfig, patches: int) -> None:
 
 
 def _finish(run, job, stage, seconds, device):
-    rows = run.metrics()
+    rows, alarms = run.metrics(), _alarms(job)
     last = rows[-1]
     result = {
         "kind": "pretrain",
@@ -126,13 +183,19 @@ def _finish(run, job, stage, seconds, device):
         "patches": job.input.patches,
         "steps": job.steps,
         "recipe": describe_recipe(job.method.recipe),
-        "final": {name: last[name] for name in ("loss", "top1") if name in last},
-        "nothing_learned_loss": float(np.log(2 * job.batch_size - 1)),
+        "final": run.final,
+        "nothing_learned_loss": job.method.chance_loss(job.batch_size),
         "patches_per_s": float(np.median([row["patches_per_s"] for row in rows])),
         "data_wait": float(np.median([row["data_wait"] for row in rows])),
+        "probe": job.probe.describe() if job.probe else None,
         "init": json.loads((run.folder / "init.json").read_text()),
+        "engine": json.loads((run.folder / "engine.json").read_text()),
+        "warnings": [text for row in rows for text in alarms.add(row)],
+        "compare_by": _COMPARE_BY if "top1" in last else None,
     }
     run.finish(result, wall_seconds=seconds, device=device)
     report = write_report([run], run.folder / "report.html")
     loss = "is not a number: try a smaller --learning-rate" if last["loss"] is None else f"{last['loss']:.3f}"
     print(f"{run.name}: loss {loss} (nothing learned: {result['nothing_learned_loss']:.3f}), {report}", flush=True)
+    if result["compare_by"]:
+        print(f"{run.name}: {_COMPARE_BY}", flush=True)

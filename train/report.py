@@ -53,7 +53,7 @@ def write_report(runs: Sequence[Run], path: Path, *, title: str | None = None) -
     learnt = [run for run in runs if run.metrics()]
     judged = [run for run in runs if "metrics" in results[run.name]]
     pretrained = [run for run in runs if results[run.name]["kind"] == "pretrain"]
-    parts = [_header(title or runs[0].name, runs), *_warnings(results)]
+    parts = [_header(title or runs[0].name, runs), *_said(results, "warnings"), *_said(results, "notes")]
     if judged:
         parts += ["<h2>Judged</h2>", _judged_table(judged, results)]
     if pretrained:
@@ -81,12 +81,14 @@ def _header(title, runs):
     return f'<h1>{html.escape(title)}</h1><p class="note">{html.escape(note)}</p>'
 
 
-def _warnings(results):
+def _said(results, kind):
+    """What the results warn of or note, each sentence once, with the runs that it is about."""
     said: dict[str, list[str]] = {}
     for name, result in results.items():
-        for warning in result.get("warnings", []):
-            said.setdefault(warning, []).append(name)
-    return [f'<p class="warn">⚠ {html.escape(text)} ({html.escape(", ".join(names))})</p>' for text, names in said.items()]
+        for sentence in result.get(kind, []):
+            said.setdefault(sentence, []).append(name)
+    style, mark = ("warn", "⚠ ") if kind == "warnings" else ("note", "")
+    return [f'<p class="{style}">{mark}{html.escape(text)} ({html.escape(", ".join(names))})</p>' for text, names in said.items()]
 
 
 def _judged_table(runs, results):
@@ -120,30 +122,56 @@ def _pretrained_table(runs, results):
             f"{result['steps']:,}",
             "–" if result["final"]["loss"] is None else f"{result['final']['loss']:.3f}",
             f"{result['nothing_learned_loss']:.3f}",
-            f"{result['final']['top1']:.1%}" if "top1" in result["final"] else "–",
+            _percent(result["final"], "top1", "rotation_accuracy"),
+            _percent(result["final"], "probe_balanced_accuracy"),
+            _percent(result["final"], "probe_knn_balanced_accuracy"),
             f"{result['patches_per_s']:.0f}",
             f"{result['data_wait']:.1%}",
             f"{record['wall_seconds']:.0f}",
         ]
         rows.append([_cell(cell) for cell in cells])
-    titles = ["run", "chain", "patches", "steps", "loss", "if nothing is learned", "top-1", "patches/s", "data wait", "seconds"]
-    return _table(titles, rows)
+    titles = ["run", "chain", "patches", "steps", "loss", "if nothing is learned", "accuracy of the task", "ridge probe",
+              "kNN probe", "patches/s", "data wait", "seconds"]  # fmt: skip
+    note = ""
+    if len(runs) > 1:
+        note = (
+            '<p class="note">A loss depends on the method and the batch size: compare such runs by their probes of one set: the'
+            " balanced accuracy of a classifier on frozen features, judged on a held-out part of the training split.</p>"
+        )
+    return _table(titles, rows) + note
+
+
+def _percent(final, *names):
+    """The first of these figures that there is."""
+    value = next((final[name] for name in names if name in final), None)
+    return "–" if value is None else f"{value:.1%}"
 
 
 def _curves(runs):
     metrics = {run.name: run.metrics() for run in runs}
     drawn = []
     # The losses of different tasks have nothing in common, so each task has its own axes.
-    for kind, measure in (("NT-Xent", "top1"), ("cross-entropy", "train_accuracy")):
+    for kind, measure, title in (
+        ("NT-Xent", "top1", "contrastive top-1 accuracy"),
+        ("cross-entropy of quarter turns", "rotation_accuracy", "accuracy of predicted quarter turns"),
+        ("cross-entropy", "train_accuracy", "accuracy on the training batch"),
+    ):
         chosen = {name: rows for name, rows in metrics.items() if measure in rows[-1]}
         if chosen:
             names = ", ".join(chosen)
-            title = "contrastive top-1 accuracy" if measure == "top1" else "accuracy on the training batch"
             drawn += [
                 _figure(figures.curves(chosen, "loss", f"loss ({kind})"), f"Loss over steps of {names}"),
                 _figure(figures.curves(chosen, measure, title), f"{title} over steps of {names}"),
                 _figure(figures.curves(chosen, "learning_rate", "learning rate"), f"Learning rate over steps of {names}"),
             ]
+    # Whatever the task was, probes of the same patches compare.
+    for measure, title in (
+        ("probe_balanced_accuracy", "balanced accuracy of the ridge probe"),
+        ("probe_knn_balanced_accuracy", "balanced accuracy of the kNN probe"),
+    ):
+        chosen = {name: rows for name, rows in metrics.items() if any(measure in row for row in rows)}
+        if chosen:
+            drawn.append(_figure(figures.curves(chosen, measure, title), f"{title} over steps of {', '.join(chosen)}"))
     return f'<div class="row">{"".join(drawn)}</div>'
 
 

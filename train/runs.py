@@ -26,8 +26,9 @@ from train.inputs import place_of
 # Raise a stage's version when the same config and data would come out with other figures.
 STAGE_VERSIONS = {"pretrain": 2, "linear": 2, "finetune": 2, "supervised": 2}
 
-# Fields that came later: they are left out where they are not used, so that the keys of earlier runs stay what they are.
-_LATER = ("shuffle_window",)
+# Fields that came later, and the value that stands for what was done before: where they have it they are left out, so that the
+# keys of earlier runs stay what they are.
+_LATER = {"shuffle_window": None, "micro_batch": None, "projection_layers": 2, "lr_rule": "linear", "schedule": "cosine"}
 
 _PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "ray", "numpy", "numba", "pyarrow", "torchmetrics")
 
@@ -56,7 +57,7 @@ class Stage:
 def identity(config) -> dict[str, Any]:
     """A config's fields that decide the result."""
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.metadata["identity"]}
-    return {name: value for name, value in fields.items() if value is not None or name not in _LATER}
+    return {name: value for name, value in fields.items() if name not in _LATER or value != _LATER[name]}
 
 
 class Run:
@@ -91,6 +92,14 @@ class Run:
         text = path.read_text() if path.exists() else ""
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
+    @property
+    def final(self) -> dict[str, Any]:
+        """The newest value of each metric, without what depends on the machine (speed, waiting, memory)."""
+        newest: dict[str, Any] = {}
+        for row in self.metrics():
+            newest |= row
+        return {name: value for name, value in newest.items() if name != "data_wait" and not name.endswith(("_per_s", "_gib"))}
+
     def begin(self, stage: Stage, config, reads: dict[str, Any]) -> bool:
         """Take the folder for a stage. Returns False when the stage is already finished there.
 
@@ -101,7 +110,7 @@ class Run:
         """
         if (self.folder / "run.json").exists():
             differences = _differences(self.record["stage"], stage.describe())
-            if differences and self._has_work():
+            if differences and self.has_work():
                 raise ValueError(
                     f"the name {self.name!r} is taken by a run with {', '.join(differences)}:"
                     f" choose another --name, or remove {self.folder}"
@@ -114,7 +123,8 @@ class Run:
         self._write_record(stage, config, {"input": reads, "started": started, "status": "running"})
         return True
 
-    def _has_work(self) -> bool:
+    def has_work(self) -> bool:
+        """Whether anything was learnt there: a run that failed before its first step holds nothing to lose."""
         kept = (path for pattern in ("step-*", "checkpoint_2*") for path in (self.folder / "checkpoints").glob(pattern))
         return self.finished or bool(self.metrics()) or any(kept)
 
@@ -194,11 +204,11 @@ def _differences(theirs: dict, ours: dict) -> list[str]:
     """Each field in which two stages differ, as a person reads it."""
     if theirs["kind"] != ours["kind"]:
         return [f"stage {theirs['kind']} (now {ours['kind']})"]
-    fields = {name for part in (theirs, ours) for name in part["config"]}
+    before, now = (_LATER | part["config"] for part in (theirs, ours))
     found = [
-        f"{name} {theirs['config'].get(name)} (now {ours['config'].get(name)})"
-        for name in sorted(fields)
-        if theirs["config"].get(name) != ours["config"].get(name)
+        f"{name} {before.get(name)} (now {now.get(name)})"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
     ]
     if theirs["data"] != ours["data"]:
         found.append("other data (the fingerprint or the weight of a shard set differs)")

@@ -1,15 +1,19 @@
 """Everything that knows Ray: a job on Ray Train workers, or in this process."""
 
 import contextlib
+import functools
 import logging
 import os
+import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from train.checkpoints import saying_where
 from train.loop import Job, Place, fit, plain_place
 
 # Before Ray is imported. Quick reports (2 s each otherwise), prints once, no line per report and rank, Ray's run API.
@@ -22,6 +26,7 @@ _ENVIRONMENT = {
     "RAY_DEDUP_LOGS": "1",
 }
 _RAY_NAME = "checkpoints"  # Ray keeps its run under the folder's `checkpoints`
+_WITHOUT_BF16 = {"K80", "P4", "P100", "T4", "V100"}  # as Ray names them
 
 
 def run_job(job: Job, workers: int) -> str:
@@ -57,6 +62,23 @@ def connect() -> None:
     resources = ray.cluster_resources()
     gpus = f", {resources['GPU']:.0f} GPUs" if resources.get("GPU") else ""
     print(f"Ray: {nodes} node{'s' * (nodes > 1)}, {resources['CPU']:.0f} CPUs{gpus}; dashboard http://{place}", flush=True)
+
+
+def gpus_with_bf16(workers: int) -> bool:
+    """Whether a job of so many workers will find GPUs that compute in bf16 (Ampere and newer).
+
+    This machine's own GPU answers that at once; without one, and with workers, the cluster is asked, which connects to it.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if workers == 0:
+        return False
+    connect()
+    import ray
+
+    resources = ray.cluster_resources()
+    kinds = {name.removeprefix("accelerator_type:") for name in resources if name.startswith("accelerator_type:")}
+    return resources.get("GPU", 0) > 0 and not kinds & _WITHOUT_BF16
 
 
 def _run_on_ray(job, workers):
@@ -109,6 +131,12 @@ def _work(config) -> None:
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+    writing = threading.Lock()  # held while this worker's checkpoint is written
+
+    def wait(seconds: float | None) -> None:
+        if writing.acquire(timeout=-1 if seconds is None else seconds):
+            writing.release()
+
     fit(
         config["job"],
         Place(
@@ -116,21 +144,41 @@ def _work(config) -> None:
             world_size=context.get_world_size(),
             device=device,
             group=dist.group.WORLD if context.get_world_size() > 1 else None,
-            save=_save,
+            save=functools.partial(_save, writing),
+            wait=wait,
             restore=_restore,
         ),
     )
 
 
-def _save(step: int, write: Callable[[Path], None]) -> None:
+def _save(writing: threading.Lock, step: int, write: Callable[[Path], None]) -> None:
+    """Report to Ray, together with all ranks; rank 0's checkpoint is written and uploaded by a thread of Ray's.
+
+    An error there ends the worker. Ray takes a checkpoint for one only when it is whole, and waits for the last at the end.
+    """
     import ray.train
 
-    if ray.train.get_context().get_world_rank() > 0:
-        ray.train.report({"step": step})
+    context, mode = ray.train.get_context(), ray.train.CheckpointUploadMode.ASYNC
+    if context.get_world_rank() > 0:
+        ray.train.report({"step": step}, checkpoint_upload_mode=mode)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder))
-        ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+    storage = context.get_storage()
+
+    def upload(checkpoint, name: str):
+        try:
+            with writing, saying_where(storage.experiment_fs_path):
+                write(Path(checkpoint.path))
+                return storage.persist_current_checkpoint(checkpoint, name)
+        finally:
+            shutil.rmtree(checkpoint.path, ignore_errors=True)
+
+    ray.train.report(
+        {"step": step},
+        checkpoint=ray.train.Checkpoint.from_directory(tempfile.mkdtemp()),
+        checkpoint_upload_mode=mode,
+        checkpoint_upload_fn=upload,
+        delete_local_checkpoint_after_upload=False,  # `upload` does it, also when it fails
+    )
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import torch
 from models.backbones import build_backbone
 from models.heads import Classifier, LinearHead, ProjectionHead
 from models.weights import weights_hash
+from train.loop import ViewModel
 
 
 @pytest.mark.parametrize(
@@ -20,6 +21,32 @@ def test_features_come_out_at_the_size_asked_for(name, image_size, features):
     assert backbone.training
     assert backbone.num_features == features
     assert backbone(torch.rand(2, 3, image_size, image_size)).shape == (2, features)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("name", "image_size"),
+    [
+        ("resnet18", 32),
+        ("resnet50", 32),
+        ("resnet101", 32),
+        ("inception_v3", 75),  # the least that it takes; 299 is its own
+        ("inception_resnet_v2", 75),
+        ("vit_tiny_patch16_224", 32),
+    ],
+)
+def test_every_parameter_of_a_backbone_and_its_head_is_trained(name, image_size):
+    """Two views of two patches through both, and a gradient for every tensor: none is left over of a classifier, say, for
+    which ranks would wait in vain."""
+    torch.manual_seed(0)
+    backbone = build_backbone(name, image_size)
+    model = ViewModel(backbone, ProjectionHead(backbone.num_features, 32))
+    z_VBD = model(torch.rand(2, 2, 3, image_size, image_size))
+    assert z_VBD.shape == (2, 2, 32)
+    z_VBD.square().sum().backward()
+    for parameter, tensor in model.named_parameters():
+        assert tensor.grad is not None and tensor.grad.isfinite().all(), parameter
+    assert sum(float(tensor.grad.abs().sum()) for tensor in backbone.parameters()) > 0
 
 
 def test_a_seed_fixes_the_weights():
@@ -50,18 +77,31 @@ def test_sizes_that_a_model_cannot_take_are_refused(name, size):
         build_backbone(name, size)
 
 
-def test_the_projection_head_is_the_papers():
-    head = ProjectionHead(12, 5)
-    assert [tuple(p.shape) for p in head.parameters()] == [(12, 12), (5, 12)]
+@pytest.mark.parametrize("projection_dim", [5, 32, 64, 128])
+def test_the_projection_head_is_the_papers(projection_dim):
+    head = ProjectionHead(12, projection_dim)
+    assert [tuple(p.shape) for p in head.parameters()] == [(12, 12), (projection_dim, 12)]
     x = torch.randn(4, 12)
     torch.testing.assert_close(head(x), (x @ head[0].weight.T).clamp(min=0) @ head[2].weight.T)
 
 
-def test_three_layers_end_in_batch_norm():
-    head = ProjectionHead(12, 5, layers=3)
-    z = head(torch.randn(64, 12))
-    assert z.shape == (64, 5)
-    torch.testing.assert_close(z.mean(0), torch.zeros(5), rtol=0, atol=1e-5)
+@pytest.mark.parametrize("projection_dim", [5, 32, 64, 128])
+def test_three_layers_are_those_of_simclr_v2(projection_dim):
+    """Each layer without bias and with batch norm, ReLU after the first two, and no shift in the last norm."""
+    head = ProjectionHead(12, projection_dim, layers=3)
+    wide = (12, 12), (12,), (12,)
+    assert [tuple(p.shape) for p in head.parameters() if p.requires_grad] == [
+        *wide, *wide, (projection_dim, 12), (projection_dim,)
+    ]  # fmt: skip
+    x, weights = torch.randn(64, 12), [p for p in head.parameters() if p.ndim == 2]
+    wanted = x
+    for layer, weight in enumerate(weights):
+        y = wanted @ weight.T
+        y = (y - y.mean(0)) / (y.var(0, correction=0) + 1e-5).sqrt()
+        wanted = y.clamp(min=0) if layer < 2 else y
+    torch.testing.assert_close(head(x), wanted)
+    synchronised = torch.nn.SyncBatchNorm.convert_sync_batchnorm(head)
+    assert sum(not p.requires_grad for p in synchronised.parameters()) == 1
 
 
 def test_heads_refuse_what_cannot_be():

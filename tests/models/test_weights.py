@@ -40,6 +40,27 @@ def test_a_saved_backbone_loads_into_timm_and_torchvision(backbone, tmp_path):
     torch.testing.assert_close(other.eval()(x), loaded.eval()(x))
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "left_out"),
+    [("resnet50", 32, {"fc"}), ("inception_v3", 75, {"fc", "AuxLogits"})],
+)
+def test_larger_architectures_load_into_torchvision_too(tmp_path, name, size, left_out):
+    torch.manual_seed(1)
+    saved = build_backbone(name, size)
+    path = save_backbone(saved, tmp_path, {})
+    other = (
+        torchvision.models.get_model(name, weights=None, init_weights=False)
+        if name == "inception_v3"
+        else (torchvision.models.get_model(name, weights=None))
+    )
+    keys = other.load_state_dict(safetensors.torch.load_file(path), strict=False)
+    assert {key.split(".")[0] for key in keys.missing_keys} == left_out
+    assert not keys.unexpected_keys
+    other.fc = nn.Identity()
+    x = torch.rand(2, 3, size, size)
+    torch.testing.assert_close(other.eval()(x), saved.eval()(x))
+
+
 def test_saving_twice_replaces_and_gives_the_same_bytes(backbone, fresh, tmp_path):
     first = save_backbone(backbone, tmp_path, {}).read_bytes()
     save_backbone(fresh, tmp_path / "a.safetensors", {})

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import itertools
 import json
@@ -14,19 +15,23 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from models.backbones import build_backbone
 from models.weights import load_backbone_weights
-from pipelines.loader import ViewLoader
+from pipelines.loader import Batch, ViewLoader
 from pipelines.recipes import RandomCrop, Recipe
 from sharding.manifest import fingerprint
 from sharding.packing import build_shards
 from tests.helpers import open_files
 from train import loop
+from train.checkpoints import CHECKPOINT_NAME
 from train.inputs import Input, SetInput
-from train.loop import CHECKPOINT_NAME, HEAD_NAME, Job, fit, plain_place
+from train.loop import HEAD_NAME, Job, ViewModel, fit, plain_place
 from train.methods import SimCLR, Supervised
+from train.recorder import Recorder
 from train.runs import Run
+from train.schedules import build_optimizer
 
 CPU = torch.device("cpu")
 
@@ -151,6 +156,9 @@ def test_what_a_run_leaves(tmp_path, small_set):
     assert [(row["epoch"], row["step"]) for row in rows] == [(k // 5, k + 1) for k in range(10)]
     assert all(row["loss"] > 0 and 0 <= row["top1"] <= 1 and row["patches_per_s"] > 0 for row in rows)
     assert all(0 <= row["data_wait"] <= 1 for row in rows)
+    assert all(row["images_per_s"] == pytest.approx(2 * row["patches_per_s"], abs=0.03) for row in rows)
+    assert all(0 <= row["alignment"] <= 4 and row["uniformity"] < 0 and row["gradient_norm"] > 0 for row in rows)
+    assert all(0 < row["embedding_std"] <= 1 for row in rows)
     assert rows[0]["learning_rate"] == 1e-3 > rows[1]["learning_rate"] * 0.999  # one step of warm-up, then down
     assert rows[-1]["learning_rate"] < 1e-4
     card = json.loads((job.folder / "model_card.json").read_text())
@@ -187,6 +195,73 @@ def test_seed_decides_everything(tmp_path, small_set):
     assert not any(torch.equal(weights[0][name], weights[2][name]) for name in kernels)
 
 
+@pytest.mark.parametrize("method", [SimCLR(projection_dim=8, temperature=0.5), Supervised(classes=3)])
+def test_micro_batches_give_the_same_run(tmp_path, small_set, method):
+    """In double precision and without batch norm: the same losses and weights, but for rounding."""
+    found = []
+    for micro_batch in (None, 1, 2, 4):
+        ids = np.arange(0, 90, 6)[:12]
+        job = job_of(tmp_path / str(micro_batch), small_set, input=input_of(small_set, ids), method=method)
+        job = dataclasses.replace(job, precision="fp64", micro_batch=micro_batch, peak_learning_rate=0.1, optimizer="sgd")
+        fit(job, plain_place(job.folder, CPU))
+        found.append((weights_of(job.folder), [row["loss"] for row in Run(job.folder).metrics()]))
+    weights, losses = found[0]
+    assert len(set(losses)) == 6  # something was learnt
+    assert found[3][1] == losses  # one micro-batch is no micro-batching
+    for other, other_losses in found[1:]:
+        assert other_losses == pytest.approx(losses, rel=1e-10)
+        for name in weights:
+            torch.testing.assert_close(other[name], weights[name], rtol=1e-6, atol=1e-9)  # the backbone's are kept in float32
+
+
+def test_a_micro_batch_that_does_not_divide_is_refused(tmp_path, small_set):
+    job = job_of(tmp_path / "run", small_set, micro_batch=3)
+    with pytest.raises(ValueError, match="--micro-batch 3 must divide the 4 patches"):
+        fit(job, plain_place(job.folder, CPU))
+
+
+@pytest.mark.parametrize("changes", [{"deterministic": True}, {"channels_last": True}])
+def test_ways_to_compute_give_the_same_on_a_cpu(tmp_path, small_set, changes):
+    found = []
+    for name, settings in (("plain", {}), ("other", changes)):
+        job = job_of(tmp_path / name, small_set, epochs=1, precision="fp64", **settings)
+        fit(job, plain_place(job.folder, CPU))
+        found.append([row["loss"] for row in Run(job.folder).metrics()])
+        engine = json.loads((job.folder / "engine.json").read_text())
+        assert engine | settings == engine
+        assert (engine["device"], engine["precision"], engine["compiled"]) == ("CPU", "fp64", False)
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+
+
+@pytest.mark.parametrize("with_metrics", [False, True])
+@pytest.mark.parametrize("micro_batch", [None, 2])
+@pytest.mark.parametrize("optimizer", ["lars", "adam", "sgd"])
+def test_a_step_waits_for_no_value_of_the_device(tmp_path, small_set, optimizer, micro_batch, with_metrics):
+    """On tensors that have no values to wait for: asking for one raises."""
+    job = job_of(tmp_path, small_set, micro_batch=micro_batch)
+    place = plain_place(tmp_path, CPU)
+    with FakeTensorMode():
+        backbone = build_backbone(job.backbone, 32)
+        model = ViewModel(backbone, job.method.build_head(backbone.num_features))
+        fused = build_optimizer(optimizer, model, weight_decay=0.1, fused=True)  # as on a GPU
+        batch = Batch(torch.randn(2, 4, 3, 32, 32), torch.arange(4), torch.zeros(4, dtype=torch.int64))
+        values = loop._step(model, fused, batch, 0.1, 5, job, place, with_metrics=with_metrics)
+        with pytest.raises(DataDependentOutputException):
+            values["loss"].item()
+    assert values.keys() >= ({"loss", "top1", "alignment", "embedding_std", "gradient_norm"} if with_metrics else {"loss"})
+    assert with_metrics or values.keys() == {"loss"}
+
+
+def test_the_gradient_s_norm_is_that_of_the_whole_gradient(tmp_path, small_set):
+    job, place = job_of(tmp_path, small_set), plain_place(tmp_path, CPU)
+    model, _ = loop._build_model(job, place)
+    sgd = build_optimizer("sgd", model, weight_decay=0.5, fused=False)
+    batch = Batch(torch.randn(2, 4, 3, 32, 32), torch.arange(4), torch.zeros(4, dtype=torch.int64))
+    values = loop._step(model, sgd, batch, 0.1, 5, job, place, with_metrics=True)
+    whole = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert values["gradient_norm"].item() == pytest.approx(whole.norm().item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp64"])
 def test_precisions_agree_about_the_loss(tmp_path, small_set, precision):
     losses = []
@@ -216,19 +291,97 @@ def test_labels_are_learnt(tmp_path, small_set, monkeypatch):
     assert Run(job.folder).metrics()[-1]["train_accuracy"] > 0.8
 
 
+# Checkpoints in the background
+
+
+def writing_late(place, at, go):
+    """The place, writing the checkpoint of that step only once `go` is set."""
+
+    def save(step, write):
+        def late(folder):
+            assert go.wait(60)
+            write(folder)
+
+        place.save(step, late if step == at else write)
+
+    return dataclasses.replace(place, save=save)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(tmp_path, small_set, monkeypatch):
+    """The checkpoint of step 2 is written after step 3 was taken, and the run goes on from it as from any other."""
+    plain = job_of(tmp_path / "undisturbed", small_set)
+    fit(plain, plain_place(plain.folder, CPU))
+    job, go = job_of(tmp_path / "run", small_set, checkpoint_every=2), threading.Event()
+    write = Recorder.write
+
+    def watched(self, row):
+        write(self, row)
+        if row["step"] == 3:
+            go.set()
+            raise CutOff
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "write", watched)
+        with pytest.raises(CutOff):
+            fit(job, writing_late(plain_place(job.folder, CPU), 2, go))
+    assert [path.name for path in (job.folder / "checkpoints").iterdir()] == ["step-000000002"]
+    fit(job, plain_place(job.folder, CPU))
+    assert_same_weights(weights_of(job.folder), weights_of(plain.folder))
+    assert rows_of(job.folder) == rows_of(plain.folder)
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(tmp_path, small_set):
+    """Also when no other checkpoint is due for long: every step looks for it."""
+    job = job_of(tmp_path / "run", small_set, epochs=40, checkpoint_every=2)
+    place = plain_place(job.folder, CPU)
+
+    def save(step, write):
+        def fail(folder):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        place.save(step, fail)
+
+    def wait(seconds):
+        place.wait(20 if seconds == 0 else seconds)  # so that the step after the checkpoint is sure to see the error
+
+    failing = dataclasses.replace(place, save=save, wait=wait)
+    with pytest.raises(ValueError, match=r"run/checkpoints: a checkpoint could not be written \(No space left on device\)"):
+        fit(job, failing)
+    assert len(rows_of(job.folder)) == 3
+    assert not (job.folder / "backbone.safetensors").exists()
+
+
+def test_the_last_checkpoint_s_error_ends_the_run_too(tmp_path, small_set):
+    job = job_of(tmp_path / "run", small_set, epochs=1, checkpoint_every=5)
+    place = plain_place(job.folder, CPU)
+
+    def save(step, write):
+        def fail(folder):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        place.save(step, fail)
+
+    with pytest.raises(ValueError, match="No space left on device"):
+        fit(job, dataclasses.replace(place, save=save))
+    assert len(rows_of(job.folder)) == 5
+    assert not (job.folder / "backbone.safetensors").exists()
+
+
 # Going on
 
 
-@pytest.mark.parametrize("backbone", ["test_efficientnet_ln", "test_efficientnet"])
-def test_cut_off_run_ends_as_an_undisturbed_one(tmp_path, small_set, backbone):
+@pytest.mark.parametrize(
+    ("backbone", "micro_batch"), [("test_efficientnet_ln", None), ("test_efficientnet", None), ("test_efficientnet", 2)]
+)
+def test_cut_off_run_ends_as_an_undisturbed_one(tmp_path, small_set, backbone, micro_batch):
     """Cut in mid-epoch, at an epoch's end, and between metrics and their checkpoint. The second backbone has batch norm."""
-    plain = job_of(tmp_path / "undisturbed", small_set, backbone=backbone)
+    plain = job_of(tmp_path / "undisturbed", small_set, backbone=backbone, micro_batch=micro_batch)
     fit(plain, plain_place(plain.folder, CPU))
     wanted, rows = weights_of(plain.folder), rows_of(plain.folder)
     assert len(rows) == 10
 
     def check(name, places, **changes):
-        job = job_of(tmp_path / name, small_set, backbone=backbone, **changes)
+        job = job_of(tmp_path / name, small_set, backbone=backbone, micro_batch=micro_batch, **changes)
         for place in places:
             with pytest.raises(CutOff):
                 fit(job, place(plain_place(job.folder, CPU)))
@@ -318,15 +471,19 @@ def test_half_written_checkpoint_is_no_checkpoint(tmp_path):
 
     with place.restore() as folder:
         assert folder is None
+    place.save(1, write_half)
     with pytest.raises(CutOff):
-        place.save(1, write_half)
+        place.wait(None)
+    assert not list((tmp_path / "checkpoints").iterdir())
     with place.restore() as folder:
         assert folder is None
     for step in (2, 10, 9_999):
         place.save(step, lambda folder, step=step: (folder / CHECKPOINT_NAME).write_text(str(step)))
+        place.wait(None)
         with place.restore() as folder:
             assert (folder / CHECKPOINT_NAME).read_text() == str(step)
     place.save(9_999, lambda folder: (folder / CHECKPOINT_NAME).write_text("again"))
+    place.wait(None)
     with place.restore() as folder:
         assert (folder / CHECKPOINT_NAME).read_text() == "again"
     assert len(list((tmp_path / "checkpoints").glob("step-*"))) == 1

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import json
 import re
 from html.parser import HTMLParser
 
@@ -9,7 +10,7 @@ import pytest
 
 from train.config import PretrainConfig
 from train.report import ReportConfig, main, write_report
-from train.runs import Run, Stage
+from train.runs import Run, Stage, write_json
 
 ODD = "R&D <i>신장 'a\" $x$ $y"  # what a folder may be called
 ODD_CLASS = "종양 <b>&"
@@ -142,7 +143,7 @@ def test_tables_hold_the_figures(full):
     assert page.rows[1] == ["linear", *shared, "0.812", "0.765", "0.750", "0.911", "0.432", "0.057"]
     assert page.rows[2] == [ODD, *shared, "0.900", "0.765", "0.750", "–", "0.432", "0.057"]
     assert page.rows[4] == [
-        "kidney", "ImageNet → simclr on kidney", "12,345", "96", "4.500", "5.541", "12.5%", "36", "1.2%", "61",
+        "kidney", "ImageNet → simclr on kidney", "12,345", "96", "4.500", "5.541", "12.5%", "–", "–", "36", "1.2%", "61",
     ]  # fmt: skip
 
 
@@ -170,6 +171,38 @@ def test_curves_of_each_task_have_their_own_axes(full):
         assert expected in labels
     assert "loss (NT-Xent)" in text and "loss (cross-entropy)" in text
     assert not any(label and "of linear" in label and "steps" in label for label in labels)  # it was not trained
+
+
+def test_probes_are_drawn_and_shown(tmp_path):
+    """Also where a run's last row has none; runs that were not probed are left out of the curve."""
+    probed, plain = pretrained(tmp_path, "probed"), pretrained(tmp_path, "plain")
+    final = {"loss": 4.5, "rotation_accuracy": 0.3, "probe_balanced_accuracy": 0.456, "probe_knn_balanced_accuracy": None}
+    write_json(probed.folder / "result.json", probed.result | {"final": final})
+    rows = probed.metrics()
+    rows[1] |= {"probe_balanced_accuracy": 0.456, "probe_knn_balanced_accuracy": None}
+    (probed.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text, page = page_of([probed, plain], tmp_path)
+    assert page.rows[1][6:9] == ["30.0%", "45.6%", "–"]
+    assert page.rows[2][6:9] == ["12.5%", "–", "–"]
+    labels = [attributes.get("aria-label") for tag, attributes in page.tags if tag == "figure"]
+    assert "balanced accuracy of the ridge probe over steps of probed" in labels
+    assert "compare such runs by their probes" in text
+
+
+def test_quarter_turns_have_curves(tmp_path):
+    rows = [(1, 1.4, "rotation_accuracy"), (9, 1.2, "rotation_accuracy")]
+    run = run_of(tmp_path, "rotnet", "pretrain", pretrained(tmp_path).result, rows)
+    _, page = page_of([run], tmp_path)
+    labels = [attributes.get("aria-label") for tag, attributes in page.tags if tag == "figure"]
+    assert {"Loss over steps of rotnet", "accuracy of predicted quarter turns over steps of rotnet"} <= set(labels)
+
+
+def test_notes_are_no_warnings(tmp_path):
+    run = judged(tmp_path, "a")
+    write_json(run.folder / "result.json", run.result | {"notes": ["a name <twice>"]})
+    text, _ = page_of([run], tmp_path)
+    assert '<p class="note">a name &lt;twice&gt; (a)</p>' in text
+    assert text.count('class="warn"') == 1
 
 
 def test_confusion_matrices(full):

@@ -49,7 +49,9 @@ def test_places_and_workers_are_no_part_of_the_key():
         for config in (PretrainConfig, EvaluateConfig)
     }
     common = {"data", "name", "workers", "threads", "log_every", "max_failures", "cache_gib", "storage"}
-    assert names[PretrainConfig] == common | {"mix", "init", "compile", "checkpoint_every"}
+    probe = {"probe_every", "probe_data", "probe_patches"}
+    speed = {"compile", "channels_last", "deterministic", "profile"}
+    assert names[PretrainConfig] == common | probe | speed | {"mix", "init", "checkpoint_every"}
     assert names[EvaluateConfig] == common | {"backbone", "architecture"}
 
 
@@ -70,6 +72,12 @@ def test_fields_that_came_later_leave_earlier_keys_as_they_are():
     assert "shuffle_window" not in identity(CONFIG)
     assert identity(dataclasses.replace(CONFIG, shuffle_window=8))["shuffle_window"] == 8
     assert identity(CONFIG)["learning_rate"] is None
+    assert not {"projection_layers", "lr_rule", "schedule", "micro_batch"} & identity(CONFIG).keys()
+    assert identity(dataclasses.replace(CONFIG, micro_batch=64))["micro_batch"] == 64
+    assert identity(dataclasses.replace(CONFIG, projection_layers=3))["projection_layers"] == 3
+    # Pinned: with the recipe and the precision settled, the key that such a run had before any of these fields was there.
+    settled = Stage("pretrain", identity(CONFIG) | {"recipe": "simclr", "precision": "fp32"}, "d" * 64, "scratch")
+    assert settled.key == "85c2377756ae5a057d334188069f175663ea58f281dd10b89d50957e565db8a1"
 
 
 def test_key_is_that_of_published_runs(monkeypatch):
@@ -126,6 +134,7 @@ def test_where_and_how_fast_may_differ(tmp_path):
         (stage_of(dataclasses.replace(CONFIG, seed=1, epochs=9)), "epochs 100 (now 9), seed 42 (now 1)"),
         (stage_of(data="e" * 64), "fingerprint"),
         (stage_of(dataclasses.replace(CONFIG, shuffle_window=2)), "shuffle_window None (now 2)"),
+        (stage_of(dataclasses.replace(CONFIG, projection_layers=3)), "projection_layers 2 (now 3)"),
         (stage_of(parent="imagenet"), "other initial weights"),
         (Stage("linear", identity(CONFIG), "d" * 64, "scratch"), "stage pretrain (now linear)"),
     ],
@@ -174,6 +183,16 @@ def test_find_run_by_name_or_folder(tmp_path):
     assert find_run(str(run.folder), "elsewhere").folder == run.folder
     assert find_run("breast", str(tmp_path / "runs")) is None
     assert find_run("empty", str(tmp_path / "runs")) is None
+
+
+def test_final_figures_are_the_newest_and_say_nothing_of_the_machine(tmp_path):
+    run = Run(tmp_path)
+    assert run.final == {}
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 3.0, "probe_accuracy": 0.5, "patches_per_s": 9.0}\n'
+        '{"step": 2, "loss": null, "patches_per_s": 8.0, "data_wait": 0.1, "gpu_memory_gib": 1.5}\n'
+    )
+    assert run.final == {"step": 2, "loss": None, "probe_accuracy": 0.5}
 
 
 # Files

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from models.lars import LARS
-from train.schedules import build_optimizer, default_learning_rate, learning_rate
+from train.schedules import build_optimizer, learning_rate, peak_learning_rate
 
 RUN = {"peak": 0.8, "steps": 100, "warmup_steps": 10}
 
@@ -39,12 +39,53 @@ def test_without_warm_up_and_with_one_step():
     assert learning_rate(3, peak=0.5, steps=4, warmup_steps=4) == 0.5
 
 
+def test_constant_is_constant_after_warm_up():
+    rates = [learning_rate(step, **RUN, schedule="constant") for step in range(100)]
+    assert rates[:10] == [learning_rate(step, **RUN) for step in range(10)]
+    assert rates[10:] == [0.8] * 90
+    assert {learning_rate(step, peak=5e-6, steps=9, warmup_steps=0, schedule="constant") for step in range(9)} == {5e-6}
+
+
 @pytest.mark.parametrize(
-    ("optimizer", "batch_size", "rate"),
-    [("lars", 256, 0.3), ("lars", 1024, 1.2), ("sgd", 128, 0.15), ("adam", 1024, 3e-4), ("adamw", 64, 3e-4)],
+    ("optimizer", "batch_size", "rule", "rate"),
+    [
+        ("lars", 256, "linear", 0.3),
+        ("lars", 1024, "linear", 1.2),
+        ("sgd", 128, "linear", 0.15),
+        ("lars", 256, "sqrt", 1.2),
+        ("sgd", 64, "sqrt", 0.6),
+        ("adam", 1024, "linear", 3e-4),
+        ("adamw", 64, "linear", 3e-4),
+    ],
 )
-def test_default_learning_rates(optimizer, batch_size, rate):
-    assert default_learning_rate(optimizer, batch_size) == pytest.approx(rate)
+def test_default_learning_rates(optimizer, batch_size, rule, rate):
+    assert peak_learning_rate(None, optimizer=optimizer, batch_size=batch_size, rule=rule) == pytest.approx(rate)
+
+
+def test_the_two_rules_meet_at_a_batch_of_4096():
+    rates = [peak_learning_rate(None, optimizer="lars", batch_size=4096, rule=rule) for rule in ("linear", "sqrt")]
+    assert rates == pytest.approx([4.8, 4.8])
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "adam"])
+def test_a_given_rate_is_taken(optimizer):
+    assert peak_learning_rate(5e-6, optimizer=optimizer, batch_size=1024, rule="linear") == 5e-6
+
+
+@pytest.mark.parametrize(
+    ("given", "optimizer", "rule", "sentence"),
+    [
+        (0.0, "lars", "linear", "--learning-rate 0 must be above 0"),
+        (-1.0, "adam", "linear", "--learning-rate -1 must be above 0"),
+        (float("nan"), "adam", "linear", "--learning-rate nan must be above 0"),
+        (float("inf"), "sgd", "linear", "--learning-rate inf must be above 0 and finite"),
+        (0.1, "lars", "sqrt", "--lr-rule sqrt is for the default rate of lars and sgd: leave it out with --learning-rate"),
+        (None, "adamw", "sqrt", "leave it out with --optimizer adamw"),
+    ],
+)
+def test_rates_and_rules_that_cannot_be_are_refused(given, optimizer, rule, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        peak_learning_rate(given, optimizer=optimizer, batch_size=256, rule=rule)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,195 @@
+"""What the benchmark of the loss compares: who computes NT-Xent and its gradient, each in a process of its own.
+
+All are given the same embeddings, (V=2, B, D) float32 on the device, and give back the same loss. What is timed is the forward
+and the backward pass together; memory is what they occupy at most beyond the embeddings and their gradient.
+"""
+
+import dataclasses
+import json
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
+
+_WARM_PATCHES = 4  # of a first run that loads whatever is loaded once
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """anchors: 2N, embeddings of both views; dim: D; timed_s: runs are timed for so long, or a single one that takes longer."""
+
+    anchors: int
+    dim: int
+    temperature: float
+    device: str
+    cores: int
+    timed_s: float
+    seed: int = 42
+
+
+# (V, B, D) embeddings -> the loss
+Loss = Callable[[Any], Any]
+
+
+class Contender(NamedTuple):
+    """make: (B, temperature, device) -> its loss for batches of that size. memory_power: its memory grows with this power of
+    the anchors."""
+
+    title: str
+    make: Callable[[int, float, str], Loss]
+    memory_power: int
+
+
+# ---- Who computes it ----
+
+
+def ours(patches: int, temperature: float, device: str) -> Loss:
+    from models.ntxent import nt_xent
+
+    return lambda z_VBD: nt_xent(z_VBD, temperature)
+
+
+def plain(patches: int, temperature: float, device: str) -> Loss:
+    """The formula as it is usually written: all similarities at once, and a cross entropy that picks the other view."""
+    import torch
+    import torch.nn.functional as F
+
+    def loss(z_VBD):
+        u_MD = F.normalize(z_VBD.flatten(0, 1), dim=1)
+        s_MM = (u_MD @ u_MD.T / temperature).fill_diagonal_(-torch.inf)
+        positive_M = (torch.arange(2 * patches, device=device) + patches) % (2 * patches)
+        return F.cross_entropy(s_MM, positive_M)
+
+    return loss
+
+
+def lightly(patches: int, temperature: float, device: str) -> Loss:
+    from lightly.loss import NTXentLoss
+
+    criterion = NTXentLoss(temperature=temperature)
+    return lambda z_VBD: criterion(z_VBD[0], z_VBD[1])
+
+
+def simclr(patches: int, temperature: float, device: str) -> Loss:
+    from simclr.modules import NT_Xent
+
+    criterion = NT_Xent(patches, temperature, 1).to(device)
+    return lambda z_VBD: criterion(z_VBD[0], z_VBD[1])
+
+
+# In the order of the rounds
+CONTENDERS = {
+    "plain": Contender("plain formula", plain, 2),
+    "ours": Contender("ours", ours, 1),
+    "lightly": Contender("lightly NTXentLoss", lightly, 2),
+    "simclr": Contender("Spijkervet's NT_Xent", simclr, 2),
+}
+
+
+# ---- The measurement ----
+
+
+def measure(contender: Contender, task: Task) -> dict[str, Any]:
+    """seconds: of a forward and backward pass, median of `runs`; peak_bytes: beyond the embeddings and their gradient; loss;
+    budget_bytes: half of the device's memory. Or `no_memory`, what was said where it could not be had."""
+    import torch
+
+    patches = task.anchors // 2
+    warm_VBD = torch.randn(2, _WARM_PATCHES, task.dim).to(task.device).requires_grad_()
+    _run(contender.make(_WARM_PATCHES, task.temperature, task.device), warm_VBD)
+    # Drawn on the CPU, so that it is the same everywhere.
+    z_VBD = torch.randn(2, patches, task.dim, generator=torch.Generator().manual_seed(task.seed)).to(task.device)
+    z_VBD.requires_grad_()
+    z_VBD.grad = torch.zeros_like(z_VBD)
+    budget = _half_of_the_memory(task.device)
+    if task.device == "cpu":
+        _limit_memory(budget)
+    before = _start_of_peak(task.device)
+    try:
+        criterion = contender.make(patches, task.temperature, task.device)
+        seconds, loss = _run(criterion, z_VBD)
+        peak = _peak(task.device) - before
+        times = [seconds] if seconds >= task.timed_s else []  # otherwise the first one, into fresh memory, is none of them
+        while sum(times) < task.timed_s:
+            times.append(_run(criterion, z_VBD)[0])
+    except (RuntimeError, MemoryError) as error:  # torch's error on the GPU is a RuntimeError too
+        said = str(error).strip().splitlines()[0] if str(error).strip() else "MemoryError"
+        if not isinstance(error, MemoryError) and not any(words in said for words in ("allocate memory", "out of memory")):
+            raise
+        return {"no_memory": said, "budget_bytes": budget}
+    found = {"seconds": statistics.median(times), "runs": len(times), "first_s": seconds, "peak_bytes": peak}
+    return {**found, "loss": loss, "budget_bytes": budget}
+
+
+def _run(criterion: Loss, z_VBD: Any) -> tuple[float, float]:
+    """Seconds, and the loss."""
+    _synchronize(z_VBD.device.type)
+    started = time.perf_counter()
+    loss = criterion(z_VBD)
+    loss.backward()
+    _synchronize(z_VBD.device.type)
+    return time.perf_counter() - started, loss.item()
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def _half_of_the_memory(device: str) -> int:
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info()[1] // 2
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def _limit_memory(more_bytes: int) -> None:
+    """What asks for more fails to allocate, instead of taking the machine's last."""
+    limit = _own("VmData") + more_bytes
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def _start_of_peak(device: str) -> int:
+    """Bytes in use now. From here on the peak is kept."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew (Linux, proc_pid_clear_refs(5))
+    return _own("VmRSS")
+
+
+def _peak(device: str) -> int:
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    return _own("VmHWM")
+
+
+def _own(figure: str) -> int:
+    """Of /proc/self/status, in bytes."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{figure}:"))
+    return int(line.split()[1]) * 1024
+
+
+def main(name: str, given: str, result: str) -> None:
+    task = Task(**json.loads(given))
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: task.cores])
+    os.environ["OMP_NUM_THREADS"] = str(task.cores)  # whatever the shell says; no library is imported yet
+    Path(result).write_text(json.dumps(measure(CONTENDERS[name], task)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

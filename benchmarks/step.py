@@ -1,0 +1,224 @@
+"""How many images a second does a training step take: the loader alone, the model alone, both together, and other packages?
+
+    python benchmarks/step.py --work DISK/bench                                   # resnet50 at 224 px, on the CPU
+    python benchmarks/step.py --work DISK/bench --peers DISK/peers                # and lightly's and Spijkervet's
+    python benchmarks/step.py --work DISK/bench --device cuda                     # in bf16, batch 256
+    python benchmarks/step.py --work DISK/bench --backbone resnet18 --image-size 64 --batch-size 64
+    python benchmarks/step.py --work DISK/bench --dry                             # tiny, in a minute
+
+"Both together" is the stage of `train/pretrain.py` as a user starts it, without Ray and with one Ray worker. The others train
+as their own examples do: their loader, augmentation (without blur), loss and optimiser, with the same backbone. All contenders
+run in turn, round by round (A B C A B C), each in a fresh process, on the same patches, with the files in the page cache.
+
+Results go to <out>/<date>-step-<device>.json, written after every run, and at the end as a table to the same name's .md. A target
+that was not reached is printed as MISSED; who could not run stands in the table with the reason, and then the exit code is 1.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from rich.console import Console
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
+
+import step_contenders  # noqa: E402
+from measuring import RunFailed, machine, new_path, print_table, run_fresh, versions_of  # noqa: E402
+from packing_images import draw_images  # noqa: E402
+from step_contenders import CONTENDERS, Task  # noqa: E402
+from step_peers import PEERS, Environment, environment_of  # noqa: E402
+from step_report import judge, markdown, summarise, table, target_lines  # noqa: E402
+
+from sharding.command import option, required, run_script  # noqa: E402
+from sharding.manifest import read_manifest  # noqa: E402
+from sharding.packing import build_shards  # noqa: E402
+from sharding.workers import available_cores  # noqa: E402
+from train.runs import code_commit, write_json, write_text  # noqa: E402
+
+_QUALITY = 90  # of the drawn JPEGs: 22 KB at 224 px
+_DISTINCT = 1000  # different pictures among the drawn ones, at most; the others differ in a comment of their header
+_PILOT_S = 2.0  # of the run that tells how long a step takes, at least
+_PACKAGES = ("torch", "torchvision", "timm", "pillow", "nvidia-dali-cuda130", "ray")
+SIZES: dict[str, dict[str, Any]] = {
+    "cpu": {"backbone": "resnet50", "image_size": 224, "batch_size": 8, "patches": 1024, "rounds": 3, "seconds": 20.0},
+    "cuda": {"backbone": "resnet50", "image_size": 224, "batch_size": 256, "patches": 8192, "rounds": 3, "seconds": 20.0},
+    "dry": {"backbone": "test_resnet", "image_size": 32, "batch_size": 4, "patches": 64, "rounds": 1, "seconds": 0.5},
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is trained by whom, and where."""
+
+    work: str = required("a folder to work in: drawn images and the shard set stay there, runs come and go")
+    out: str = option("benchmarks/results", "folder for the results")
+    peers: str | None = option(None, "folder of an environment for the other packages; made, with pip, where it is not there")
+    contenders: list[str] = option([], f"only these of {', '.join(CONTENDERS)} (default: all)")
+    images: str | None = option(None, "a folder of real patches, a folder for each class, to use instead of drawn ones")
+    device: Literal["cpu", "cuda"] = option("cpu", "where the model is; on a GPU in bf16")
+    backbone: str | None = option(None, "any timm model; default: resnet50 (dry: test_resnet)")
+    image_size: int | None = option(None, "side of the drawn patches and of the views, pixels; default: 224 (dry: 32)")
+    batch_size: int | None = option(None, "patches per step; default: 8 on a CPU, 256 on a GPU (dry: 4)")
+    patches: int | None = option(None, "patches to draw; default: 1024, for a GPU 8192 (dry: 64)")
+    rounds: int | None = option(None, "how often each contender runs; default: 3 (dry: 1)")
+    seconds: float | None = option(None, "how long each run is timed at least; default: 20 (dry: 0.5)")
+    limit: float = option(1200.0, "seconds after which a run is given up")
+    cores: int = option(0, "cores that every contender may use (0: all)")
+    dry: bool = option(False, "tiny sizes")
+
+
+def main(config: Config) -> None:
+    names = chosen(config.contenders)
+    given = {name: value for name in SIZES["cpu"] if (value := getattr(config, name)) is not None}
+    sizes = SIZES["dry" if config.dry else config.device] | given
+    for name, least in (("rounds", 1), ("image_size", 1), ("batch_size", 2), ("patches", sizes["batch_size"])):
+        if sizes[name] < least:
+            raise ValueError(f"--{name.replace('_', '-')} {sizes[name]} is out of range: give at least {least}")
+    cores = config.cores or available_cores()
+    if not 0 < cores <= available_cores():
+        raise ValueError(f"--cores {cores} is out of range: this process may use {available_cores()}")
+    if "ray" in names and cores != os.cpu_count():
+        raise ValueError(f"--cores {cores}: Ray counts the machine's {os.cpu_count()}; leave it out, or the contender ray")
+    if config.images is not None and not Path(config.images).is_dir():
+        raise ValueError(f"--images {config.images}: there is no such folder; give the one that holds a folder for each class")
+    console = Console(highlight=False, soft_wrap=True)
+    work = Path(config.work).resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    started = machine(cores)
+    peers = environment_of(config.peers, names)
+    for name, why in peers.missing.items():
+        console.print(f"{name}: {why}", markup=False)
+    names = [name for name in names if name not in peers.missing]
+    data = the_set(config.images, work, sizes, cores)
+    task = Task(
+        shards=data.shards,
+        images=data.images,
+        work="",
+        backbone=sizes["backbone"],
+        image_size=sizes["image_size"],
+        batch_size=sizes["batch_size"],
+        device=config.device,
+        bf16=config.device == "cuda",
+        cores=cores,
+        seconds=0.0,
+        steps=0,
+    )
+    path = new_path(Path(config.out), f"step-{config.device}")
+    # How many steps the project's loop has to take follows from how long one takes.
+    try:
+        pilot = one_run("model", dataclasses.replace(task, seconds=min(_PILOT_S, sizes["seconds"])), peers, work, config.limit)
+    except RunFailed as error:
+        raise ValueError(
+            f"{sizes['backbone']} at {sizes['image_size']} px takes no step on the {config.device}: {error}"
+        ) from None
+    step_s = pilot["seconds"] / pilot["steps"]
+    console.print(f"a step of the model alone takes about {1000 * step_s:,.0f} ms", markup=False)
+    task = dataclasses.replace(task, seconds=sizes["seconds"], steps=max(3, math.ceil(sizes["seconds"] / step_s)))
+    record: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
+        "time": time.strftime("%H:%M:%S%z"),
+        "machine": started,
+        "commit": code_commit(),
+        "command": shlex.join(["python", *sys.argv]),
+        "versions": versions_of(_PACKAGES) | peers.versions,
+        "images": data.described,
+        "timed": dataclasses.asdict(task) | {"rounds": sizes["rounds"]},
+        "runs": {name: [] for name in names},
+        "missing": peers.missing,
+        "failed": {},
+    }
+    for number in range(1, sizes["rounds"] + 1):
+        for name in names:
+            if name in record["failed"]:
+                continue
+            try:
+                run = one_run(name, task, peers, work, config.limit)
+                record["runs"][name].append(run)
+                console.print(f"round {number}: {name}: {run['img_per_s']:,.1f} img/s", markup=False)
+            except RunFailed as error:  # the others' figures are worth having; the exit code tells
+                record["failed"][name] = str(error)
+                console.print(f"round {number}: {name}: FAILED: {error}", markup=False)
+            write_json(path, record)
+    record |= {"summary": summarise(record["runs"]), "targets": judge(record["runs"])}
+    write_json(path, record)
+    write_text(path.with_suffix(".md"), markdown(record))
+    print_table(console, *table(record))
+    for line in target_lines(record):
+        console.print(line, markup=False)
+    console.print(f"{path.with_suffix('.md')}")
+    if failed := record["failed"]:
+        print(f"FAILED: {', '.join(failed)}", file=sys.stderr, flush=True)
+        raise SystemExit(1)
+
+
+def chosen(names: Sequence[str]) -> list[str]:
+    """In the order of the rounds. Raises ValueError for a name that is none."""
+    unknown = [name for name in names if name not in CONTENDERS]
+    if unknown:
+        raise ValueError(f"there is no contender {unknown[0]!r}: choose of {', '.join(CONTENDERS)}")
+    return [name for name in CONTENDERS if name in (names or CONTENDERS)]
+
+
+class Data(NamedTuple):
+    """The folders of the set and of its images, and what is to be said of them."""
+
+    shards: str
+    images: str
+    described: dict[str, Any]
+
+
+def the_set(given: str | None, work: Path, sizes: dict[str, Any], cores: int) -> Data:
+    """The shard set of the images, built where it is not there. Every file is read once, so that all find it in memory.
+
+    Raises ValueError for a folder that holds too few images.
+    """
+    folder = Path(given).resolve() if given is not None else draw(work, sizes, cores)
+    built = build_shards([folder], work / f"{folder.name}-shards", unlabelled=True, workers=cores)
+    manifest = read_manifest(built.out)
+    if len(manifest) < sizes["batch_size"]:
+        raise ValueError(
+            f"{folder}: {len(manifest):,} patches are fewer than --batch-size {sizes['batch_size']}: make that smaller"
+        )
+    for path in (*manifest["source"].to_pylist(), *built.out.iterdir()):
+        Path(path).read_bytes()
+    kilobytes = float(manifest["size"].to_numpy().mean()) / 1e3
+    described = {"patches": len(manifest), "kilobytes": kilobytes, "left_out": built.quarantined, "drawn": given is None}
+    return Data(str(built.out), str(folder), described)
+
+
+def draw(work: Path, sizes: dict[str, Any], cores: int) -> Path:
+    """Unless they are there."""
+    patches = sizes["patches"]
+    distinct = min(_DISTINCT, patches)
+    return draw_images(work, patches=patches, size=sizes["image_size"], distinct=distinct, quality=_QUALITY, workers=cores)
+
+
+def one_run(name: str, task: Task, peers: Environment, work: Path, limit: float) -> dict[str, Any]:
+    """What it reports. Raises RunFailed."""
+    until = time.monotonic() + limit
+
+    def watch(_: int) -> None:
+        if time.monotonic() > until:
+            raise RunFailed(f"not done after {limit:g} s")
+
+    load = machine(task.cores)["load"][0]
+    with tempfile.TemporaryDirectory(dir=work, prefix="run-", ignore_cleanup_errors=True) as folder:
+        result = Path(folder) / "result.json"
+        python = peers.python if name in PEERS else sys.executable
+        given = json.dumps(dataclasses.asdict(dataclasses.replace(task, work=folder)))
+        run_fresh([python, str(step_contenders.__file__), name, given, str(result)], work / "run.log", watch)
+        return {**json.loads(result.read_text()), "load_before": load}
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, Config, prog="step.py", description=(__doc__ or "").splitlines()[0]))

@@ -1,0 +1,39 @@
+"""What in a run's figures a person should be told at once: that it learns nothing, collapses, or has blown up."""
+
+from typing import Any
+
+_NEAR_CHANCE = 0.02  # of the chance loss
+_COLLAPSED = 0.1  # embedding_std, which is 1 for embeddings that are spread over the sphere
+
+
+class Alarms:
+    """Fed with the rows of metrics.jsonl, in their order; says each thing once, however often a row comes again.
+
+    chance_loss: of a model that has learnt nothing. patience: steps before which that, and embeddings that lie close together,
+    are no news: warm-up, and at least one epoch.
+    """
+
+    def __init__(self, *, chance_loss: float, patience: int):
+        self._chance, self._patience = chance_loss, patience
+        self._said: set[str] = set()
+
+    def add(self, row: dict[str, Any]) -> list[str]:
+        """What this row makes worth saying."""
+        found = {}
+        loss, std = row["loss"], row.get("embedding_std")
+        if loss is None:
+            found["number"] = f"from step {row['step']} on the loss is not a number: try a smaller --learning-rate"
+        if row["step"] >= self._patience:
+            if loss is not None and loss >= (1 - _NEAR_CHANCE) * self._chance:
+                found["chance"] = (
+                    f"at step {row['step']} the loss is {loss:.3f}, and a model that has learnt nothing has"
+                    f" {self._chance:.3f}: look at the views (pipelines/preview.py) and at --learning-rate"
+                )
+            if std is not None and std < _COLLAPSED:
+                found["collapse"] = (
+                    f"at step {row['step']} embedding_std is {std:.3f} (1: spread out, 0: all in one point):"
+                    " the embeddings are collapsing"
+                )
+        new = [text for kind, text in found.items() if kind not in self._said]
+        self._said |= found.keys()
+        return new
