@@ -1,9 +1,12 @@
 """Checkpoints that are written while training goes on: a copy of the state is taken, and a thread writes it."""
 
 import contextlib
+import errno
+import fcntl
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -110,3 +113,27 @@ def keep_newest(checkpoints: Path, step: int, write: Callable[[Path], None]) -> 
             raise
     for old in sorted(checkpoints.glob("step-*"))[:-1]:
         shutil.rmtree(old)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, seconds: float) -> Iterator[None]:
+    """A block in which no other process trains this run: of two writers, each would undo what the other leaves.
+
+    One that was killed may take a moment to end. Raises ValueError where another is still there after so many seconds.
+    """
+    ends = time.monotonic() + seconds
+    with open(folder / ".lock", "w") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a network drive without locks: nobody can tell
+                    break
+                if time.monotonic() > ends:
+                    raise ValueError(
+                        f"{folder.name} is being trained by another process: wait for it or end it, or choose another --name"
+                    ) from None
+                time.sleep(0.1)
+            else:
+                break
+        yield

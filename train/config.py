@@ -7,17 +7,24 @@ no part of a stage's key.
 from dataclasses import dataclass
 from typing import Literal
 
+from jsonargparse.typing import restricted_string_type
+
 from sharding.command import option, required
 
 Precision = Literal["fp32", "bf16", "fp64"]
 Optimizer = Literal["lars", "adam", "adamw", "sgd"]
 Schedule = Literal["cosine", "constant"]
+# Text and not numbers: what YAML makes of 2:8 without quotes is 128.
+WorkerRange = restricted_string_type("WorkerRange", r"^\d+:\d+$", docstring="Fewest and most workers, such as 2:8.")
 
 _DATA = "the shard set (from sharding/build.py): its folder, or its URL (s3://bucket/kidney, https://...)"
 _CACHE = "GiB that $PATCHCLR_CACHE may hold of sets at URLs, on each node; default: all, and nothing is removed"
 _NAME = "the run's name; its folder is STORAGE/NAME"
 _SEED = "seed of everything random: order, views, initial weights"
-_WORKERS = "Ray Train workers (one GPU each where there are GPUs); 0: in this process, without Ray"
+_WORKERS = (
+    "Ray Train workers (one GPU each where there are GPUs); LEAST:MOST, such as 2:8 (in YAML with quotes), for as many as the"
+    " cluster has at a time; 0: in this process, without Ray"
+)
 _THREADS = "threads that decode and augment, per worker; 0: the worker's share of the cores"
 _STORAGE = "folder for runs; on a cluster one that all nodes share"
 _PRECISION = "numbers of the forward and backward pass: bf16 is autocast, fp64 is for tests"
@@ -77,7 +84,7 @@ class PretrainConfig:
     warmup_epochs: float = option(10.0, _WARMUP)
     precision: Literal["auto", "fp32", "bf16", "fp64"] = option("auto", _AUTO_PRECISION)
     seed: int = option(42, _SEED)
-    workers: int = option(1, _WORKERS, identity=False)
+    workers: WorkerRange | int = option(1, _WORKERS, identity=False)  # type: ignore[valid-type]
     threads: int = option(0, _THREADS, identity=False)
     compile: bool | None = option(None, "torch.compile the model; default: on a GPU where the compiler works", identity=False)
     channels_last: bool | None = option(None, "channels last in memory; default: on a GPU", identity=False)
@@ -135,9 +142,18 @@ class EvaluateConfig:
     warmup_epochs: float = option(1.0, _WARMUP)
     precision: Precision = option("fp32", _PRECISION)
     seed: int = option(42, _SEED + ", and of which labels are used")
-    workers: int = option(0, _WORKERS, identity=False)
+    workers: WorkerRange | int = option(0, _WORKERS, identity=False)  # type: ignore[valid-type]
     threads: int = option(0, _THREADS, identity=False)
     log_every: int = option(10, "steps between two rows of metrics.jsonl", identity=False)
     max_failures: int = option(3, "how often Ray may restart the workers from the last checkpoint", identity=False)
     cache_gib: float | None = option(None, _CACHE, identity=False)
     storage: str = option("runs", _STORAGE, identity=False)
+
+
+def worker_range(workers: str | int) -> tuple[int, int]:
+    """Fewest and most workers of --workers; (0, 0) without Ray. Raises ValueError for what is neither a number nor a range."""
+    low, _, high = str(workers).partition(":")
+    least, most = int(low), int(high or low)
+    if not (0 < least <= most or least == most == 0):
+        raise ValueError(f"--workers {workers}: give a number from 0, or LEAST:MOST such as 2:8, from 1")
+    return least, most

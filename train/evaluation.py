@@ -67,7 +67,7 @@ def _evaluate(config: EvaluateConfig, reader: ShardReader) -> Run:
     settled = identity(config) | {"image_size": image_size, "architecture": architecture}
     stage = Stage(config.mode, settled, learnt.fingerprint, parent.key)
     trains = config.mode != "linear"
-    batch_size = _batch_size(config, learnt.patches) if trains else None
+    batch_size = _checked_batch(config, learnt.patches) if trains else None
     recipe = Supervised.recipe_name if trains else "eval"
     reads = learnt.describe(selection=selection, recipe=recipe, image_size=image_size, seed=config.seed, batch_size=batch_size)
     if not run.begin(stage, config, reads):
@@ -178,12 +178,12 @@ def _linear(config, reader, chosen, parent, architecture, image_size):
     return head.probabilities(features["test"]), extra
 
 
-def _batch_size(config: EvaluateConfig, labels: int) -> int:
-    batch_size, workers = min(config.batch_size, labels), max(1, config.workers)
-    batch_size -= batch_size % workers
-    if batch_size == 0:
-        raise ValueError(f"{labels} labels are fewer than the {workers} workers: use fewer workers")
-    return batch_size
+def _checked_batch(config: EvaluateConfig, labels: int) -> int:
+    if config.batch_size < 1:
+        raise ValueError(f"--batch-size {config.batch_size}: a batch needs at least 1 patch")
+    if config.learning_rate is not None and not config.learning_rate > 0:
+        raise ValueError(f"--learning-rate {config.learning_rate:g}: give a rate above 0, or leave it out for the default")
+    return min(config.batch_size, labels)
 
 
 def _job(config, chosen, learnt, parent, architecture, image_size, batch_size, run, stage):
@@ -197,7 +197,7 @@ def _job(config, chosen, learnt, parent, architecture, image_size, batch_size, r
         batch_size=batch_size,
         epochs=config.epochs,
         optimizer=config.optimizer,
-        peak_learning_rate=config.learning_rate or _PEAKS[config.mode],
+        peak_learning_rate=_PEAKS[config.mode] if config.learning_rate is None else config.learning_rate,
         weight_decay=config.weight_decay,
         warmup_epochs=min(config.warmup_epochs, config.epochs / 10),
         schedule=config.schedule,

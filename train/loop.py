@@ -20,7 +20,7 @@ from models.backbones import build_backbone
 from models.weights import apply_init, save_backbone
 from pipelines.loader import Batch, ViewLoader
 from pipelines.recipes import describe_recipe
-from train.checkpoints import CHECKPOINT_NAME, Background, copied_state, keep_newest
+from train.checkpoints import CHECKPOINT_NAME, Background, alone_in, copied_state, keep_newest
 from train.engine import arithmetic, compile_model, on_where_it_helps
 from train.inputs import Input
 from train.methods import Method
@@ -34,6 +34,7 @@ from train.two_pass import check_micro_batch, two_pass_backward
 # V views, B local patches, D width of the head's output, S image size
 
 HEAD_NAME = "head.pt"
+_OTHERS_END = 30.0  # seconds that a worker of a driver which was killed may still live
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a worker runs: its rank, its device, and how it saves. Ray's is made in `workers`, a plain one here.
+    """Where a worker runs: its rank, its device, and how it saves. Made by `place_in`.
 
     save: called by all ranks at the same step with a function that rank 0 uses to write into a folder. It may be called in a
     thread, after `save` has returned;
@@ -121,6 +122,7 @@ def fit(job: Job, place: Place) -> None:
     check_micro_batch(job.micro_batch, job.batch_size // place.world_size)
     on_gpu = place.device.type == "cuda"
     with (
+        alone_in(job.folder, _OTHERS_END) if place.rank == 0 else contextlib.nullcontext(),
         arithmetic(place.device, deterministic=job.deterministic),
         job.input.opened() as (shards, ids),
         ViewLoader(
@@ -304,16 +306,31 @@ def _write_weights(job: Job, model: ViewModel) -> None:
     save_backbone(model.backbone, job.folder, card)
 
 
-def plain_place(folder: Path, device: torch.device | None = None) -> Place:
-    """This process alone, with checkpoints under folder/checkpoints, written by a thread; the newest one is kept."""
+def place_in(
+    folder: Path, device: torch.device, *, rank: int = 0, world_size: int = 1, group: dist.ProcessGroup | None = None
+) -> Place:
+    """A worker of a run in this folder, which all its workers share. Checkpoints are under folder/checkpoints, written by a
+    thread of rank 0's, and the newest one is kept.
+
+    Any of a run's checkpoints is as good as any other, whoever wrote it and among however many: what follows is the same.
+    """
     checkpoints, background = folder / "checkpoints", Background()
 
     def save(step: int, write: Callable[[Path], None]) -> None:
-        background.start(functools.partial(keep_newest, checkpoints, step, write))
+        if rank == 0:
+            background.start(functools.partial(keep_newest, checkpoints, step, write))
 
     @contextlib.contextmanager
     def restore() -> Iterator[Path | None]:
-        yield max(checkpoints.glob("step-*"), default=None)
+        # Rank 0 chooses: others may see a shared folder as it was a moment ago.
+        chosen = [max((path.name for path in checkpoints.glob("step-*")), default=None)]
+        if world_size > 1:
+            dist.broadcast_object_list(chosen, src=0, group=group, device=device)
+        yield checkpoints / chosen[0] if chosen[0] else None
 
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Place(rank=0, world_size=1, device=device, group=None, save=save, wait=background.wait, restore=restore)
+    return Place(rank, world_size, device, group, save=save, wait=background.wait, restore=restore)
+
+
+def plain_place(folder: Path, device: torch.device | None = None) -> Place:
+    """This process alone."""
+    return place_in(folder, device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -12,7 +12,7 @@ from pipelines.recipes import describe_recipe
 from sharding.manifest import fingerprint
 from sharding.selection import select
 from train.alarms import Alarms
-from train.config import PretrainConfig
+from train.config import PretrainConfig, worker_range
 from train.inputs import Input, SetInput, gib, open_set, parse_mix, place_of
 from train.loop import Job
 from train.methods import build_method
@@ -108,7 +108,7 @@ def pretrain(config: PretrainConfig) -> Run:
     for line in [*(model_lines or model()), describe_rate(job), probe_line]:
         print(f"{run.name}: {line}", flush=True)
     started = time.monotonic()
-    starting = "starting the workers" if config.workers else "starting"
+    starting = "starting the workers" if worker_range(config.workers)[1] else "starting"
     with follow(run, steps=job.steps, title=run.name, starting=starting, alarms=_alarms(job)):
         device = run_job(job, config.workers)
     if config.profile:
@@ -164,9 +164,12 @@ def _check(config: PretrainConfig, patches: int) -> None:
             f"--batch-size {config.batch_size} is larger than the {patches} selected patches of {_sets(config)}:"
             " choose a smaller batch, another split or a larger fraction"
         )
-    if config.workers < 0 or config.batch_size % max(1, config.workers):
-        raise ValueError(f"--batch-size {config.batch_size} is the global batch and must divide by --workers {config.workers}")
-    check_micro_batch(config.micro_batch, config.batch_size // max(1, config.workers))
+    for workers in worker_range(config.workers):
+        if config.batch_size % max(1, workers):
+            raise ValueError(
+                f"--batch-size {config.batch_size} is the global batch and must divide by --workers {config.workers}"
+            )
+        check_micro_batch(config.micro_batch, config.batch_size // max(1, workers))
     if config.shuffle_window is not None and config.shuffle_window < 1:
         raise ValueError(f"--shuffle-window {config.shuffle_window}: give at least 1 shard, or leave it out to shuffle all")
     if config.log_every < 1 or config.checkpoint_every < 0:

@@ -125,8 +125,7 @@ class Run:
 
     def has_work(self) -> bool:
         """Whether anything was learnt there: a run that failed before its first step holds nothing to lose."""
-        kept = (path for pattern in ("step-*", "checkpoint_2*") for path in (self.folder / "checkpoints").glob(pattern))
-        return self.finished or bool(self.metrics()) or any(kept)
+        return self.finished or bool(self.metrics()) or any((self.folder / "checkpoints").glob("step-*"))
 
     def finish(self, result: dict[str, Any], *, wall_seconds: float, device: str) -> None:
         """Write result.json, which makes the run a finished one."""

@@ -1,20 +1,14 @@
 """Everything that knows Ray: a job on Ray Train workers, or in this process."""
 
-import contextlib
-import functools
 import logging
 import os
 import shutil
-import tempfile
-import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from train.checkpoints import saying_where
-from train.loop import Job, Place, fit, plain_place
+from train.config import worker_range
+from train.loop import Job, fit, place_in, plain_place
 
 # Before Ray is imported. Quick reports (2 s each otherwise), prints once, no line per report and rank, Ray's run API.
 _ENVIRONMENT = {
@@ -24,27 +18,22 @@ _ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "1",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # of workers for which a node is missing that was there a moment ago
 }
-_RAY_NAME = "checkpoints"  # Ray keeps its run under the folder's `checkpoints`
+_RAY_NAME = "ray"  # under the run's folder, where Ray keeps its books
 _WITHOUT_BF16 = {"K80", "P4", "P100", "T4", "V100"}  # as Ray names them
 
 
-def run_job(job: Job, workers: int) -> str:
+def run_job(job: Job, workers: str | int) -> str:
     """Train the job to its end, going on from its newest checkpoint. Returns the device, in words.
 
-    workers: Ray Train workers; 0: this process, without Ray. Raises ValueError when a worker did, with its sentence, and
-    when the run was begun the other way.
+    workers: of Ray Train, a number or LEAST:MOST; 0: this process, without Ray. A run may go on with others than it began with.
+    Raises ValueError when a worker did, with its sentence.
     """
-    begun_with_ray = (job.folder / _RAY_NAME / "checkpoint_manager_snapshot.json").exists()
-    begun_without = any((job.folder / "checkpoints").glob("step-*"))
-    if workers == 0:
-        if begun_with_ray:
-            raise ValueError(f"{job.folder.name} was begun on Ray workers: go on with --workers 1 or more, not 0")
+    if worker_range(workers)[1] == 0:
         place = plain_place(job.folder)
         fit(job, place)
         return _device_name(place.device)
-    if begun_without:
-        raise ValueError(f"{job.folder.name} was begun without Ray: go on with --workers 0, or choose another --name")
     return _run_on_ray(job, workers)
 
 
@@ -64,14 +53,14 @@ def connect() -> None:
     print(f"Ray: {nodes} node{'s' * (nodes > 1)}, {resources['CPU']:.0f} CPUs{gpus}; dashboard http://{place}", flush=True)
 
 
-def gpus_with_bf16(workers: int) -> bool:
+def gpus_with_bf16(workers: str | int) -> bool:
     """Whether a job of so many workers will find GPUs that compute in bf16 (Ampere and newer).
 
     This machine's own GPU answers that at once; without one, and with workers, the cluster is asked, which connects to it.
     """
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if workers == 0:
+    if worker_range(workers)[1] == 0:
         return False
     connect()
     import ray
@@ -84,26 +73,27 @@ def gpus_with_bf16(workers: int) -> bool:
 def _run_on_ray(job, workers):
     connect()
     import ray
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    resources = ray.cluster_resources()
+    resources, (least, most) = ray.cluster_resources(), worker_range(workers)
     cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
-    if gpus and workers > gpus:
+    if gpus and least > gpus:
         raise ValueError(f"--workers {workers}: the cluster has {gpus} GPUs, and each worker takes one")
-    if workers > cpus:
+    if least > cpus:
         raise ValueError(f"--workers {workers}: the cluster has {cpus} CPUs, and each worker takes at least one")
+    each = {"CPU": max(1, cpus // most)} | ({"GPU": 1} if gpus else {})
+    shutil.rmtree(job.folder / _RAY_NAME, ignore_errors=True)  # what Ray noted of an earlier attempt, which it would go on from
     trainer = TorchTrainer(
         _work,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=gpus > 0, resources_per_worker={"CPU": cpus // workers} | ({"GPU": 1} if gpus else {})
+            num_workers=most if least == most else (least, most),  # type: ignore[arg-type]
+            use_gpu=gpus > 0,
+            resources_per_worker=each,
         ),
         run_config=RunConfig(
-            name=_RAY_NAME,
-            storage_path=str(job.folder),
-            failure_config=FailureConfig(max_failures=job.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            name=_RAY_NAME, storage_path=str(job.folder), failure_config=FailureConfig(max_failures=job.max_failures)
         ),
     )
     try:
@@ -124,73 +114,24 @@ def _cause(error) -> BaseException:
 
 
 def _work(config) -> None:
-    """A worker's whole life."""
+    """A worker's whole life. Ray is told of no checkpoint: a worker finds the newest one in the run's folder."""
     import ray.train
     import ray.train.torch
 
-    context = ray.train.get_context()
-    device = ray.train.torch.get_device()
+    job, context = config["job"], ray.train.get_context()
+    rank, workers = context.get_world_rank(), context.get_world_size()
+    group: dist.ProcessGroup | None = None
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
-    writing = threading.Lock()  # held while this worker's checkpoint is written
-
-    def wait(seconds: float | None) -> None:
-        if writing.acquire(timeout=-1 if seconds is None else seconds):
-            writing.release()
-
-    fit(
-        config["job"],
-        Place(
-            rank=context.get_world_rank(),
-            world_size=context.get_world_size(),
-            device=device,
-            group=dist.group.WORLD if context.get_world_size() > 1 else None,
-            save=functools.partial(_save, writing),
-            wait=wait,
-            restore=_restore,
-        ),
-    )
+    used = working(job.batch_size, workers)
+    if used > 1:
+        group = dist.new_group(list(range(used)))  # type: ignore[assignment]  # all must ask for it, those without a part too
+    if rank < used:
+        fit(job, place_in(job.folder, ray.train.torch.get_device(), rank=rank, world_size=used, group=group))
 
 
-def _save(writing: threading.Lock, step: int, write: Callable[[Path], None]) -> None:
-    """Report to Ray, together with all ranks; rank 0's checkpoint is written and uploaded by a thread of Ray's.
-
-    An error there ends the worker. Ray takes a checkpoint for one only when it is whole, and waits for the last at the end.
-    """
-    import ray.train
-
-    context, mode = ray.train.get_context(), ray.train.CheckpointUploadMode.ASYNC
-    if context.get_world_rank() > 0:
-        ray.train.report({"step": step}, checkpoint_upload_mode=mode)
-        return
-    storage = context.get_storage()
-
-    def upload(checkpoint, name: str):
-        try:
-            with writing, saying_where(storage.experiment_fs_path):
-                write(Path(checkpoint.path))
-                return storage.persist_current_checkpoint(checkpoint, name)
-        finally:
-            shutil.rmtree(checkpoint.path, ignore_errors=True)
-
-    ray.train.report(
-        {"step": step},
-        checkpoint=ray.train.Checkpoint.from_directory(tempfile.mkdtemp()),
-        checkpoint_upload_mode=mode,
-        checkpoint_upload_fn=upload,
-        delete_local_checkpoint_after_upload=False,  # `upload` does it, also when it fails
-    )
-
-
-@contextlib.contextmanager
-def _restore() -> Iterator[Path | None]:
-    import ray.train
-
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        yield None
-        return
-    with checkpoint.as_directory() as folder:
-        yield Path(folder)
+def working(batch_size: int, workers: int) -> int:
+    """How many of the workers have a part: the most that a global batch divides by, which must not depend on their number."""
+    return max(n for n in range(1, workers + 1) if batch_size % n == 0)
 
 
 def _device_name(device: torch.device) -> str:

@@ -4,12 +4,15 @@ import errno
 import re
 import resource
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
 import torch
 
-from train.checkpoints import CHECKPOINT_NAME, Background, copied_state, keep_newest
+from tests.helpers import ROOT
+from train.checkpoints import CHECKPOINT_NAME, Background, alone_in, copied_state, keep_newest
 
 CPU = torch.device("cpu")
 
@@ -109,3 +112,20 @@ def test_what_a_killed_run_was_writing_is_removed(tmp_path):
     (tmp_path / ".step-000000002.partial" / CHECKPOINT_NAME).write_bytes(b"half")
     keep_newest(tmp_path, 4, copied_state({}, CPU))
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000004"]
+
+
+def test_two_processes_do_not_train_one_run(tmp_path):
+    script = (
+        "import sys; from pathlib import Path; from train.checkpoints import alone_in\nwith alone_in(Path(sys.argv[1]), 0):\n"
+    )
+    script += "    print('in', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as other:
+        assert other.stdout.readline() == "in\n"
+        with pytest.raises(ValueError, match=f"{tmp_path.name} is being trained by another process"), alone_in(tmp_path, 0):
+            pass
+        other.kill()
+        other.wait()
+    with alone_in(tmp_path, 0):  # whoever was killed holds nothing
+        pass

@@ -1,17 +1,21 @@
 """Ray Train: the same training on any number of workers, and a worker's error told as one sentence."""
 
+import dataclasses
+import json
 import shutil
 
 import numpy as np
 import pytest
 
+from sharding.command import parse
 from sharding.manifest import fingerprint, read_manifest
 from sharding.selection import select
+from train.config import PretrainConfig, worker_range
 from train.inputs import Input, SetInput
-from train.loop import Job
+from train.loop import Job, fit, plain_place
 from train.methods import SimCLR
 from train.runs import Run
-from train.workers import run_job
+from train.workers import run_job, working
 
 NO_BATCH_NORM = "test_convnext"  # layer norm only: each image alone, so a rank's share of the batch makes no difference
 
@@ -85,6 +89,48 @@ def test_more_workers_than_cores_is_refused(ray_here, tmp_path, small_set):
         run_job(make_job(tmp_path / "run", small_set), workers=1000)
 
 
-def test_a_run_begun_without_ray_is_not_begun_again_with_it(one_process):
-    with pytest.raises(ValueError, match="was begun without Ray: go on with --workers 0"):
-        run_job(one_process, workers=2)
+def test_a_run_begun_without_ray_goes_on_with_as_many_workers_as_there_are(ray_here, one_process, tmp_path, small_set):
+    """Of 2 to 3 on two cores."""
+    job = make_job(tmp_path / "run", small_set)
+
+    class CutOff(Exception):
+        pass
+
+    def save(step, write):
+        place.save(step, write)
+        raise CutOff
+
+    place = plain_place(job.folder)
+    with pytest.raises(CutOff):
+        fit(job, dataclasses.replace(place, save=save))
+    assert len(curve(job.folder)) == job.steps_per_epoch
+    run_job(job, workers="1:2")
+    assert abs(curve(job.folder) - curve(one_process.folder)).max() < 1e-6
+    assert json.loads((job.folder / "engine.json").read_text())["workers"] in (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "workers", "used"), [(256, 8, 8), (256, 7, 4), (96, 7, 6), (41, 3, 1), (6, 3, 3), (1, 2, 1)]
+)
+def test_the_global_batch_decides_how_many_workers_have_a_part(batch_size, workers, used):
+    assert working(batch_size, workers) == used
+
+
+@pytest.mark.parametrize(("given", "found"), [(0, (0, 0)), (2, (2, 2)), ("2", (2, 2)), ("2:8", (2, 8)), ("3:3", (3, 3))])
+def test_workers_are_a_number_or_a_range(given, found):
+    assert worker_range(given) == found
+
+
+@pytest.mark.parametrize("given", ["0:2", "4:2", -1])
+def test_what_is_no_range_is_refused(given):
+    with pytest.raises(ValueError, match=f"--workers {given}: give a number from 0, or LEAST:MOST"):
+        worker_range(given)
+
+
+def test_a_range_is_read_as_it_is_typed(tmp_path):
+    arguments = ["--data", "x", "--name", "y"]
+    common = {"prog": "pretrain.py", "description": ""}
+    assert parse(PretrainConfig, [*arguments, "--workers", "2:8"], **common).workers == "2:8"
+    assert parse(PretrainConfig, [*arguments, "--workers", "2"], **common).workers == 2
+    (tmp_path / "config.yaml").write_text('workers: "2:8"\n')
+    assert parse(PretrainConfig, [*arguments, "--config", str(tmp_path / "config.yaml")], **common).workers == "2:8"
