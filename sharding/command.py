@@ -6,6 +6,7 @@ them, flags override it, and field names are the YAML keys.
 
 import dataclasses
 import os
+import select
 import signal
 import sys
 import typing
@@ -95,19 +96,36 @@ def run_script(main: Callable, config_class: type, *, prog: str, description: st
     Returns the exit code: 0, 2 for a mistake in the input (ValueError, or a file that cannot be read or written), 130
     after Ctrl-C. Anything else is our fault and keeps its traceback.
     """
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head` ends quietly
     config = parse(config_class, arguments, prog=prog, description=description)
     try:
         main(config)
+        sys.stdout.flush()
+    except BrokenPipeError as error:
+        # `... | head` ends quietly. Not by the signal, which a connection that a server closes sends as well.
+        if not _nobody_reads():
+            return _refused(prog, error)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
-        if os.environ.get("PATCHCLR_TRACEBACK"):
-            raise
-        print(f"{prog}: {describe(error)}", file=sys.stderr)
-        return 2
+        return _refused(prog, error)
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; the same command goes on from where it was", file=sys.stderr)
         return 130
     return 0
+
+
+def _refused(prog: str, error: BaseException) -> int:
+    if os.environ.get("PATCHCLR_TRACEBACK"):
+        raise error
+    print(f"{prog}: {describe(error)}", file=sys.stderr)
+    return 2
+
+
+def _nobody_reads() -> bool:
+    """Whether it is our own output that has lost its reader."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # for what is always told: an error, which of a pipe is that nobody reads
+    return bool(poll.poll(0))
 
 
 def describe(error: BaseException) -> str:

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from train.config import worker_range
 from train.loop import Job, fit, place_in, plain_place
 
-# Before Ray is imported. Quick reports (2 s each otherwise), prints once, no line per report and rank, Ray's run API.
+# Before Ray is imported. A dead worker is seen after a second (2 otherwise), prints once, no line per report and rank, Ray's run API.
 _ENVIRONMENT = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",

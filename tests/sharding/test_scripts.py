@@ -2,12 +2,14 @@
 
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 
 from sharding.inspect_shards import verify
 from sharding.packing import build_shards
-from tests.helpers import BREAST_LAYOUT, assert_refused, encoded, run_python, write_tree
+from tests.helpers import BREAST_LAYOUT, ROOT, assert_refused, encoded, run_python, write_tree
 
 
 def build(*arguments, cwd=None):
@@ -162,3 +164,42 @@ def test_inspect_refuses_in_one_sentence(small_set, tmp_path):
     assert_refused(run_python("sharding/inspect_shards.py", tmp_path), "not a shard set")
     (copy / "manifest.parquet").write_bytes(b"")
     assert_refused(run_python("sharding/inspect_shards.py", copy), "damaged")
+
+
+_BROKEN = """
+import socket, sys
+from dataclasses import dataclass
+from sharding.command import option, run_script
+
+@dataclass(frozen=True)
+class Config:
+    connection: bool = option(False, "write to a connection that was closed, and not to the console")
+
+def main(config):
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    while True:
+        ours.sendall(b"x") if config.connection else print("line")
+
+sys.exit(run_script(main, Config, prog="script.py", description=""))
+"""
+
+
+def test_output_that_nobody_reads_ends_a_script_quietly():
+    done = subprocess.run(
+        ["bash", "-c", f'{sys.executable} -c "$1" | head -1; echo "${{PIPESTATUS[0]}}"', "bash", _BROKEN],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=60,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == ("line\n141\n", "")
+
+
+def test_a_connection_that_is_closed_is_an_error_and_no_end():
+    """The system's signal for both would end a script without a word when a store hangs up."""
+    command = [sys.executable, "-c", _BROKEN, "--connection"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "script.py: Broken pipe\n"
