@@ -10,7 +10,7 @@ import torch.distributed as dist
 from train.config import worker_range
 from train.loop import Job, fit, place_in, plain_place
 
-# Before Ray is imported. A dead worker is seen after a second (2 otherwise), prints come once, no line per rank, and Ray's run API.
+# Before Ray is imported. A dead worker is seen after a second (2 otherwise); prints once; no line per rank; Ray's run API.
 _ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
