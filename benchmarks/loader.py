@@ -35,14 +35,14 @@ import loader_contenders  # noqa: E402
 import loader_parts  # noqa: E402
 from loader_contenders import CONTENDERS, Task  # noqa: E402
 from loader_report import judged, markdown, tables, target_lines  # noqa: E402
-from measuring import RunFailed, machine, new_path, print_table, run_fresh, versions_of  # noqa: E402
+from measuring import RunFailed, chosen, conclude, machine, new_path, run_fresh, versions_of  # noqa: E402
 from packing_images import draw_images  # noqa: E402
 
 from pipelines.shards import ShardReader  # noqa: E402
 from sharding.command import option, required, run_script  # noqa: E402
 from sharding.packing import build_shards  # noqa: E402
 from sharding.workers import available_cores  # noqa: E402
-from train.runs import code_commit, write_json, write_text  # noqa: E402
+from train.runs import code_commit, write_json  # noqa: E402
 
 NAMES = (*CONTENDERS, "parts", "memory")
 _QUALITY = 90  # of the drawn JPEGs: 22 KB at 224 px
@@ -70,7 +70,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    names = chosen(config.contenders)
+    names = chosen(config.contenders, NAMES)
     for name, least in (("rounds", 1), ("size", 1), ("batch_size", 1), ("patches", config.batch_size), ("cores", 0)):
         if getattr(config, name) < least:
             flag = name.replace("_", "-")
@@ -109,24 +109,14 @@ def main(config: Config) -> None:
             console.print(f"{job.title}: FAILED: {error}", markup=False)
         write_json(path, record)
     record |= judged(record)
-    write_json(path, record)
-    write_text(path.with_suffix(".md"), markdown(record))
-    for _, header, rows in tables(record):
-        print_table(console, header, rows)
-    for line in target_lines(record):
-        console.print(line, markup=False)
-    console.print(f"{path.with_suffix('.md')}")
-    if failed := record["failed"]:
-        print(f"FAILED: {', '.join(failed)}", file=sys.stderr, flush=True)
-        raise SystemExit(1)
-
-
-def chosen(names: Sequence[str]) -> list[str]:
-    """In the order of the rounds. Raises ValueError for a name that is none."""
-    unknown = [name for name in names if name not in NAMES]
-    if unknown:
-        raise ValueError(f"there is no contender {unknown[0]!r}: choose of {', '.join(NAMES)}")
-    return [name for name in NAMES if name in (names or NAMES)]
+    conclude(
+        record,
+        path,
+        console,
+        markdown=markdown(record),
+        tables=((header, rows) for _, header, rows in tables(record)),
+        lines=target_lines(record),
+    )
 
 
 def the_set(config: Config, work: Path, cores: int, console: Console) -> tuple[ShardReader, dict[str, Any]]:

@@ -5,6 +5,7 @@ import itertools
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sharding.workers import available_cores
+from train.runs import write_json, write_text
 
 _POLL_S = 0.02  # between two looks at the memory of the processes
 
@@ -108,3 +110,34 @@ def print_table(console: Console, header: Sequence[str], rows: Iterable[Sequence
     for row in rows:
         table.add_row(*row)
     console.print(table)
+
+
+def chosen(names: Sequence[str], known: Iterable[str]) -> list[str]:
+    """Of the known contenders those that are named, or all, in the order of the rounds. Raises ValueError for an unknown name."""
+    known = list(known)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"there is no contender {unknown[0]!r}: choose of {', '.join(known)}")
+    return [name for name in known if name in (names or known)]
+
+
+def conclude(
+    record: dict[str, Any],
+    path: Path,
+    console: Console,
+    *,
+    markdown: str,
+    tables: Iterable[tuple[Sequence[str], Iterable[Sequence[str]]]],
+    lines: Iterable[str],
+) -> None:
+    """Write the result and its Markdown, show its tables and lines, and exit with 1 where something failed."""
+    write_json(path, record)
+    write_text(path.with_suffix(".md"), markdown)
+    for header, rows in tables:
+        print_table(console, header, rows)
+    for line in lines:
+        console.print(line, markup=False)
+    console.print(f"{path.with_suffix('.md')}")
+    if failed := record["failed"]:
+        print(f"FAILED: {', '.join(failed)}", file=sys.stderr, flush=True)
+        raise SystemExit(1)

@@ -18,7 +18,6 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,14 +28,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
 
 import ntxent_contenders  # noqa: E402
-from measuring import RunFailed, machine, new_path, print_table, run_fresh, versions_of  # noqa: E402
+from measuring import RunFailed, chosen, conclude, machine, new_path, run_fresh, versions_of  # noqa: E402
 from ntxent_contenders import CONTENDERS, Task  # noqa: E402
 from ntxent_report import judge, markdown, other_loss, refusal, summarise, tables, target_lines  # noqa: E402
 from step_peers import PEERS, Environment, environment_of  # noqa: E402
 
 from sharding.command import option, run_script  # noqa: E402
 from sharding.workers import available_cores  # noqa: E402
-from train.runs import code_commit, write_json, write_text  # noqa: E402
+from train.runs import code_commit, write_json  # noqa: E402
 
 _START_S = 120  # for a process to import what it needs, on a busy machine
 
@@ -59,7 +58,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    names = chosen(config.contenders)
+    names = chosen(config.contenders, CONTENDERS)
     for name, least in (("rounds", 1), ("dim", 1), ("cores", 0)):
         if getattr(config, name) < least:
             raise ValueError(f"--{name} {getattr(config, name)} is out of range: give at least {least}")
@@ -102,24 +101,14 @@ def main(config: Config) -> None:
         one_size(task, config, record, path, peers, console)
     record["summary"] = summarise(record["runs"])
     record["targets"] = judge(record["summary"], config.dim)
-    write_json(path, record)
-    write_text(path.with_suffix(".md"), markdown(record))
-    for _, header, rows in tables(record):
-        print_table(console, header, rows)
-    for line in target_lines(record):
-        console.print(line, markup=False)
-    console.print(f"{path.with_suffix('.md')}")
-    if failed := record["failed"]:
-        print(f"FAILED: {', '.join(failed)}", file=sys.stderr, flush=True)
-        raise SystemExit(1)
-
-
-def chosen(names: Sequence[str]) -> list[str]:
-    """In the order of the rounds. Raises ValueError for a name that is none."""
-    unknown = [name for name in names if name not in CONTENDERS]
-    if unknown:
-        raise ValueError(f"there is no contender {unknown[0]!r}: choose of {', '.join(CONTENDERS)}")
-    return [name for name in CONTENDERS if name in (names or CONTENDERS)]
+    conclude(
+        record,
+        path,
+        console,
+        markdown=markdown(record),
+        tables=((header, rows) for _, header, rows in tables(record)),
+        lines=target_lines(record),
+    )
 
 
 def one_size(task: Task, config: Config, record: dict[str, Any], path: Path, peers: Environment, console: Console) -> None:

@@ -17,7 +17,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
 
-from measuring import RunFailed, machine, new_path, print_table  # noqa: E402
+from measuring import RunFailed, chosen, machine, new_path, print_table  # noqa: E402
 from packing_contenders import CONTENDERS, Task  # noqa: E402
 from packing_images import LAYOUT, draw_images, image_files  # noqa: E402
 from packing_report import (  # noqa: E402
@@ -96,8 +96,8 @@ def main(config: Config) -> None:
 
 def measure_speed(config: Config, workers: int, record: dict[str, Any], path: Path, console: Console) -> None:
     """Every contender in turn, round by round."""
-    record["missing"] = missing = absent(chosen(config.contenders))
-    names = [name for name in chosen(config.contenders) if name not in missing]
+    record["missing"] = missing = absent(chosen(config.contenders, CONTENDERS))
+    names = [name for name in chosen(config.contenders, CONTENDERS) if name not in missing]
     for name, how in missing.items():
         console.print(f"{name}: {how}", markup=False)
     if config.images:
@@ -141,14 +141,6 @@ def measure_speed(config: Config, workers: int, record: dict[str, Any], path: Pa
     print_table(console, *speed_table(record))
     for line in speed_lines(record):
         console.print(line, markup=False)
-
-
-def chosen(names: Sequence[str]) -> list[str]:
-    """In the order of the rounds. Raises ValueError for a name that is none."""
-    unknown = [name for name in names if name not in CONTENDERS]
-    if unknown:
-        raise ValueError(f"there is no contender {unknown[0]!r}: choose of {', '.join(CONTENDERS)}")
-    return [name for name in CONTENDERS if name in (names or CONTENDERS)]
 
 
 def absent(names: Iterable[str]) -> dict[str, str]:

@@ -22,7 +22,6 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -33,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
 
 import step_contenders  # noqa: E402
-from measuring import RunFailed, machine, new_path, print_table, run_fresh, versions_of  # noqa: E402
+from measuring import RunFailed, chosen, conclude, machine, new_path, run_fresh, versions_of  # noqa: E402
 from packing_images import draw_images  # noqa: E402
 from step_contenders import CONTENDERS, Task  # noqa: E402
 from step_peers import PEERS, Environment, environment_of  # noqa: E402
@@ -43,7 +42,7 @@ from sharding.command import option, required, run_script  # noqa: E402
 from sharding.manifest import read_manifest  # noqa: E402
 from sharding.packing import build_shards  # noqa: E402
 from sharding.workers import available_cores  # noqa: E402
-from train.runs import code_commit, write_json, write_text  # noqa: E402
+from train.runs import code_commit, write_json  # noqa: E402
 
 _QUALITY = 90  # of the drawn JPEGs: 22 KB at 224 px
 _DISTINCT = 1000  # different pictures among the drawn ones, at most; the others differ in a comment of their header
@@ -78,7 +77,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    names = chosen(config.contenders)
+    names = chosen(config.contenders, CONTENDERS)
     given = {name: value for name in SIZES["cpu"] if (value := getattr(config, name)) is not None}
     sizes = SIZES["dry" if config.dry else config.device] | given
     for name, least in (("rounds", 1), ("image_size", 1), ("batch_size", 2), ("patches", sizes["batch_size"])):
@@ -150,23 +149,14 @@ def main(config: Config) -> None:
                 console.print(f"round {number}: {name}: FAILED: {error}", markup=False)
             write_json(path, record)
     record |= {"summary": summarise(record["runs"]), "targets": judge(record["runs"])}
-    write_json(path, record)
-    write_text(path.with_suffix(".md"), markdown(record))
-    print_table(console, *table(record))
-    for line in target_lines(record):
-        console.print(line, markup=False)
-    console.print(f"{path.with_suffix('.md')}")
-    if failed := record["failed"]:
-        print(f"FAILED: {', '.join(failed)}", file=sys.stderr, flush=True)
-        raise SystemExit(1)
-
-
-def chosen(names: Sequence[str]) -> list[str]:
-    """In the order of the rounds. Raises ValueError for a name that is none."""
-    unknown = [name for name in names if name not in CONTENDERS]
-    if unknown:
-        raise ValueError(f"there is no contender {unknown[0]!r}: choose of {', '.join(CONTENDERS)}")
-    return [name for name in CONTENDERS if name in (names or CONTENDERS)]
+    conclude(
+        record,
+        path,
+        console,
+        markdown=markdown(record),
+        tables=[table(record)],
+        lines=target_lines(record),
+    )
 
 
 class Data(NamedTuple):
