@@ -17,7 +17,6 @@ that was not reached is printed as MISSED; who could not run stands in the table
 import dataclasses
 import json
 import math
-import os
 import shlex
 import sys
 import tempfile
@@ -72,7 +71,7 @@ class Config:
     rounds: int | None = option(None, "how often each contender runs; default: 3 (dry: 1)")
     seconds: float | None = option(None, "how long each run is timed at least; default: 20 (dry: 0.5)")
     limit: float = option(1200.0, "seconds after which a run is given up")
-    cores: int = option(0, "cores that every contender may use (0: all)")
+    cores: int = option(0, "cores that every contender may use (0: all); Ray's own processes may use the others")
     dry: bool = option(False, "tiny sizes")
 
 
@@ -86,8 +85,6 @@ def main(config: Config) -> None:
     cores = config.cores or available_cores()
     if not 0 < cores <= available_cores():
         raise ValueError(f"--cores {cores} is out of range: this process may use {available_cores()}")
-    if "ray" in names and cores != os.cpu_count():
-        raise ValueError(f"--cores {cores}: Ray counts the machine's {os.cpu_count()}; leave it out, or the contender ray")
     if config.images is not None and not Path(config.images).is_dir():
         raise ValueError(f"--images {config.images}: there is no such folder; give the one that holds a folder for each class")
     console = Console(highlight=False, soft_wrap=True)

@@ -169,12 +169,6 @@ def test_slips_are_told(tmp_path, settings, words):
     assert not (tmp_path / "results").exists()
 
 
-def test_ray_takes_all_cores(tmp_path, monkeypatch):
-    monkeypatch.setattr(command.os, "cpu_count", lambda: 7)
-    with pytest.raises(ValueError, match=r"--cores 1: Ray counts the machine's 7"):
-        command.main(command.Config(work=str(tmp_path), cores=1, dry=True))
-
-
 def _command(work: Path, *arguments: object) -> subprocess.CompletedProcess:
     usual = ["--work", work, "--out", work / "results", "--dry", "--seconds", 0.1, "--cores", 1]
     line = [sys.executable, "benchmarks/step.py", *map(str, [*usual, *arguments])]
