@@ -13,7 +13,6 @@ is then 1. `--steps` runs only some of them.
 """
 
 import faulthandler
-import itertools
 import re
 import sys
 import tempfile
@@ -27,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
 
 # The processes that draw patches import this file again. torch is nothing to them: it and the steps are imported in `main`.
+from measuring import new_path  # noqa: E402
+
 from sharding.command import option, required, run_script  # noqa: E402
 from train.runs import code_commit, write_json, write_text  # noqa: E402
 
@@ -68,7 +69,7 @@ def main(config: Config) -> None:
     deadline = time.monotonic() + config.seconds
     names = chosen_steps(config)
     device = device_name(config)
-    path = new_path(Path(config.out), device)
+    path = new_path(Path(config.out), f"gpu-check-{device}")
     given = {name: value for name in FULL if (value := getattr(config, name, None)) is not None}
     sizes: dict[str, Any] = (DRY if config.dry else FULL) | given
     record = {
@@ -158,25 +159,21 @@ def run_step(name: str, s, record: dict[str, Any], path: Path) -> None:
     print(f"    {name}: {status} after {seconds} s", flush=True)
 
 
-def new_path(folder: Path, device: str) -> Path:
-    """A new file's name: an earlier result is never overwritten."""
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"{time.strftime('%Y-%m-%d')}-gpu-check-{device}"
-    endings = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
-    return next(path for ending in endings if not (path := folder / f"{name}{ending}.json").exists())
-
-
 def table(record: dict[str, Any]) -> str:
     """The figures as Markdown, a row each."""
     end = "; a dry run, so no figure means anything." if record["dry"] else "."
-    lines = [
+    head = [
         f"# GPU check, {record['date']}, {record['device']}",
         "",
         f"Commit {record['commit']}; `{record['command']}`{end}",
         "",
-        "| step | figure | value |",
-        "| --- | --- | --- |",
     ]
+    return "\n".join([*head, *body(record), ""])
+
+
+def body(record: dict[str, Any]) -> list[str]:
+    """What follows the heading."""
+    lines = ["| step | figure | value |", "| --- | --- | --- |"]
     for step, result in record["steps"].items():
         lines.append(f"| {step} | | {result['status']} ({result.get('step_seconds', 0)} s) |")
         for name, value in result.items():
@@ -184,7 +181,7 @@ def table(record: dict[str, Any]) -> str:
                 continue
             text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
             lines.append(f"| {step} | {name} | {' '.join(text.split()).replace('|', '/')} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from sharding.packing import build_shards
 from sharding.synthetic import LAYOUTS, draw_set
 from sharding.synthetic import Config as DrawConfig
 from sharding.workers import available_cores
+from train.engine import arithmetic
 from train.inputs import Input, SetInput, place_of
 from train.loop import Job, fit, plain_place
 from train.runs import Run, versions
@@ -172,22 +173,23 @@ def purity(s: Setting, found: Result) -> None:
 def model(s: Setting, found: Result) -> None:
     """The model alone: training steps as the loop takes them, on views that lie on the device."""
     _fresh_memory(s.device)
-    step = model_step(
+    training = model_step(
         backbone=s.backbone,
         image_size=s.image_size,
         batch_size=s.batch_size,
         device=s.device,
-        bf16=not s.dry,  # few CPUs know it
+        precision="fp32" if s.dry else "bf16",  # few CPUs know it
     )
 
     def steps(count: int) -> float:
-        return _seconds(s.device, (step() for _ in range(count))) / count
+        return _seconds(s.device, (training.step() for _ in range(count))) / count
 
-    found["first_step_seconds"] = round(steps(1), 2)
-    steps(1 if s.dry else 5)  # warm-up
-    guess = steps(1 if s.dry else 3)
-    count = max(1, min(50, round((0.2 if s.dry else 2.5) / guess)))
-    seconds = statistics.median(steps(count) for _ in range(3))
+    with arithmetic(torch.device(s.device), deterministic=False):
+        found["first_step_seconds"] = round(steps(1), 2)
+        steps(1 if s.dry else 5)  # warm-up
+        guess = steps(1 if s.dry else 3)
+        count = max(1, min(50, round((0.2 if s.dry else 2.5) / guess)))
+        seconds = statistics.median(steps(count) for _ in range(3))
     s.model_alone = 2 * s.batch_size / seconds
     figures: Result = {"img_per_s": round(s.model_alone, 1), "ms_per_step": round(1000 * seconds, 2), "timed_steps": 3 * count}
     found |= figures | _peak_memory(s.device)

@@ -28,7 +28,7 @@ class Task:
 
     shards: folder of the shard set; its manifest names the files that it was built from. image_size: side of the views, pixels.
     warm: batches that are not timed; lap: batches that are, again and again until at least `seconds` have passed. rounds: of
-    loader_parts alone, which keeps to one process.
+    loader_parts alone, which keeps to one process. device: where the views are wanted.
     """
 
     shards: str
@@ -39,6 +39,7 @@ class Task:
     lap: int
     seconds: float
     rounds: int
+    device: str = "cpu"
 
 
 # Two views of a batch, each (B, 3, S, S) in its maker's own kind of array; or one array of images that were only decoded
@@ -46,11 +47,14 @@ Batch = Sequence[Any]
 
 
 class Contender(NamedTuple):
-    """stream: of batches, without end. blur: whether it blurs, and so is held against the others that do."""
+    """stream: of batches, without end. blur: whether it blurs, and so is held against the others that do. devices: where it is
+    measured unless it is asked for by name. needs: packages that not everyone has."""
 
     title: str
     stream: Callable[[Task], Iterator[Batch]]
     blur: bool = False
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    needs: tuple[str, ...] = ()
 
 
 def measure(stream: Iterator[Batch], task: Task) -> dict[str, float]:
@@ -58,20 +62,30 @@ def measure(stream: Iterator[Batch], task: Task) -> dict[str, float]:
     for _ in itertools.islice(stream, task.warm):
         pass
     patches = batches = 0
+    _synchronize(task.device)
     started = time.perf_counter()
     while (wall := time.perf_counter() - started) < task.seconds or not batches:
         for batch in itertools.islice(stream, task.lap):
             patches += len(batch[0])
             batches += 1
+        _synchronize(task.device)
     return {"patches_per_s": patches / wall, "patches": patches, "batches": batches, "wall_s": wall}
+
+
+def _synchronize(device: str) -> None:
+    """Wait for all that was asked of a GPU on any stream, DALI's too."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
 
 
 # ---- torchvision on Pillow, as in most notebooks ----
 
 
 def torchvision(task: Task, *, recipe: str) -> Iterator[Batch]:
-    """A DataLoader with a worker process per core. Its epochs end where the clock starts and is read: within one, the workers
-    may be ahead by any number of batches, and what they had made before would count as made meanwhile."""
+    """A DataLoader with a worker process per core; a GPU is given its batches. Its epochs end where the clock starts and is read:
+    within one, the workers may be ahead by any number of batches, and what they had made before would count as made meanwhile."""
     from torch.utils.data import DataLoader
 
     from pipelines.shards import ShardReader
@@ -79,9 +93,11 @@ def torchvision(task: Task, *, recipe: str) -> Iterator[Batch]:
     files = ShardReader(task.shards).manifest["source"].to_pylist()
     data: Any = _TwoViews(files, _torchvision_transform(recipe, task.image_size))
     order: Any = _Batches(len(data), task.batch_size, task.warm)
-    loader = DataLoader(data, batch_sampler=order, num_workers=task.cores, persistent_workers=True)
+    on_gpu = task.device == "cuda"
+    loader = DataLoader(data, batch_sampler=order, num_workers=task.cores, persistent_workers=True, pin_memory=on_gpu)
     while True:
-        yield from loader
+        for batch in loader:
+            yield [view.to(task.device, non_blocking=True) for view in batch]
         order.batches = task.lap
 
 
@@ -138,6 +154,66 @@ def _torchvision_transform(recipe: str, size: int) -> Callable:
     )
 
 
+# ---- On a GPU, without DALI: the files' bytes decoded by torchvision (there nvJPEG), the views made of tensors ----
+
+
+def torchvision_v2(task: Task) -> Iterator[Batch]:
+    """torchvision's transforms draw once for a call, so they are called for each view of each image."""
+    import torch
+    import torchvision.transforms.v2 as T
+
+    from pipelines.recipes import get_recipe
+
+    r = get_recipe("simclr")
+    assert r.crop and r.jitter
+    j = r.jitter
+    transform = T.Compose(
+        [
+            T.RandomResizedCrop(task.image_size, r.crop.area, r.crop.ratio, antialias=True),
+            T.RandomHorizontalFlip(r.flip),
+            T.RandomApply([T.ColorJitter(j.brightness, j.contrast, j.saturation, j.hue)], j.probability),
+            T.RandomGrayscale(r.grey),
+            T.ToDtype(torch.float32, scale=True),
+            T.Normalize(r.mean, r.std),
+        ]
+    )
+    for images in _decoded_by_torchvision(task):
+        yield [torch.stack([transform(image) for image in images]) for _ in range(2)]
+
+
+def kornia(task: Task) -> Iterator[Batch]:
+    """kornia's augmentations draw for each image of a batch and work on all at once, so the images have to be of one size."""
+    import kornia.augmentation as K
+    import torch
+
+    from pipelines.recipes import get_recipe
+
+    r = get_recipe("simclr")
+    assert r.crop and r.jitter
+    j = r.jitter
+    transform = torch.nn.Sequential(
+        # "resample" cuts out the whole batch at once, its default one image after the other.
+        K.RandomResizedCrop((task.image_size, task.image_size), scale=r.crop.area, ratio=r.crop.ratio, cropping_mode="resample"),
+        K.RandomHorizontalFlip(p=r.flip),
+        K.ColorJitter(j.brightness, j.contrast, j.saturation, j.hue, p=j.probability),
+        K.RandomGrayscale(p=r.grey),
+        K.Normalize(torch.tensor(r.mean), torch.tensor(r.std)),
+    ).to(task.device)
+    for images in _decoded_by_torchvision(task):
+        batch = torch.stack(images).float() / 255
+        with torch.no_grad():
+            yield [transform(batch) for _ in range(2)]
+
+
+def _decoded_by_torchvision(task: Task) -> Iterator[list]:
+    """Batches of images, (3, H, W) uint8 on the device, of the bytes as ours reads them."""
+    import torch
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    for encoded in _read_in_order(task):
+        yield decode_jpeg([torch.tensor(one) for one in encoded], mode=ImageReadMode.RGB, device=task.device)
+
+
 # ---- Ours ----
 
 
@@ -157,6 +233,7 @@ def ours(task: Task, *, recipe: str) -> Iterator[Batch]:
         image_size=task.image_size,
         recipe=get_recipe(recipe),
         seed=SEED,
+        device=task.device,
         threads=task.cores,
     ) as loader:
         while True:
@@ -221,16 +298,26 @@ def dali(task: Task, *, recipe: str) -> Iterator[Batch]:
             random_shuffle=True,
             missing_component_behavior="error",
         )
-        images = fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
+        images = fn.decoders.image(encoded, output_type=types.RGB, **_decoder(task.device))
         return view(images), view(images)
 
-    pipeline = graph(batch_size=task.batch_size, num_threads=task.cores, device_id=None, seed=SEED)
+    pipeline = graph(batch_size=task.batch_size, num_threads=task.cores, device_id=_device_id(task.device), seed=SEED)
     while True:
         yield pipeline.run()
 
 
 def decode(task: Task) -> Iterator[Batch]:
-    """What every contender has to do at least: the bytes as ours reads them, decoded by DALI."""
+    """What every contender has to do at least: the bytes as ours reads them, decoded by DALI on the device."""
+    return decoded(_read_in_order(task), task)
+
+
+def decode_on_host(task: Task) -> Iterator[Batch]:
+    """The same on the CPU, whatever the device."""
+    return decode(dataclasses.replace(task, device="cpu"))
+
+
+def _read_in_order(task: Task) -> Iterator[list]:
+    """The bytes of batches, epoch after epoch in ours' order."""
     import numpy as np
 
     from pipelines.order import epoch_order
@@ -239,21 +326,35 @@ def decode(task: Task) -> Iterator[Batch]:
     reader = ShardReader(task.shards)
     ids = np.arange(len(reader))
     steps = len(ids) // task.batch_size
-    orders = (epoch_order(ids, seed=SEED, epoch=epoch) for epoch in itertools.count())
-    batches = (part for order in orders for part in np.split(order[: steps * task.batch_size], steps))
-    return decoded(map(reader.read, batches), task)
+    for epoch in itertools.count():
+        order = epoch_order(ids, seed=SEED, epoch=epoch)
+        yield from map(reader.read, np.split(order[: steps * task.batch_size], steps))
+
+
+def _decoder(device: str) -> dict[str, Any]:
+    """DALI's decoder's settings; on a GPU those of ours."""
+    if device == "cpu":
+        return {"device": "cpu"}
+    from pipelines.graph import _GPU_DECODER
+
+    return _GPU_DECODER
+
+
+def _device_id(device: str) -> int | None:
+    return 0 if device == "cuda" else None
 
 
 def decoded(encoded: Iterator[list], task: Task) -> Iterator[Batch]:
-    """DALI's decoder on the CPU behind lists of encoded images. Each batch is one list of images."""
+    """DALI's decoder on the device behind lists of encoded images. Each batch is one list of images."""
     import nvidia.dali.fn as fn
     import nvidia.dali.types as types
     from nvidia.dali.pipeline import Pipeline
 
-    pipeline = Pipeline(batch_size=task.batch_size, num_threads=task.cores, device_id=None, prefetch_queue_depth=2)
+    device_id = _device_id(task.device)
+    pipeline = Pipeline(batch_size=task.batch_size, num_threads=task.cores, device_id=device_id, prefetch_queue_depth=2)
     with pipeline:
         source = fn.external_source(source=encoded, dtype=types.UINT8, ndim=1)
-        pipeline.set_outputs(fn.decoders.image(source, device="cpu", output_type=types.RGB))
+        pipeline.set_outputs(fn.decoders.image(source, output_type=types.RGB, **_decoder(task.device)))
     while True:
         yield pipeline.run()
 
@@ -265,13 +366,16 @@ def _of(function: Callable, recipe: str) -> Callable[[Task], Iterator[Batch]]:
 # In the order of the rounds
 CONTENDERS = {
     "torchvision": Contender("torchvision on Pillow, a process per core", _of(torchvision, "simclr")),
-    "torchvision-blur": Contender("torchvision on Pillow, blur", _of(torchvision, "simclr-blur"), blur=True),
+    "torchvision-blur": Contender("torchvision on Pillow, blur", _of(torchvision, "simclr-blur"), blur=True, devices=("cpu",)),
+    "torchvision-v2": Contender("torchvision v2 on decoded tensors", torchvision_v2, devices=("cuda",)),
+    "kornia": Contender("kornia on decoded tensors", kornia, devices=("cuda",), needs=("kornia",)),
     "ours": Contender("ours, simclr", _of(ours, "simclr")),
     "ours-blur": Contender("ours, simclr-blur", _of(ours, "simclr-blur"), blur=True),
-    "ours-pathology": Contender("ours, pathology", _of(ours, "pathology")),
+    "ours-pathology": Contender("ours, pathology", _of(ours, "pathology"), devices=("cpu",)),
     "dali": Contender("DALI's own operators, approximate", _of(dali, "simclr")),
-    "dali-blur": Contender("DALI's own operators, approximate, blur", _of(dali, "simclr-blur"), blur=True),
+    "dali-blur": Contender("DALI's own operators, approximate, blur", _of(dali, "simclr-blur"), blur=True, devices=("cpu",)),
     "decode": Contender("decoding alone, DALI", decode),
+    "decode-on-host": Contender("decoding alone, DALI on the CPU", decode_on_host, devices=("cuda",)),
 }
 
 

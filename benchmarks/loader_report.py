@@ -8,7 +8,12 @@ from loader_contenders import CONTENDERS
 from loader_parts import PARTS
 from measuring import heading, markdown_table
 
-RATIOS = {"rate_to_torchvision": "rate / torchvision", "rate_to_dali": "rate / DALI", "time_to_ours": "time / ours"}
+RATIOS = {
+    "rate_to_torchvision": "rate / torchvision",
+    "rate_to_dali": "rate / DALI",
+    "rate_to_decode": "rate / decoding",
+    "time_to_ours": "time / ours",
+}
 _HOST = ("reading", "drawing")  # what is done on the host for every patch so that views are functions of their numbers
 
 Record = dict[str, Any]
@@ -33,8 +38,11 @@ TARGETS = (
 )
 
 
+GPU_TARGETS = (Target("ours", "rate_to_decode", 0.8, True, "ours, its rate as a share of decoding alone"),)
+
+
 def targets(memory_batches: Iterable[int]) -> list[Target]:
-    """With one for the memory at each of these batch sizes."""
+    """On the CPU, with one for the memory at each of these batch sizes."""
     text = "memory at batch {:,}, at the end of the last epoch as a multiple of that at the end of the second"
     return [*TARGETS, *(Target(f"memory {size}", "growth", 1.05, False, text.format(size)) for size in memory_batches)]
 
@@ -55,6 +63,7 @@ def summarise(runs: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, fl
                 "spread": (max(rates) - min(rates)) / statistics.median(rates),
                 "rate_to_torchvision": _ratio(rounds, runs.get(f"torchvision{blur}")),
                 "rate_to_dali": _ratio(rounds, runs.get(f"dali{blur}")),
+                "rate_to_decode": _ratio(rounds, runs.get("decode")),
                 "time_to_ours": _ratio(runs.get("ours"), rounds),
             }
     return found
@@ -80,6 +89,11 @@ def summarise_parts(found: dict[str, list[float]]) -> dict[str, Any]:
     }
 
 
+def completed(record: Record) -> Record:
+    """The record with what is made of its runs, of which some may be missing."""
+    return record | judged(record)
+
+
 def judged(record: Record) -> Record:
     """What is made of a record's runs: summary, parts and targets."""
     runs = record["runs"]
@@ -88,7 +102,8 @@ def judged(record: Record) -> Record:
     sizes = [int(key.removeprefix("memory ")) for key in runs if key.startswith("memory ")]
     rows: dict[str, dict] = {**summary, "parts": parts or {}}
     rows |= {f"memory {size}": {"growth": _growth(runs[f"memory {size}"])} for size in sizes}
-    return {"summary": summary, "parts": parts, "targets": judge(rows, targets(sizes))}
+    wanted = GPU_TARGETS if record["timed"]["device"] == "cuda" else targets(sizes)
+    return {"summary": summary, "parts": parts, "targets": judge(rows, wanted)}
 
 
 def _growth(runs: Sequence[Record]) -> float | None:
@@ -115,7 +130,7 @@ def target_lines(record: Record) -> list[str]:
         + ("" if target["reached"] is None else f"{_number(target['reached'])}, ")
         + f"wanted at {'least' if target['at_least'] else 'most'} {_number(target['wanted'])}"
         for target in record["targets"]
-    ]
+    ] + [f"{CONTENDERS[name].title}: {why}" for name, why in record["missing"].items()]
 
 
 def _number(value: float) -> str:
@@ -142,7 +157,8 @@ def tables(record: Record) -> list[tuple[str, list[str], list[list[str]]]]:
 def _speed_text(record: Record) -> str:
     timed = record["timed"]
     return (
-        f"Two views of {timed['image_size']} px, batch {timed['batch_size']}. Patches/s of the steady state: after"
+        f"Two views of {timed['image_size']} px on the {timed['device']}, batch {timed['batch_size']}."
+        " Patches/s of the steady state: after"
         f" {timed['warm']} batches, {timed['lap']} batches or a multiple of them that takes at least {timed['seconds']:g} s;"
         " a fresh process each time, the rounds interleaved. Ratios are medians of the ratios within a round; with blur, against"
         " the others with blur. Spread: from the slowest to the fastest round, as a share of the median."
@@ -192,13 +208,17 @@ def _named(title: str, record: Record, key: str) -> str:
 
 
 def markdown(record: Record) -> str:
+    return "\n".join([*heading("The loader", record), *body(record), ""])
+
+
+def body(record: Record) -> list[str]:
+    """What follows the heading."""
     images = record["images"]
     lines = [
-        *heading("The loader", record),
         f"{images['patches']:,} {'drawn' if images['drawn'] else 'real'} patches of {images['kilobytes']:.1f} KB on average, in "
         "the page cache.",
         "",
     ]
     for text, header, rows in tables(record):
         lines += [text, "", *markdown_table(header, rows), ""]
-    return "\n".join([*lines, *(f"- {line}" for line in target_lines(record)), ""])
+    return [*lines, *(f"- {line}" for line in target_lines(record))]

@@ -1,13 +1,14 @@
 """What the benchmarks that run in rounds share: fresh processes, files of results, and what a result says of itself."""
 
 import importlib.metadata
+import importlib.util
 import itertools
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,15 @@ def chosen(names: Sequence[str], known: Iterable[str]) -> list[str]:
     if unknown:
         raise ValueError(f"there is no contender {unknown[0]!r}: choose of {', '.join(known)}")
     return [name for name in known if name in (names or known)]
+
+
+def absent(packages: Mapping[str, Iterable[str]], names: Iterable[str]) -> dict[str, str]:
+    """Of these contenders those that cannot run, and why. packages: that a contender needs, by its name."""
+    found = {}
+    for name in names:
+        if lacking := [package for package in packages.get(name, ()) if importlib.util.find_spec(package) is None]:
+            found[name] = f"not installed: {', '.join(lacking)}"
+    return found
 
 
 def conclude(

@@ -3,10 +3,11 @@
     python benchmarks/ntxent.py                           # ours and the plain formula, 2N = 512 to 65,536, on the CPU
     python benchmarks/ntxent.py --peers DISK/peers        # lightly's and Spijkervet's too, installed into that folder
     python benchmarks/ntxent.py --device cuda
+    python benchmarks/ntxent.py --device cuda --in-process --rounds 1       # in a minute
 
-For each number of anchors all contenders run in turn, round by round (A B C A B C), each in a fresh process, on the same
-embeddings. They must come to the same loss. What cannot be installed, does not fit in half of the memory or would take longer
-than `--seconds` stands in the table with the reason.
+For each number of anchors all contenders run in turn, round by round (A B C A B C), each in a fresh process unless told
+otherwise, on the same embeddings. They must come to the same loss. What cannot be installed, does not fit in half of the memory
+or would take longer than `--seconds` stands in the table with the reason.
 
 Results go to <out>/<date>-ntxent-<device>.json, written after every run, and at the end as tables to the same name's .md. A
 target that was not reached is printed as MISSED; where a process failed, the exit code is 1.
@@ -30,7 +31,7 @@ sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the 
 import ntxent_contenders  # noqa: E402
 from measuring import RunFailed, chosen, conclude, machine, new_path, run_fresh, versions_of  # noqa: E402
 from ntxent_contenders import CONTENDERS, Task  # noqa: E402
-from ntxent_report import judge, markdown, other_loss, refusal, summarise, tables, target_lines  # noqa: E402
+from ntxent_report import completed, markdown, other_loss, refusal, tables, target_lines  # noqa: E402
 from step_peers import PEERS, Environment, environment_of  # noqa: E402
 
 from sharding.command import option, run_script  # noqa: E402
@@ -55,6 +56,9 @@ class Config:
     timed: float = option(3.0, "seconds that passes are timed for, after a first one; one that takes longer is the only one")
     seconds: float = option(300.0, "a single pass that would take longer is not started")
     cores: int = option(0, "cores that every contender may use (0: all)")
+    in_process: bool = option(
+        False, "all in this process, which saves the starts of the others: for a GPU, of whose memory torch keeps count"
+    )
 
 
 def main(config: Config) -> None:
@@ -66,6 +70,10 @@ def main(config: Config) -> None:
     if not sizes or sizes[0] < 2 or any(size % 2 for size in sizes):
         raise ValueError(f"--anchors {' '.join(map(str, config.anchors))}: give even numbers, two embeddings of each patch")
     cores = config.cores or available_cores()
+    if config.in_process and config.device == "cpu":
+        raise ValueError("--in-process is for --device cuda: what the others left would be part of a CPU's peak memory")
+    if config.in_process and config.peers:
+        raise ValueError("--in-process and --peers: packages of another environment need a process of their own; leave one out")
     if cores > available_cores():
         raise ValueError(f"--cores {cores} is out of range: this process may use {available_cores()}")
     console = Console(highlight=False, soft_wrap=True)
@@ -90,6 +98,7 @@ def main(config: Config) -> None:
             "rounds": config.rounds,
             "timed_s": config.timed,
             "seconds": config.seconds,
+            "in_process": config.in_process,
         },
         "runs": {name: {} for name in names},
         "not_run": {name: {} for name in names},
@@ -99,8 +108,7 @@ def main(config: Config) -> None:
     for size in sizes:
         task = Task(size, config.dim, config.temperature, config.device, cores, config.timed)
         one_size(task, config, record, path, peers, console)
-    record["summary"] = summarise(record["runs"])
-    record["targets"] = judge(record["summary"], config.dim)
+    record = completed(record)
     conclude(
         record,
         path,
@@ -124,7 +132,7 @@ def one_size(task: Task, config: Config, record: dict[str, Any], path: Path, pee
                 continue
             title = f"2N = {task.anchors:,}, round {number}: {name}"
             try:
-                run = one_run(name, task, peers, config.seconds)
+                run = one_run(name, task, peers, config.seconds, in_process=config.in_process)
                 if wrong := other_loss(run, runs, task.anchors):
                     raise RunFailed(wrong)
                 runs[name].setdefault(key, []).append(run)
@@ -138,15 +146,20 @@ def one_size(task: Task, config: Config, record: dict[str, Any], path: Path, pee
             write_json(path, record)
 
 
-def one_run(name: str, task: Task, peers: Environment, seconds: float) -> dict[str, Any]:
+def one_run(name: str, task: Task, peers: Environment, seconds: float, *, in_process: bool) -> dict[str, Any]:
     """What it reports. Raises RunFailed."""
     limit = time.monotonic() + _START_S + 3 * (seconds + task.timed_s)
+    load = machine(task.cores)["load"][0]
+    if in_process:
+        try:
+            return {**ntxent_contenders.measure(CONTENDERS[name], task), "load_before": load}
+        except Exception as error:  # as where a process ends with one
+            raise RunFailed(f"{type(error).__name__}: {error}") from error
 
     def watch(_: int) -> None:
         if time.monotonic() > limit:
             raise RunFailed(f"it takes far longer than expected, and than {seconds:g} s")
 
-    load = machine(task.cores)["load"][0]
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         python = peers.python if name in PEERS else sys.executable

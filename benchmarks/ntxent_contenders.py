@@ -101,6 +101,8 @@ def measure(contender: Contender, task: Task) -> dict[str, Any]:
     budget_bytes: half of the device's memory. Or `no_memory`, what was said where it could not be had."""
     import torch
 
+    if task.device == "cuda":
+        torch.cuda.empty_cache()  # of those that ran before in the same process
     patches = task.anchors // 2
     warm_VBD = torch.randn(2, _WARM_PATCHES, task.dim).to(task.device).requires_grad_()
     _run(contender.make(_WARM_PATCHES, task.temperature, task.device), warm_VBD)

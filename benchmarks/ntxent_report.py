@@ -99,6 +99,12 @@ def judge(summary: dict[str, dict[str, dict[str, Any]]], dim: int) -> list[Recor
     return found
 
 
+def completed(record: Record) -> Record:
+    """The record with what is made of its runs, of which some may be missing."""
+    summary = summarise(record["runs"])
+    return record | {"summary": summary, "targets": judge(summary, record["timed"]["dim"])}
+
+
 # ---- Tables ----
 
 
@@ -120,7 +126,7 @@ def tables(record: Record) -> list[tuple[str, list[str], list[list[str]]]]:
     others = [name for name in names if name not in ("ours", "plain")]
     speed = (
         f"Milliseconds of a forward and backward pass in float32 on the {timed['device']}, D = {timed['dim']}; medians over"
-        f" {timed['rounds']} rounds, in each of which a fresh process runs for {timed['timed_s']:g} s, or once where that takes"
+        f" {timed['rounds']} rounds, in each of which {_where(timed)} runs for {timed['timed_s']:g} s, or once where that takes"
         " longer. Ratios are medians of the ratios within a round."
     )
     memory = (
@@ -146,12 +152,21 @@ def tables(record: Record) -> list[tuple[str, list[str], list[list[str]]]]:
     ]
 
 
+def _where(timed: Record) -> str:
+    return "the one process" if timed["in_process"] else "a fresh process"
+
+
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def markdown(record: Record) -> str:
-    lines = heading("NT-Xent", record)
+    return "\n".join([*heading("NT-Xent", record), *body(record), ""])
+
+
+def body(record: Record) -> list[str]:
+    """What follows the heading."""
+    lines: list[str] = []
     for text, header, rows in tables(record):
         lines += [text, "", *markdown_table(header, rows), ""]
-    return "\n".join([*lines, *(f"- {line}" for line in target_lines(record)), ""])
+    return [*lines, *(f"- {line}" for line in target_lines(record))]

@@ -23,7 +23,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -31,20 +31,16 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
 
 import step_contenders  # noqa: E402
-from measuring import RunFailed, chosen, conclude, machine, new_path, run_fresh, versions_of  # noqa: E402
-from packing_images import draw_images  # noqa: E402
+from measuring import RunFailed, absent, chosen, conclude, machine, new_path, run_fresh, versions_of  # noqa: E402
+from patch_set import patch_set  # noqa: E402
 from step_contenders import CONTENDERS, Task  # noqa: E402
 from step_peers import PEERS, Environment, environment_of  # noqa: E402
-from step_report import judge, markdown, summarise, table, target_lines  # noqa: E402
+from step_report import completed, markdown, model_lines, table, target_lines  # noqa: E402
 
 from sharding.command import option, required, run_script  # noqa: E402
-from sharding.manifest import read_manifest  # noqa: E402
-from sharding.packing import build_shards  # noqa: E402
 from sharding.workers import available_cores  # noqa: E402
 from train.runs import code_commit, write_json  # noqa: E402
 
-_QUALITY = 90  # of the drawn JPEGs: 22 KB at 224 px
-_DISTINCT = 1000  # different pictures among the drawn ones, at most; the others differ in a comment of their header
 _PILOT_S = 2.0  # of the run that tells how long a step takes, at least
 _PACKAGES = ("torch", "torchvision", "timm", "pillow", "nvidia-dali-cuda130", "ray")
 SIZES: dict[str, dict[str, Any]] = {
@@ -85,17 +81,22 @@ def main(config: Config) -> None:
     cores = config.cores or available_cores()
     if not 0 < cores <= available_cores():
         raise ValueError(f"--cores {cores} is out of range: this process may use {available_cores()}")
-    if config.images is not None and not Path(config.images).is_dir():
-        raise ValueError(f"--images {config.images}: there is no such folder; give the one that holds a folder for each class")
     console = Console(highlight=False, soft_wrap=True)
     work = Path(config.work).resolve()
-    work.mkdir(parents=True, exist_ok=True)
     started = machine(cores)
     peers = environment_of(config.peers, names)
-    for name, why in peers.missing.items():
+    missing = peers.missing | absent({"ray": ["ray"]}, names)
+    for name, why in missing.items():
         console.print(f"{name}: {why}", markup=False)
-    names = [name for name in names if name not in peers.missing]
-    data = the_set(config.images, work, sizes, cores)
+    names = [name for name in names if name not in missing]
+    data = patch_set(
+        config.images,
+        work,
+        patches=sizes["patches"],
+        size=sizes["image_size"],
+        batch_size=sizes["batch_size"],
+        cores=cores,
+    )
     task = Task(
         shards=data.shards,
         images=data.images,
@@ -111,8 +112,9 @@ def main(config: Config) -> None:
     )
     path = new_path(Path(config.out), f"step-{config.device}")
     # How many steps the project's loop has to take follows from how long one takes.
+    short = dataclasses.replace(task, seconds=min(_PILOT_S, sizes["seconds"]), compile=False)
     try:
-        pilot = one_run("model", dataclasses.replace(task, seconds=min(_PILOT_S, sizes["seconds"])), peers, work, config.limit)
+        pilot = one_run("model", short, peers, work, config.limit)
     except RunFailed as error:
         raise ValueError(
             f"{sizes['backbone']} at {sizes['image_size']} px takes no step on the {config.device}: {error}"
@@ -130,7 +132,7 @@ def main(config: Config) -> None:
         "images": data.described,
         "timed": dataclasses.asdict(task) | {"rounds": sizes["rounds"]},
         "runs": {name: [] for name in names},
-        "missing": peers.missing,
+        "missing": missing,
         "failed": {},
     }
     for number in range(1, sizes["rounds"] + 1):
@@ -145,49 +147,15 @@ def main(config: Config) -> None:
                 record["failed"][name] = str(error)
                 console.print(f"round {number}: {name}: FAILED: {error}", markup=False)
             write_json(path, record)
-    record |= {"summary": summarise(record["runs"]), "targets": judge(record["runs"])}
+    record = completed(record)
     conclude(
         record,
         path,
         console,
         markdown=markdown(record),
         tables=[table(record)],
-        lines=target_lines(record),
+        lines=[*target_lines(record), *model_lines(record)],
     )
-
-
-class Data(NamedTuple):
-    """The folders of the set and of its images, and what is to be said of them."""
-
-    shards: str
-    images: str
-    described: dict[str, Any]
-
-
-def the_set(given: str | None, work: Path, sizes: dict[str, Any], cores: int) -> Data:
-    """The shard set of the images, built where it is not there. Every file is read once, so that all find it in memory.
-
-    Raises ValueError for a folder that holds too few images.
-    """
-    folder = Path(given).resolve() if given is not None else draw(work, sizes, cores)
-    built = build_shards([folder], work / f"{folder.name}-shards", unlabelled=True, workers=cores)
-    manifest = read_manifest(built.out)
-    if len(manifest) < sizes["batch_size"]:
-        raise ValueError(
-            f"{folder}: {len(manifest):,} patches are fewer than --batch-size {sizes['batch_size']}: make that smaller"
-        )
-    for path in (*manifest["source"].to_pylist(), *built.out.iterdir()):
-        Path(path).read_bytes()
-    kilobytes = float(manifest["size"].to_numpy().mean()) / 1e3
-    described = {"patches": len(manifest), "kilobytes": kilobytes, "left_out": built.quarantined, "drawn": given is None}
-    return Data(str(built.out), str(folder), described)
-
-
-def draw(work: Path, sizes: dict[str, Any], cores: int) -> Path:
-    """Unless they are there."""
-    patches = sizes["patches"]
-    distinct = min(_DISTINCT, patches)
-    return draw_images(work, patches=patches, size=sizes["image_size"], distinct=distinct, quality=_QUALITY, workers=cores)
 
 
 def one_run(name: str, task: Task, peers: Environment, work: Path, limit: float) -> dict[str, Any]:

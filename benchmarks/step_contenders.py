@@ -45,6 +45,7 @@ class Task:
     cores: int
     seconds: float
     steps: int
+    compile: bool | None = None  # as the stage has it: None is where it helps
 
 
 class Contender(NamedTuple):
@@ -81,6 +82,23 @@ def _synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def fresh_memory(device: str) -> None:
+    if device == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_gib(device: str) -> float | None:
+    """The most that tensors took since `fresh_memory`; None on a CPU."""
+    if device == "cuda":
+        import torch
+
+        return round(torch.cuda.max_memory_allocated() / 2**30, 3)
+    return None
+
+
 # ---- Ours ----
 
 
@@ -110,30 +128,46 @@ def loader(task: Task) -> dict[str, Any]:
 
 
 def model(task: Task) -> dict[str, Any]:
-    """Steps on one batch that lies on the device."""
-    from step_model import model_step
+    """Steps on one batch that lies on the device, computed as the stage computes them."""
+    import torch
+    from step_model import model_step, step_flops
 
-    step = model_step(
-        backbone=task.backbone,
-        image_size=task.image_size,
-        batch_size=task.batch_size,
-        device=task.device,
-        bf16=task.bf16,
-    )
-    return timed(itertools.repeat(None), lambda batch: step(), task) | {"data_wait": None}
+    from train.engine import arithmetic, compile_model
+
+    device = torch.device(task.device)
+    with arithmetic(device, deterministic=False):
+        training = model_step(
+            backbone=task.backbone,
+            image_size=task.image_size,
+            batch_size=task.batch_size,
+            device=task.device,
+            precision="bf16" if task.bf16 else "fp32",
+        )
+        flops = step_flops(training)
+        compiled = compile_model(training.net, task.compile, device)
+        fresh_memory(task.device)
+        found = timed(itertools.repeat(None), lambda batch: training.step(), task)
+    return found | {
+        "data_wait": None,
+        "flops_per_step": flops,
+        "compiled": compiled,
+        "gpu": torch.cuda.get_device_name() if task.device == "cuda" else None,
+        "peak_gib": peak_gib(task.device),
+    }
 
 
 def joint(task: Task) -> dict[str, Any]:
-    return _pretrained(task, workers=0)
+    return pretrained(task, workers=0)
 
 
 def ray(task: Task) -> dict[str, Any]:
     os.environ["RAY_ADDRESS"] = "local"  # whatever cluster this machine is part of
-    return _pretrained(task, workers=1)
+    return pretrained(task, workers=1)
 
 
-def _pretrained(task: Task, *, workers: int) -> dict[str, Any]:
-    """The stage as a user starts it. Its metrics' first row, which holds all that is done once, is left out."""
+def pretrained(task: Task, *, workers: int, **settings: Any) -> dict[str, Any]:
+    """The stage as a user starts it, with further settings of its config. Its metrics' first row, which holds all that is done
+    once, is left out."""
     from sharding.manifest import read_manifest
     from train.config import PretrainConfig
     from train.pretraining import pretrain
@@ -153,6 +187,7 @@ def _pretrained(task: Task, *, workers: int) -> dict[str, Any]:
         projection_dim=_PROJECTION,
         temperature=_TEMPERATURE,
         precision="bf16" if task.bf16 else "fp32",
+        compile=task.compile,
         workers=workers,
         threads=task.cores,
         log_every=row,
@@ -160,7 +195,8 @@ def _pretrained(task: Task, *, workers: int) -> dict[str, Any]:
         seed=SEED,
         storage=task.work,
     )
-    return summarise_rows(pretrain(config).metrics(), task.batch_size)
+    rows = pretrain(dataclasses.replace(config, **settings)).metrics()
+    return summarise_rows(rows, task.batch_size) | {"peak_gib": rows[-1].get("gpu_memory_gib")}
 
 
 def summarise_rows(rows: list[dict[str, Any]], batch_size: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ The environment sees the packages of the one that makes it, so that all run on t
 others' code and whatever else they want.
 """
 
+import importlib.metadata
 import os
 import site
 import subprocess
@@ -39,14 +40,17 @@ class Environment(NamedTuple):
 
 
 def environment_of(folder: str | None, names: Iterable[str]) -> Environment:
-    """The environment in the folder, made where it is not there, with the peers of these names. None: no peers.
+    """The environment in the folder, made where it is not there, with the peers of these names. None: those that are installed
+    beside the project, as on a host without a network they may be.
 
     A peer that cannot be installed is a line of the result, and no error: the others' figures are worth having.
     """
     names = [name for name in PEERS if name in names]
-    if folder is None:
-        return Environment(sys.executable, {}, dict.fromkeys(names, "not installed: --peers FOLDER does that"))
     os.environ["LIGHTLY_DID_VERSION_CHECK"] = "True"  # or it asks a server at every start
+    if folder is None:
+        here = {name: version for name in names if (version := _version_here(PEERS[name]))}
+        why = "not installed: --peers FOLDER does that"
+        return Environment(sys.executable, here, {name: why for name in names if name not in here})
     home = Path(folder).resolve()
     python, versions, missing = home / "bin" / "python", {}, {}
     for name in names:
@@ -57,6 +61,13 @@ def environment_of(folder: str | None, names: Iterable[str]) -> Environment:
         except RunFailed as error:
             missing[name] = f"not installed: {error}"
     return Environment(str(python), versions, missing)
+
+
+def _version_here(peer: Peer) -> str | None:
+    try:
+        return importlib.metadata.version(peer.package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _make(home: Path) -> None:

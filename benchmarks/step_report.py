@@ -27,6 +27,13 @@ RATIOS = (
     Ratio("joint", "simclr", "both together, as a multiple of Spijkervet's", 3.0),
 )
 DATA_WAIT = 0.02  # of ours, at most
+# By torch's name of it: floating-point operations per second in bf16, dense, by NVIDIA's data sheets
+PEAKS = {
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+}
 
 
 def summarise(runs: Runs) -> dict[str, dict[str, float | None]]:
@@ -61,6 +68,31 @@ def judge(runs: Runs) -> list[Record]:
     return [*found, {"text": text, "reached": wait, "enough": enough, "at_least": None, "at_most": DATA_WAIT}]
 
 
+def completed(record: Record) -> Record:
+    """The record with what is made of its runs, of which some may be missing."""
+    return record | {"summary": summarise(record["runs"]), "targets": judge(record["runs"])}
+
+
+class Utilisation(NamedTuple):
+    """Of the model alone. flops: floating-point operations per second, a multiply and an add being two; share: of what the
+    device could do at most (MFU, model FLOPs utilisation), None where that is not known; gpu: its name, None on a CPU."""
+
+    flops: float
+    share: float | None
+    gpu: str | None
+
+
+def utilisation(record: Record) -> Utilisation | None:
+    """The median over the rounds; None where the model alone was not measured."""
+    runs = record["runs"].get("model")
+    if not runs:
+        return None
+    flops = statistics.median(run["flops_per_step"] * run["steps"] / run["seconds"] for run in runs)
+    gpu = runs[-1]["gpu"]
+    peak = PEAKS.get(gpu) if record["timed"]["bf16"] else None
+    return Utilisation(flops, flops / peak if peak else None, gpu)
+
+
 # ---- Tables ----
 
 
@@ -74,6 +106,26 @@ def target_lines(record: Record) -> list[str]:
         )
         lines.append(f"{words[target['enough']]}: {target['text']}{reached}{wanted}")
     return lines + [f"{CONTENDERS[name].title}: {why}" for name, why in record["missing"].items()]
+
+
+def model_lines(record: Record) -> list[str]:
+    """How well the model alone uses the device, whether it was compiled, and the memory that it took."""
+    used = utilisation(record)
+    if used is None:
+        return []
+    run = record["runs"]["model"][-1]
+    speed = f"the model alone: {used.flops / 1e12:.3g} TFLOP/s"
+    if used.share is not None and used.gpu is not None:
+        speed += f", {used.share:.1%} of the {PEAKS[used.gpu] / 1e12:g} of the {used.gpu} in dense bf16 (MFU)"
+    elif used.gpu is not None:
+        speed += f"; no share of the peak (MFU): for the {used.gpu} in {_precision(record)} none is known here"
+    compiled = {True: "compiled", False: "not compiled"}.get(run["compiled"], f"not compiled ({run['compiled']})")
+    memory = "" if run["peak_gib"] is None else f"; {run['peak_gib']:.1f} GiB at most"
+    return [f"measured: {speed}; {compiled}{memory}"]
+
+
+def _precision(record: Record) -> str:
+    return "bf16" if record["timed"]["bf16"] else "float32"
 
 
 def table(record: Record) -> tuple[list[str], list[list[str]]]:
@@ -100,7 +152,7 @@ def text(record: Record) -> str:
     timed = record["timed"]
     return (
         f"{timed['backbone']} at {timed['image_size']} px, batch {timed['batch_size']}, on the {timed['device']} in"
-        f" {'bf16' if timed['bf16'] else 'float32'}. Views/s (two of each patch) of forward, backward and the optimiser's step,"
+        f" {_precision(record)}. Views/s (two of each patch) of forward, backward and the optimiser's step,"
         f" in the steady state: whole steps for at least {timed['seconds']:g} s after the first ones; a fresh process each time,"
         " the rounds interleaved. Data wait: the share of that time in which the next batch was not there. The others' loaders"
         " are torch's, with a process per core; nobody blurs."
@@ -108,9 +160,13 @@ def text(record: Record) -> str:
 
 
 def markdown(record: Record) -> str:
+    return "\n".join([*heading("A training step", record), *body(record), ""])
+
+
+def body(record: Record) -> list[str]:
+    """What follows the heading."""
     images = record["images"]
-    lines = [
-        *heading("A training step", record),
+    return [
         f"{images['patches']:,} {'drawn' if images['drawn'] else 'real'} patches of {images['kilobytes']:.1f} KB on average, in "
         "the page cache.",
         "",
@@ -118,5 +174,5 @@ def markdown(record: Record) -> str:
         "",
         *markdown_table(*table(record)),
         "",
+        *(f"- {line}" for line in [*target_lines(record), *model_lines(record)]),
     ]
-    return "\n".join([*lines, *(f"- {line}" for line in target_lines(record)), ""])

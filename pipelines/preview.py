@@ -25,12 +25,14 @@ from pipelines.mixture import Mixture, Part
 from pipelines.recipes import RECIPES, Recipe, describe_recipe, get_recipe
 from pipelines.reference import decode
 from pipelines.shards import ShardReader
+from pipelines.store import NotThere, RemoteFolder, is_url
 from pipelines.views import OPERATIONS, ViewParameters
 from sharding.command import option, required, run_script
 from sharding.manifest import class_names, fingerprint
 from sharding.selection import select
 
 _GAP, _CAPTION, _TITLE = 8, 38, 34  # pixels; a caption has three lines, a title two
+_MOST = 2**30  # bytes of a run.json, which is fetched in one request
 _CELL = 192  # pixels: the least width of an image's place, which is what the longest captions take
 
 
@@ -40,7 +42,7 @@ class PreviewConfig:
 
     out: str = required("the PNG to write")
     data: str | None = option(None, "folder or URL of the shard set")
-    run: str | None = option(None, "a run's folder instead, with --step: all else is taken from its record")
+    run: str | None = option(None, "a run's folder or URL instead, with --step: all else is taken from its record")
     step: int | None = option(
         None, "the training step to show, counted from 1 as in metrics.jsonl; default: no step, a few patches"
     )
@@ -192,7 +194,7 @@ def describe_patch(reader: ShardReader | Mixture, patch: int, passes: int) -> st
 
 
 def _sheet(reader, ids, views_VBCSS, parameters, *, recipe, passes=None, columns=1, title="", cell=_CELL):
-    views_VBHWC = _pixels(views_VBCSS, recipe)
+    views_VBHWC = view_pixels(views_VBCSS, recipe)
     enlarged = max(1, cell // views_VBHWC.shape[2])
     views_VBHWC = views_VBHWC.repeat(enlarged, axis=2).repeat(enlarged, axis=3)
     side = views_VBHWC.shape[2]
@@ -227,7 +229,7 @@ def _fitting(line: str, font, width: int) -> str:
     return shown
 
 
-def _pixels(views_VBCSS: torch.Tensor, recipe: Recipe) -> np.ndarray:
+def view_pixels(views_VBCSS: torch.Tensor, recipe: Recipe) -> np.ndarray:
     """(V, B, S, S, 3) uint8 of normalised views."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (recipe.mean, recipe.std))
     return (views_VBCSS * std + mean).clamp(0, 1).mul(255).round().byte().permute(0, 1, 3, 4, 2).numpy()
@@ -265,15 +267,15 @@ def read_training(run: str | Path) -> Training:
 
     Raises ValueError where there is no record, where it holds no training, and where its recipe is another one now.
     """
-    path = Path(run) / "run.json"
+    path = f"{run}/run.json"
     try:
-        record = json.loads(path.read_bytes())
+        record = json.loads(RemoteFolder(str(run)).read("run.json", 0, _MOST) if is_url(run) else Path(path).read_bytes())
         if "input" not in record:
             raise ValueError(f"{path} does not say what the run read, as an older version wrote it: give --data and its settings")
         if "batch_size" not in record["input"]:
             raise ValueError(f"{path}: this run took no training steps, its backbone stayed as it was; give a run that trained")
         return _training(str(run), record)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, NotThere):
         raise ValueError(f"{path}: no such file; give the folder of a run that train/ made") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: this file is damaged; copy it again, or give --data and the run's settings") from error

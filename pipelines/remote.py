@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedRandom
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import numpy as np
@@ -275,8 +276,9 @@ class RemoteSet:
             found = []
             for path in self.cache.glob("*/*"):
                 with suppress(FileNotFoundError):  # of a process without a limit, which does not take this lock
-                    if path.name != "dataset.json":
-                        found.append((path, path.stat()))
+                    stat = path.stat()
+                    if path.name != "dataset.json" and S_ISREG(stat.st_mode):  # folders are those of runs (train/mirror.py)
+                        found.append((path, stat))
             excess = sum(stat.st_size for _, stat in found) + needed - self.limit_bytes
             for path, stat in sorted(found, key=lambda each: each[1].st_atime_ns):
                 if excess > 0 and _remove(path):

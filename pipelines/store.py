@@ -1,4 +1,4 @@
-"""A folder at a URL: its files, read in parts through any fsspec driver, however slow or faulty the store.
+"""A folder at a URL: its files, read in parts and written whole through any fsspec driver, however slow or faulty the store.
 
 One policy for all stores: every request has a time-out, and one that failed is made again after a pause that doubles, because
 a store that is overloaded recovers only when its clients wait. So the drivers' own retries are turned off where they have any;
@@ -6,13 +6,16 @@ ours would multiply with them.
 """
 
 import asyncio
+import datetime
+import functools
 import random
 import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import fsspec
@@ -21,9 +24,14 @@ import fsspec
 _OPTIONS: dict[str, dict[str, Any]] = {
     "s3": {"config_kwargs": {"retries": {"total_max_attempts": 1}}},
     "http": {"headers": {"Accept-Encoding": "identity"}},
+    "file": {"auto_mkdir": True},
 }
 _OPTIONS["s3a"], _OPTIONS["https"] = _OPTIONS["s3"], _OPTIONS["http"]
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds
+_KEPT = ": what was fetched is kept"
+_SLOWEST = 2**20  # bytes per second: what is written slower than that counts as no answer
+# When a file was written, by whatever name a driver has for it.
+_TIMES = ("LastModified", "last_modified", "mtime", "updated", "modified", "created")
 
 
 class Interrupted(Exception):
@@ -32,6 +40,17 @@ class Interrupted(Exception):
 
 class NotThere(ValueError):
     """A file that the store does not have."""
+
+
+class _BeyondTheEnd(Exception):
+    pass
+
+
+class Stored(NamedTuple):
+    """A file at the store: its size in bytes, and when it was written, in nanoseconds since 1970; None where no one says."""
+
+    size: int
+    written_ns: int | None
 
 
 class RemoteFolder:
@@ -56,7 +75,9 @@ class RemoteFolder:
         self.url, self.tries, self.timeout = url.rstrip("/"), tries, timeout
         try:
             # A driver of our own: a cached one has the credentials of whoever asked first.
-            self._fs, path = fsspec.url_to_fs(self.url, skip_instance_cache=True, **_OPTIONS.get(scheme, {}))
+            # A listing is asked for anew each time: others write there too.
+            settings = {"skip_instance_cache": True, "use_listings_cache": False} | _OPTIONS.get(scheme, {})
+            self._fs, path = fsspec.url_to_fs(self.url, **settings)
         except ImportError as error:
             raise ValueError(f"{self.url}: the driver of {scheme}:// is not installed ({error}): install it with pip") from error
         except ValueError as error:
@@ -77,31 +98,50 @@ class RemoteFolder:
         Raises NotThere; ValueError, naming the file and the last error, where the file may not be read or every try failed;
         Interrupted, see below.
         """
-        for attempt in range(self.tries):
-            try:
-                data = self._request(f"{self._path}/{name}", start, stop)
-            except Exception as error:  # drivers have exceptions of many kinds
-                if self._interrupt.is_set():
-                    raise Interrupted from error
-                status = _http_status(error)
-                if status == 416:  # range not satisfiable: it starts at the file's end or beyond
-                    return b""
-                if isinstance(error, FileNotFoundError):
-                    raise NotThere(f"{self.url}/{name} is not there ({_said(error)})") from error
-                if isinstance(error, PermissionError) or status in (401, 403) or "Credentials" in type(error).__name__:
-                    raise ValueError(
-                        f"{self.url}/{name} may not be read ({_said(error)}): give the driver credentials that may, by the "
-                        "environment or its own files (for s3://, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)"
-                    ) from error
-                if attempt + 1 == self.tries:
-                    raise ValueError(
-                        f"{self.url}/{name} cannot be read: {self.tries} tries failed, the last with {_said(error)}; see whether "
-                        "the store is up and reachable from here, and start again: what was fetched is kept"
-                    ) from error
-                self._pause(attempt)
-            else:
-                return data[start:] if len(data) > stop - start else data
-        raise AssertionError
+        try:
+            data = self._tried(name, "read", "cat_file", f"{self._path}/{name}", start=start, end=stop)
+        except _BeyondTheEnd:
+            return b""
+        return data[start:] if len(data) > stop - start else data
+
+    def write(self, name: str, source: bytes | Path) -> None:
+        """Put bytes, or a local file as it is now, in place of what has this name: all of it or, whatever happens, nothing.
+
+        The store has to put whole objects, as s3, gcs and abfs do; file:// is made to. Raises as `read` does; FileNotFoundError
+        for a local file that is not there.
+        """
+        path = f"{self._path}/{name}"
+        size = len(source) if isinstance(source, bytes) else source.stat().st_size
+        put = functools.partial(self._tried, name, "written", timeout=self.timeout + size / _SLOWEST)
+        # A plain copy into a folder can be seen half done.
+        local = getattr(self._fs, "local_file", False)
+        target = "{}/.{}.partial".format(*path.rsplit("/", 1)) if local else path
+        if isinstance(source, bytes):
+            put("pipe_file", target, source)
+        else:
+            put("put_file", str(source), target)
+        if local:
+            self._tried(name, "written", "mv", target, path)
+
+    def names(self, under: str = "") -> dict[str, Stored]:
+        """The files of the folder, or of a folder in it, with all that are below; none where there is no such folder.
+
+        Raises as `read` does.
+        """
+        try:
+            found = self._tried(under, "listed", "find", f"{self._path}/{under}".rstrip("/"), detail=True)
+        except NotThere:
+            return {}
+        # Drivers differ in whether paths begin with a slash.
+        start = len(self._path.strip("/")) + 1
+        return {path.strip("/")[start:]: Stored(info["size"], _written_ns(info)) for path, info in found.items() if info}
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there. Raises as `read` does."""
+        try:
+            self._tried(name, "removed", "rm_file", f"{self._path}/{name}")
+        except NotThere:
+            return
 
     @contextmanager
     def interrupted(self) -> Iterator[None]:
@@ -121,17 +161,47 @@ class RemoteFolder:
         if self._interrupt.is_set():
             raise Interrupted
 
-    def _request(self, path: str, start: int, stop: int) -> bytes:
+    def _tried(self, name: str, done: str, method: str, *args: Any, timeout: float | None = None, **settings: Any) -> Any:
+        """What the driver's method returns, tried as often as the policy has it. done: what was wanted of the file, in a word."""
+        place = f"{self.url}/{name}".rstrip("/")
+        for attempt in range(self.tries):
+            try:
+                return self._request(method, *args, timeout=timeout or self.timeout, **settings)
+            except Exception as error:  # drivers have exceptions of many kinds
+                if self._interrupt.is_set():
+                    raise Interrupted from error
+                status = _http_status(error)
+                if status == 416:  # range not satisfiable: it starts at the file's end or beyond
+                    raise _BeyondTheEnd from error
+                if isinstance(error, FileNotFoundError):
+                    hint = ": see whether the bucket is there" if done == "written" else ""
+                    raise NotThere(f"{place} is not there ({_said(error)}){hint}") from error
+                if isinstance(error, NotImplementedError):
+                    raise ValueError(f"{place} cannot be {done}: the driver of this store cannot do that; use s3://") from error
+                if isinstance(error, PermissionError) or status in (401, 403) or "Credentials" in type(error).__name__:
+                    raise ValueError(
+                        f"{place} may not be {done} ({_said(error)}): give the driver credentials that may, by the "
+                        "environment or its own files (for s3://, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)"
+                    ) from error
+                if attempt + 1 == self.tries:
+                    raise ValueError(
+                        f"{place} cannot be {done}: {self.tries} tries failed, the last with {_said(error)}; see whether "
+                        f"the store is up and reachable from here, and start again{_KEPT if done == 'read' else ''}"
+                    ) from error
+                self._pause(attempt)
+        raise AssertionError
+
+    def _request(self, method: str, *args: Any, timeout: float, **settings: Any) -> Any:
         if not self._fs.async_impl:
-            return self._fs.cat_file(path, start=start, end=stop)
-        request = asyncio.run_coroutine_threadsafe(self._fs._cat_file(path, start=start, end=stop), self._fs.loop)
+            return getattr(self._fs, method)(*args, **settings)
+        request = asyncio.run_coroutine_threadsafe(getattr(self._fs, f"_{method}")(*args, **settings), self._fs.loop)
         self._running.add(request)
         try:
             if self._interrupt.is_set():
                 raise Interrupted
-            return request.result(self.timeout)
+            return request.result(timeout)
         except TimeoutError as error:
-            raise TimeoutError(f"no answer within {self.timeout:g} s") from error
+            raise TimeoutError(f"no answer within {timeout:g} s") from error
         finally:
             request.cancel()  # does nothing to one that has ended
             self._running.discard(request)
@@ -148,6 +218,16 @@ def _http_status(error: BaseException) -> int | None:
     if isinstance(response, dict):
         return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     return getattr(error, "status", None)
+
+
+def _written_ns(info: dict[str, Any]) -> int | None:
+    """When a file was written, from what a driver says of it: a datetime, seconds, or a text as of ISO 8601."""
+    time = next((info[name] for name in _TIMES if info.get(name) is not None), None)
+    if isinstance(time, str):
+        time = datetime.datetime.fromisoformat(time)
+    if isinstance(time, datetime.datetime):
+        time = time.timestamp()
+    return None if time is None else round(time * 10**9)
 
 
 def _said(error: BaseException) -> str:

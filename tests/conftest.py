@@ -29,19 +29,19 @@ def small_set(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def ray_here():
-    """One Ray of our own for the whole run, whatever else runs on this machine."""
-    before = os.environ.get("RAY_ADDRESS")
-    os.environ["RAY_ADDRESS"] = "local"
-    from train.workers import connect
+    """One Ray of our own for the whole run, whatever else runs on this machine. It takes itself to have three cores, each for
+    one thread."""
+    settings = {"RAY_ADDRESS": "local", "RAY_OVERRIDE_RESOURCES": '{"CPU": 3}', "OMP_NUM_THREADS": "1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        from train.workers import connect
 
-    connect()
-    import ray
+        connect()
+        import ray
 
-    yield ray
-    ray.shutdown()
-    del os.environ["RAY_ADDRESS"]
-    if before is not None:
-        os.environ["RAY_ADDRESS"] = before
+        yield ray
+        ray.shutdown()
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "train": {"sharding", "models", "pipelines"},
     "tune": {"sharding", "models", "pipelines", "train"},
 }
-INNER = {"sharding/sources", "sharding/images", "sharding/splits"}  # rooms of a folder, under its rule
+INNER = {"sharding/sources", "sharding/images", "sharding/splits", "train/sections"}  # rooms of a folder, under its rule
 # Outside packages that are the business of few modules, by their dotted prefix.
 ONLY_IN = {
     "ray": {"train.workers", "tune.stages"},
@@ -35,6 +35,7 @@ SCRIPTS = (
     "pipelines/preview.py",
     "train/pretrain.py",
     "train/evaluate.py",
+    "train/embed.py",
     "train/report.py",
     "tune/grid.py",
 )

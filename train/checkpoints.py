@@ -97,8 +97,8 @@ def saying_where(folder: str | Path) -> Iterator[None]:
         ) from error
 
 
-def keep_newest(checkpoints: Path, step: int, write: Callable[[Path], None]) -> None:
-    """Write a checkpoint under checkpoints/step-NUMBER, whole or not at all, and remove the others."""
+def keep_newest(checkpoints: Path, step: int, write: Callable[[Path], None]) -> Path:
+    """Write a checkpoint under checkpoints/step-NUMBER, whole or not at all, and remove the others. Returns that folder."""
     partial, final = checkpoints / f".step-{step:09d}.partial", checkpoints / f"step-{step:09d}"
     with saying_where(checkpoints):
         try:
@@ -113,6 +113,12 @@ def keep_newest(checkpoints: Path, step: int, write: Callable[[Path], None]) -> 
             raise
     for old in sorted(checkpoints.glob("step-*"))[:-1]:
         shutil.rmtree(old)
+    return final
+
+
+def newest_in(checkpoints: Path) -> str | None:
+    """The name of the newest one; None where there is none."""
+    return max((path.name for path in checkpoints.glob("step-*")), default=None)
 
 
 @contextlib.contextmanager

@@ -25,8 +25,13 @@ _WORKERS = (
     "Ray Train workers (one GPU each where there are GPUs); LEAST:MOST, such as 2:8 (in YAML with quotes), for as many as the"
     " cluster has at a time; 0: in this process, without Ray"
 )
+_GPUS = (
+    "GPUs of each worker: 1, 0 to train on CPUs, or a part of one (0.25) that leaves the rest to other runs; default: 1 where"
+    " there are GPUs"
+)
+_CPUS = "cores of each worker; 0: an equal share of all, so that one run fills the cluster"
 _THREADS = "threads that decode and augment, per worker; 0: the worker's share of the cores"
-_STORAGE = "folder for runs; on a cluster one that all nodes share"
+_STORAGE = "folder for runs, on a cluster one that all nodes share; or a URL that the driver can write to (s3://bucket/runs)"
 _PRECISION = "numbers of the forward and backward pass: bf16 is autocast, fp64 is for tests"
 _AUTO_PRECISION = _PRECISION + "; auto is bf16 where the GPUs have it, else fp32, and what a run began with when it goes on"
 _OPTIMIZER = "lars as in SimCLR, adam, adamw or sgd (momentum 0.9)"
@@ -85,6 +90,8 @@ class PretrainConfig:
     precision: Literal["auto", "fp32", "bf16", "fp64"] = option("auto", _AUTO_PRECISION)
     seed: int = option(42, _SEED)
     workers: WorkerRange | int = option(1, _WORKERS, identity=False)  # type: ignore[valid-type]
+    gpus_per_worker: float | None = option(None, _GPUS, identity=False)
+    cpus_per_worker: int = option(0, _CPUS, identity=False)
     threads: int = option(0, _THREADS, identity=False)
     compile: bool | None = option(None, "torch.compile the model; default: on a GPU where the compiler works", identity=False)
     channels_last: bool | None = option(None, "channels last in memory; default: on a GPU", identity=False)
@@ -118,10 +125,12 @@ class EvaluateConfig:
         "a run's name or folder, a weights file, scratch, imagenet, or (for --mode supervised) a timm model name",
         identity=False,
     )
-    mode: Literal["linear", "finetune", "supervised"] = option(
-        "linear", "linear: a classifier on frozen features; finetune: train all; supervised: train all from random weights"
+    mode: Literal["linear", "knn", "finetune", "supervised"] = option(
+        "linear",
+        "linear: a classifier on frozen features; knn: the nearest neighbours of frozen features vote; finetune: train all;"
+        " supervised: train all from random weights",
     )
-    name: str | None = option(None, "the run's name; default: made from backbone, mode, fraction and seed", identity=False)
+    name: str | None = option(None, "the run's name; default: made from backbone, mode, fractions and seeds", identity=False)
     architecture: str | None = option(
         None,
         "timm model name, where --backbone does not say what it is: scratch, imagenet, a file without a card",
@@ -129,23 +138,71 @@ class EvaluateConfig:
     )
     split: str = option("train", "the split whose labels are used")
     test_split: str = option("test", "the split to judge on")
-    fraction: float = option(1.0, "share of the labels to use, 0 to 1 (5 %% lies inside 50 %%)")
+    validation_split: str | None = option(None, "a split to choose on, instead of a share of the labels")
+    resplit: str | None = option(
+        None, "cut the set anew instead of using its own splits, such as train=0.7,validation=0.15,test=0.15; by --seed"
+    )
+    group_aware: bool = option(False, "whole groups (slides, patients) on one side of --resplit and of the validation share")
+    duplicates: Literal["together", "apart"] = option(
+        "together", "exact copies of an image: on one side of --resplit and of the validation share, or apart if it so happens"
+    )
+    classes: list[str] = option([], "only these classes; default: all")
+    leave_out: list[str] = option([], "all classes but these")
+    fraction: list[float] = option([1.0], "shares of the labels to use, each judged, 0 to 1 (5 %% lies inside 50 %%)")
+    cap: int | None = option(None, "at most so many labels of each class")
     balance: bool = option(False, "cut every class to the size of the smallest")
-    validation: float = option(0.2, "share of the used labels that the regularisation is chosen on (linear)")
+    validation: float = option(0.2, "share of the used labels that is chosen on: the regularisation, the best epoch")
+    seeds: int = option(1, "so many seeds, from --seed on; the mean and the deviation over them are told")
+    protocol: Literal["lbfgs", "adam", "sgd"] = option(
+        "lbfgs",
+        "how a linear classifier learns: lbfgs to convergence with the decay that does best on the validation part; adam (3e-4,"
+        " batch 64, 100 epochs) or sgd (0.2, batch 256, early stopping), with the weights of the best validation loss",
+    )
+    head: Literal["linear", "mlp"] = option("linear", "for --protocol adam and sgd: a linear layer, or two with ReLU between")
+    neighbours: int = option(20, "neighbours that vote (knn)")
     image_size: int | None = option(None, _IMAGE_SIZE + "; default: the backbone's own")
     batch_size: int = option(64, _BATCH + " (finetune and supervised)")
     optimizer: Optimizer = option("adam", _OPTIMIZER)
     learning_rate: float | None = option(None, "peak learning rate; default 1e-3 for supervised, 1e-4 for finetune")
     schedule: Schedule = option("cosine", _SCHEDULE)
     weight_decay: float = option(1e-4, "decay of weights; biases and norms have none")
-    epochs: int = option(50, "passes over the used labels (finetune and supervised)")
+    epochs: int = option(50, "passes over the used labels, at most (finetune and supervised)")
+    patience: int = option(
+        10, "epochs without a lower validation loss after which training ends (finetune and supervised); 0: never"
+    )
     warmup_epochs: float = option(1.0, _WARMUP)
     precision: Precision = option("fp32", _PRECISION)
     seed: int = option(42, _SEED + ", and of which labels are used")
+    draws: int = option(1000, "draws of the bootstrap by group that the intervals come from")
     workers: WorkerRange | int = option(0, _WORKERS, identity=False)  # type: ignore[valid-type]
+    gpus_per_worker: float | None = option(None, _GPUS, identity=False)
+    cpus_per_worker: int = option(0, _CPUS, identity=False)
     threads: int = option(0, _THREADS, identity=False)
     log_every: int = option(10, "steps between two rows of metrics.jsonl", identity=False)
     max_failures: int = option(3, "how often Ray may restart the workers from the last checkpoint", identity=False)
+    cache_gib: float | None = option(None, _CACHE, identity=False)
+    storage: str = option("runs", _STORAGE, identity=False)
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    """A backbone's features of a set."""
+
+    data: str = required(_DATA, identity=False)
+    backbone: str = required("a run's name or folder, a weights file, scratch, or imagenet", identity=False)
+    out: str = required("the folder to write; one that was begun goes on", identity=False)
+    architecture: str | None = option(
+        None,
+        "timm model name, where --backbone does not say what it is: scratch, imagenet, a file without a card",
+        identity=False,
+    )
+    split: str | None = option(None, "only this split; default: all patches")
+    image_size: int | None = option(None, _IMAGE_SIZE + "; default: the backbone's own")
+    seed: int = option(42, "seed of the weights of --backbone scratch")
+    workers: WorkerRange | int = option(0, _WORKERS, identity=False)  # type: ignore[valid-type]
+    gpus_per_worker: float | None = option(None, _GPUS, identity=False)
+    cpus_per_worker: int = option(0, _CPUS, identity=False)
+    threads: int = option(0, _THREADS, identity=False)
     cache_gib: float | None = option(None, _CACHE, identity=False)
     storage: str = option("runs", _STORAGE, identity=False)
 

@@ -1,51 +1,33 @@
-"""The judging stages: the linear protocol, fine-tuning, and the supervised baseline."""
+"""The judging stages: the linear protocol, nearest neighbours, fine-tuning, and the supervised baseline."""
 
-import functools
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-import torch
 
-from models.backbones import build_backbone
-from models.heads import LinearHead
-from models.weights import apply_init, load_backbone_weights
 from pipelines.recipes import describe_recipe, get_recipe
 from pipelines.shards import ShardReader
-from sharding.manifest import class_names, fingerprint
+from sharding.manifest import fingerprint
 from sharding.selection import select
 from train.config import EvaluateConfig
-from train.features import compute_features, frozen_features
-from train.heads_fit import fit_with_validation
+from train.exhibits import leave_exhibits
+from train.feature_pass import FeaturePass, On
+from train.finetuning import Start, batch_size_of, check_training, train_cell
+from train.frozen import built_backbone, features_of, judge_frozen
 from train.inputs import Input, SetInput, gib, open_set, place_of
-from train.loop import HEAD_NAME, Job
+from train.intervals import FEW_UNITS
+from train.judging import Cell, judged, summary_lines, write_predictions
+from train.labels import LabelledSet, Labels, choose_labels, labelled_set, split_rule, validation_split, warnings_of
 from train.methods import Supervised
-from train.metrics import TITLES, score
+from train.mirror import storage_here
 from train.parents import Parent, resolve_init
-from train.progress import follow
-from train.provenance import learnt_before, leave_record, look_for
+from train.provenance import learnt_before, look_for
+from train.recorder import write_scalars
 from train.report import write_report
-from train.runs import Run, Stage, find_run, identity, replacing
-from train.starting import describe_model, describe_rate
-from train.workers import run_job
+from train.runs import Run, Stage, find_run, identity, open_run
 
-_PEAKS = {"supervised": 1e-3, "finetune": 1e-4}
-
-
-@dataclass(frozen=True)
-class Labels:
-    """Which patches are learnt from and judged on. used: (n,) ids; held_out: (n,) bool, the validation part of them; test:
-    ids; labels: by patch id."""
-
-    classes: list[str]
-    used: np.ndarray
-    held_out: np.ndarray
-    test: np.ndarray
-    labels: np.ndarray
+TRAINED = ("finetune", "supervised")
 
 
 def evaluate(config: EvaluateConfig) -> Run:
@@ -58,209 +40,212 @@ def evaluate(config: EvaluateConfig) -> Run:
         return _evaluate(config, reader)
 
 
+def stage_of(config: EvaluateConfig) -> Stage:
+    """What `evaluate` would run, without anything being run or written.
+
+    Raises ValueError as `evaluate` does for flags and backbones that do not fit.
+    """
+    _check(config)
+    with open_set(config.data, gib(config.cache_gib)) as reader:
+        return _stage(config, _start(config), fingerprint(reader.folder))
+
+
+def _stage(config: EvaluateConfig, start: Start, data: str) -> Stage:
+    settled = identity(config) | {"image_size": start.image_size, "architecture": start.architecture}
+    return Stage(config.mode, settled, data, start.parent.key)
+
+
 def _evaluate(config: EvaluateConfig, reader: ShardReader) -> Run:
-    selection = {"split": config.split, "fraction": config.fraction, "balance": config.balance, "seed": config.seed}
-    chosen = _choose(config, reader, selection)
-    parent, architecture, image_size = _backbone(config)
-    learnt = Input((SetInput(place_of(config.data), fingerprint(reader.folder), chosen.used),), cache_bytes=gib(config.cache_gib))
-    run = Run(Path(config.storage) / (config.name or _default_name(config, parent, architecture)))
-    settled = identity(config) | {"image_size": image_size, "architecture": architecture}
-    stage = Stage(config.mode, settled, learnt.fingerprint, parent.key)
-    trains = config.mode != "linear"
-    batch_size = _checked_batch(config, learnt.patches) if trains else None
-    recipe = Supervised.recipe_name if trains else "eval"
-    reads = learnt.describe(selection=selection, recipe=recipe, image_size=image_size, seed=config.seed, batch_size=batch_size)
-    if not run.begin(stage, config, reads):
-        print(f"{run.name}: finished already, {run.folder}", flush=True)
+    _check(config)
+    known = labelled_set(config, reader)
+    chosen = [
+        (fraction, seed, choose_labels(config, reader, known, fraction=fraction, seed=seed))
+        for fraction in config.fraction
+        for seed in range(config.seed, config.seed + config.seeds)
+    ]
+    start = _start(config)
+    data = SetInput(place_of(config.data), fingerprint(reader.folder), np.arange(len(reader)))
+    run = open_run(config.storage, config.name or _default_name(config, start))
+    stage = _stage(config, start, data.fingerprint)
+    if not run.begin(stage, config, _reads(config, data, start, chosen[0][2])):
+        print(f"{run.name}: finished already, {run.place}", flush=True)
         return run
+    amounts = " / ".join(f"{len(each.used):,}" for _, seed, each in chosen if seed == config.seed)
     print(
-        f"{run.name}: {config.mode} of {architecture} on {len(chosen.used):,} labels ({config.fraction:.0%} of {config.split})"
-        f" of {config.data}, judged on {len(chosen.test):,} patches",
+        f"{run.name}: {config.mode} of {start.architecture} on {amounts} labels of {config.data}"
+        f" ({config.seeds} seed{'s' * (config.seeds > 1)}), judged on {len(chosen[0][2].test):,} patches",
         flush=True,
     )
-    before = look_for(learnt_before(parent), reader, chosen.test)
-    started = time.monotonic()
-    if batch_size is None:
-        probabilities, extra = _linear(config, reader, chosen, parent, architecture, image_size)
-        device = "CPU"
+    before = look_for(learnt_before(start.parent), reader, np.unique(np.concatenate([each.test for *_, each in chosen])))
+    began = time.monotonic()
+    if config.mode in TRAINED:
+        cells, shown, extra, device = _trained(config, known, data, start, run, stage, chosen)
     else:
-        leave_record(run.folder, kind=config.mode, learnt=learnt, parent=parent)
-        job = _job(config, chosen, learnt, parent, architecture, image_size, batch_size, run, stage)
-        probabilities, extra, device = _trained(config, reader, chosen, job, run)
-    figures = score(probabilities, chosen.labels[chosen.test])
-    _write_predictions(run.folder / "predictions.parquet", reader, chosen, probabilities)
+        cells, shown, extra, device = _frozen(config, reader, known, data, start, chosen)
+    write_predictions(run.folder, reader, known, cells)
+    first = _first_of_most(cells)
+    test_features, known_features, known_ids = shown(first)
+    leave_exhibits(
+        run.folder,
+        reader,
+        test=first.labels.test,
+        test_features=test_features,
+        known=known_ids,
+        known_features=known_features,
+        labels=known.labels,
+        probabilities=first.probabilities,
+        seed=config.seed,
+    )
+    figures = judged(known, cells, draws=config.draws)
     result = {
         "kind": config.mode,
         "key": stage.key,
-        "chain": parent.chain,
-        "architecture": architecture,
-        "classes": chosen.classes,
-        "labels": len(chosen.used),
-        "test_patches": len(chosen.test),
-        "split_rule": f"{config.fraction:.0%} of split {config.split!r}, judged on split {config.test_split!r}",
+        "chain": start.parent.chain,
+        "architecture": start.architecture,
+        "classes": known.classes,
+        "split_rule": split_rule(config),
         "recipe": describe_recipe(get_recipe("eval")),
-        "warnings": [*before.warnings, *_warnings(reader, chosen)],
+        "warnings": [*before.warnings, *warnings_of(known, [each for *_, each in chosen]), *_few(figures["summary"])],
         "notes": before.notes,
-        "metrics": figures,
+        **extra,
+        **figures,
     }
-    run.finish(result | extra, wall_seconds=time.monotonic() - started, device=device)
+    write_scalars(run, _scalars(figures["summary"]))
+    run.finish(result, wall_seconds=time.monotonic() - began, device=device)
     report = write_report([run], run.folder / "report.html")
-    shown = ", ".join(f"{TITLES[name]} {figures[name]:.3f}" for name in ("accuracy", "balanced_accuracy"))
-    print(f"{run.name}: {shown}, {report}", flush=True)
+    run.publish()
+    for line in [*(f"warning: {text}" for text in result["warnings"]), *summary_lines(figures["summary"]), f"{report}"]:
+        print(f"{run.name}: {line}", flush=True)
     return run
 
 
-def _choose(config: EvaluateConfig, reader: ShardReader, selection: dict[str, Any]) -> Labels:
-    classes = class_names(reader.folder)
-    if len(classes) < 2:
-        raise ValueError(f"{config.data} has {len(classes)} classes: judging needs labels of at least two (build with {{class}})")
-    if config.split == config.test_split:
-        raise ValueError(f"--split and --test-split are both {config.split!r}: a backbone is not judged on what it learnt from")
-    choose = functools.partial(select, reader.manifest, **selection)
-    used, held_out = choose(), choose(validation=config.validation, part="validation")
-    test = select(reader.manifest, split=config.test_split)
-    labels = reader.labels
-    for name, ids in ((config.split, used), (config.test_split, test)):
-        if (labels[ids] < 0).any():
-            raise ValueError(f"{config.data}: split {name!r} has patches without a label")
-    if len(np.unique(labels[used])) < 2:
-        raise ValueError(f"{config.data}: the used labels of split {config.split!r} are all of one class")
-    if len(held_out) in (0, len(used)):
-        raise ValueError(f"--validation {config.validation:g} of {len(used)} labels leaves one part empty: use more labels")
-    return Labels(classes, used, np.isin(used, held_out), test, labels)
+def _check(config: EvaluateConfig) -> None:
+    if config.seeds < 1:
+        raise ValueError(f"--seeds {config.seeds}: give at least 1")
+    if len(set(config.fraction)) < len(config.fraction) or not config.fraction:
+        raise ValueError(f"--fraction {' '.join(f'{each:g}' for each in config.fraction)}: give each share once")
+    if config.draws < 1:
+        raise ValueError(f"--draws {config.draws}: give at least 1")
+    if config.neighbours < 1:
+        raise ValueError(f"--neighbours {config.neighbours}: give at least 1")
+    if config.head != "linear" and (config.mode != "linear" or config.protocol == "lbfgs"):
+        raise ValueError(f"--head {config.head} is for --mode linear with --protocol adam or sgd: its loss has many minima")
+    if config.mode in TRAINED:
+        check_training(config)
 
 
-def _backbone(config: EvaluateConfig) -> tuple[Parent, str, int]:
+def _start(config: EvaluateConfig) -> Start:
     """What the weights come from, the architecture and the image size."""
-    if config.mode == "supervised":
+    if config.mode == "supervised" and config.backbone != "imagenet":
         run = find_run(config.backbone, config.storage)
         card = resolve_init(config.backbone, config.storage).card if run else {}
-        return Parent("scratch", "scratch", [], {}), card.get("backbone", config.backbone), _size(config, card)
+        return Start(Parent("scratch", "scratch", [], {}), card.get("backbone", config.backbone), _size(config, card))
     parent = resolve_init(config.backbone, config.storage)
     architecture = config.architecture or parent.card.get("backbone")
     if architecture is None:
         raise ValueError(f"{config.backbone} has no model card that says what it is: give --architecture, a timm model name")
-    return parent, architecture, _size(config, parent.card)
+    return Start(parent, architecture, _size(config, parent.card))
 
 
 def _size(config, card):
     return config.image_size or card.get("image_size") or 224
 
 
-def _default_name(config, parent, architecture):
-    origin = parent.run.name if parent.run else architecture
-    return f"{origin}-{config.mode}-{config.fraction:g}-seed{config.seed}"
+def _default_name(config, start):
+    origin = start.parent.run.name if start.parent.run else start.architecture
+    seeds = f"seed{config.seed}" if config.seeds == 1 else f"seeds{config.seed}-{config.seed + config.seeds - 1}"
+    return f"{origin}-{config.mode}-{'+'.join(f'{each:g}' for each in config.fraction)}-{seeds}"
 
 
-def _linear(config, reader, chosen, parent, architecture, image_size):
-    torch.manual_seed(config.seed)  # --backbone scratch: random weights, the same ones every time
-    backbone = build_backbone(architecture, image_size)
-    lines = apply_init(backbone, architecture, parent.source)
-    whole_split = select(reader.manifest, split=config.split)  # so that every fraction and seed finds the same file
-    features = {
-        name: frozen_features(
-            backbone,
-            reader,
-            ids,
-            recipe=get_recipe("eval"),
-            image_size=image_size,
-            cache=Path(config.storage) / ".features",
-            threads=config.threads or None,
-            title=f"features of {name}",
-        )
-        for name, ids in {"train": whole_split, "test": chosen.test}.items()
-    }
-    rows = np.searchsorted(whole_split, chosen.used)
-    head, losses = fit_with_validation(
-        features["train"][rows], chosen.labels[chosen.used], chosen.held_out, classes=len(chosen.classes)
-    )
-    extra = {"init": lines, "decay": head.decay, "validation_log_loss": {f"{decay:g}": loss for decay, loss in losses.items()}}
-    return head.probabilities(features["test"]), extra
-
-
-def _checked_batch(config: EvaluateConfig, labels: int) -> int:
-    if config.batch_size < 1:
-        raise ValueError(f"--batch-size {config.batch_size}: a batch needs at least 1 patch")
-    if config.learning_rate is not None and not config.learning_rate > 0:
-        raise ValueError(f"--learning-rate {config.learning_rate:g}: give a rate above 0, or leave it out for the default")
-    return min(config.batch_size, labels)
-
-
-def _job(config, chosen, learnt, parent, architecture, image_size, batch_size, run, stage):
-    return Job(
-        folder=run.folder,
-        input=learnt,
-        method=Supervised(classes=len(chosen.classes)),
-        backbone=architecture,
-        init=parent.source,
-        image_size=image_size,
-        batch_size=batch_size,
-        epochs=config.epochs,
-        optimizer=config.optimizer,
-        peak_learning_rate=_PEAKS[config.mode] if config.learning_rate is None else config.learning_rate,
-        weight_decay=config.weight_decay,
-        warmup_epochs=min(config.warmup_epochs, config.epochs / 10),
-        schedule=config.schedule,
-        precision=config.precision,
+def _reads(config, data, start, chosen: Labels) -> dict[str, Any]:
+    """What run.json says of the first cell's input."""
+    learnt = Input((SetInput(data.shards, data.fingerprint, chosen.learnt),), cache_bytes=gib(config.cache_gib))
+    trains = config.mode in TRAINED
+    return learnt.describe(
+        selection=chosen.selection,
+        recipe=Supervised.recipe_name if trains else "eval",
+        image_size=start.image_size,
         seed=config.seed,
-        threads=config.threads,
-        compile=False,
-        log_every=config.log_every,
-        checkpoint_every=0,
-        max_failures=config.max_failures,
-        card={"method": config.mode, "chain": [*parent.chain, f"{config.mode} on {learnt.name}"], "key": stage.key},
+        batch_size=batch_size_of(config, chosen) if trains else None,
     )
 
 
-def _trained(config, reader, chosen, job, run):
-    model = describe_model(
-        job.method, backbone=job.backbone, image_size=job.image_size, init=job.init, weight_decay=job.weight_decay
-    )
-    for line in [*model, describe_rate(job)]:
-        print(f"{run.name}: {line}", flush=True)
-    with follow(run, steps=job.steps, title=run.name, starting="starting"):
-        device = run_job(job, config.workers)
-    backbone = build_backbone(job.backbone, job.image_size)
-    load_backbone_weights(backbone, run.folder)
-    head = LinearHead(int(backbone.num_features), len(chosen.classes))  # type: ignore[arg-type]
-    head.load_state_dict(torch.load(run.folder / HEAD_NAME, weights_only=True, map_location="cpu"))
-    features = compute_features(
-        backbone,
-        reader,
-        chosen.test,
-        recipe=get_recipe("eval"),
-        image_size=job.image_size,
-        title="predictions",
-        threads=job.threads or None,
-    )
-    with torch.no_grad():
-        probabilities = torch.softmax(head(torch.from_numpy(features)).double(), dim=1).numpy()
-    return probabilities, {"batch_size": job.batch_size, "steps": job.steps}, device
+def _frozen(config, reader, known, data, start, chosen):
+    """The cells; what is shown of one; what the result says besides; the device."""
+    on = On(config.workers, config.gpus_per_worker, config.cpus_per_worker, config.threads or None)
+    backbone, init = built_backbone(start.architecture, start.image_size, start.parent.source, config.seed)
+    what = FeaturePass(backbone, data.shards, data.fingerprint, "eval", start.image_size, gib(config.cache_gib))
+    splits = _whole_splits(config, reader, known)
+    features = features_of(what, splits, len(reader), on, storage_here(config.storage) / ".features")
+    cells = judge_frozen(config, features, known.labels, len(known.classes), chosen)
+
+    def shown(cell: Cell):
+        of = [features.values[features.of(ids)] for ids in (cell.labels.test, cell.labels.used)]
+        return *of, cell.labels.used
+
+    return cells, shown, {"init": init}, "CPU" if on.workers == 0 else f"{on.workers} workers"
 
 
-def _write_predictions(path: Path, reader: ShardReader, chosen: Labels, probabilities: np.ndarray) -> None:
-    rows = reader.manifest.select(["id", "key", "group"]).take(pa.array(chosen.test))
-    flat = pa.array(probabilities.ravel())
-    table = (
-        rows.append_column("label", pa.array(chosen.labels[chosen.test]))
-        .append_column("prediction", pa.array(probabilities.argmax(1)))
-        .append_column("probabilities", pa.FixedSizeListArray.from_arrays(flat, probabilities.shape[1]))
-    )
-    with replacing(path) as partial:
-        pq.write_table(table, partial)
+def _whole_splits(config: EvaluateConfig, reader: ShardReader, known: LabelledSet) -> dict[str, np.ndarray]:
+    """Whatever the fraction, the seed and the classes: what features are computed of."""
+    if config.resplit:
+        return {"the set": np.flatnonzero(known.labels >= 0)}
+    names = [config.split, config.test_split, validation_split(config)]
+    return {name: select(reader.manifest, split=name) for name in names if name}
 
 
-def _warnings(reader: ShardReader, chosen: Labels) -> list[str]:
-    """What a reviewer would ask about."""
-    found = []
-    groups = reader.manifest["group"].cast(pa.string()).to_numpy(zero_copy_only=False)
-    learnt = {group for group in groups[chosen.used] if group is not None}
-    shared = sum(group in learnt for group in groups[chosen.test])
-    if shared:
-        found.append(f"{shared:,} of {len(chosen.test):,} test patches are of a group (slide or patient) that was learnt from")
-    if not learnt:
-        found.append("no groups (slides or patients) are known, so it cannot be said whether the test is of other ones")
-    absent = [chosen.classes[k] for k in range(len(chosen.classes)) if not (chosen.labels[chosen.test] == k).any()]
-    if absent:
-        found.append(f"the test split has no patch of {', '.join(absent)}")
-    return found
+def _trained(config, known, data, start, run, stage, chosen):
+    """As `_frozen`. One cell trains in the run's folder, several each in one of their own below it."""
+    cells, features, device = [], {}, ""
+    for fraction, seed, labels in chosen:
+        name = f"{100 * fraction:g}%-seed{seed}"
+        own = run if len(chosen) == 1 else run.cell(name)
+
+        def say(line: str, name: str = name) -> None:
+            print(f"{run.name}{'' if len(chosen) == 1 else f', {name}'}: {line}", flush=True)
+
+        cell, test_features, device = train_cell(
+            config,
+            fraction,
+            seed,
+            labels,
+            run=own,
+            data=data,
+            known=known,
+            start=start,
+            key=stage.key,
+            say=say,
+        )
+        cells.append(cell)
+        features[fraction, seed] = test_features
+
+    def shown(cell: Cell):
+        # Of the trained weights there are features of the test patches alone, so these are each other's neighbours.
+        return features[cell.fraction, cell.seed], features[cell.fraction, cell.seed], cell.labels.test
+
+    return cells, shown, {}, device
+
+
+def _first_of_most(cells: Sequence[Cell]) -> Cell:
+    """What the report's pictures are of: the first seed of the largest fraction."""
+    return max(cells, key=lambda cell: (cell.fraction, -cell.seed))
+
+
+def _few(summary) -> list[str]:
+    units, unit = summary[0]["units"], summary[0]["unit"]
+    if units >= FEW_UNITS:
+        return []
+    return [f"the test has {units} {unit}s: intervals over so few say little"]
+
+
+def _scalars(summary) -> dict[str, dict[int, float]]:
+    """For TensorBoard: each figure's mean, over the share of labels in percent."""
+    names = summary[0]["metrics"]
+    return {
+        f"test/{name}": {
+            round(100 * row["fraction"]): row["metrics"][name]["mean"]
+            for row in summary
+            if row["metrics"][name]["mean"] is not None
+        }
+        for name in names
+    }

@@ -1,8 +1,4 @@
-"""Features of patches by a frozen backbone, computed once and kept: the same backbone, data and recipe are never run twice."""
-
-import hashlib
-import json
-from pathlib import Path
+"""Features of patches by a frozen backbone."""
 
 import numpy as np
 import torch
@@ -10,54 +6,12 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
-from models.weights import weights_hash
 from pipelines.loader import ViewLoader
 from pipelines.mixture import Mixture
-from pipelines.recipes import Recipe, describe_recipe
+from pipelines.recipes import Recipe
 from pipelines.shards import ShardReader
-from sharding.manifest import fingerprint
-from train.runs import replacing
 
-# Raise when the same backbone, data and recipe would give other features.
-FEATURES_VERSION = 2
 _BATCH = 128
-
-
-def frozen_features(
-    backbone: nn.Module,
-    reader: ShardReader,
-    ids: np.ndarray,
-    *,
-    recipe: Recipe,
-    image_size: int,
-    cache: Path,
-    threads: int | None = None,
-    title: str = "features",
-) -> np.ndarray:
-    """Features of these patches by the backbone in eval mode: (n, F) float32, in the order of ids.
-
-    cache: a folder; what was computed before for the same weights, data, recipe, size and ids is read from there.
-    The backbone's weights and statistics are the same afterwards, which is checked by their hash.
-    """
-    assert not recipe.is_random and recipe.views == 1, recipe
-    before = weights_hash(backbone)
-    what = {
-        "version": FEATURES_VERSION,
-        "weights": before,
-        "data": fingerprint(reader.folder),
-        "recipe": describe_recipe(recipe),
-        "image_size": image_size,
-        "ids": hashlib.sha256(np.ascontiguousarray(ids, np.int64).tobytes()).hexdigest(),
-    }
-    path = cache / f"{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]}.npy"
-    if path.exists():
-        return np.load(path)
-    features = compute_features(backbone, reader, ids, recipe=recipe, image_size=image_size, threads=threads, title=title)
-    assert weights_hash(backbone) == before, "the backbone changed while it should have been frozen"
-    cache.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial, open(partial, "wb") as file:
-        np.save(file, features)
-    return features
 
 
 @torch.no_grad()
@@ -74,8 +28,10 @@ def compute_features(
 ) -> np.ndarray:
     """Features of these patches, each exactly once: (n, F) float32, in the order of ids. The backbone is left in eval mode.
 
-    device: "cpu" or "cuda", to which the backbone goes; None: a GPU where there is one. title: of the bar, None for no bar.
+    recipe: one view, nothing random. device: "cpu" or "cuda", to which the backbone goes; None: a GPU where there is one.
+    title: of the bar, None for no bar.
     """
+    assert not recipe.is_random and recipe.views == 1, recipe
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     backbone = backbone.to(device).eval()
     dtype = next((parameter.dtype for parameter in backbone.parameters()), torch.float32)

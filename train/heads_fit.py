@@ -79,16 +79,17 @@ def principal(x_nF: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def fit_with_validation(
-    features: np.ndarray, labels: np.ndarray, held_out: np.ndarray, *, classes: int
+    features: np.ndarray, labels: np.ndarray, *, learnt: np.ndarray, chosen_on: np.ndarray, used: np.ndarray, classes: int
 ) -> tuple[LogisticHead, dict[float, float]]:
-    """Choose the decay by the log loss of the held-out part, then fit all of the labels with it.
+    """Choose the decay by the log loss of the validation part, then fit all of the labels with it.
 
-    held_out: (n,) bool, the validation part. Returns the head, and the validation's log loss for each decay tried.
+    features: (N, F); labels: (N,); learnt, chosen_on, used: rows to fit while choosing, to choose on, and to fit in the end.
+    Returns the head, and the validation's log loss for each decay tried.
     """
-    assert held_out.any() and not held_out.all(), "both parts need patches"
+    assert len(learnt) and len(chosen_on) and len(used), "all parts need patches"
     losses = {}
-    for head in fit_path(features[~held_out], labels[~held_out], classes=classes, decays=DECAYS):
-        chosen = head.probabilities(features[held_out])[np.arange(held_out.sum()), labels[held_out]]
+    for head in fit_path(features[learnt], labels[learnt], classes=classes, decays=DECAYS):
+        chosen = head.probabilities(features[chosen_on])[np.arange(len(chosen_on)), labels[chosen_on]]
         losses[head.decay] = float(-np.log(np.maximum(chosen, 1e-15)).mean())
     best = min(losses, key=lambda decay: losses[decay])
-    return fit_logistic(features, labels, classes=classes, decay=best), losses
+    return fit_logistic(features[used], labels[used], classes=classes, decay=best), losses

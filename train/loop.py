@@ -20,14 +20,17 @@ from models.backbones import build_backbone
 from models.weights import apply_init, save_backbone
 from pipelines.loader import Batch, ViewLoader
 from pipelines.recipes import describe_recipe
-from train.checkpoints import CHECKPOINT_NAME, Background, alone_in, copied_state, keep_newest
+from train.checkpoints import CHECKPOINT_NAME, Background, alone_in, copied_state, keep_newest, newest_in
 from train.engine import arithmetic, compile_model, on_where_it_helps
 from train.inputs import Input
+from train.lease import Upkeep
 from train.methods import Method
+from train.mirror import Mirror, on_this_node
 from train.probe import Probe, run_probe
 from train.recorder import Clock, Recorder
 from train.runs import Run
 from train.schedules import build_optimizer, learning_rate
+from train.stopping import Stopping, Validation
 from train.tracing import tracing
 from train.two_pass import check_micro_batch, two_pass_backward
 
@@ -35,6 +38,7 @@ from train.two_pass import check_micro_batch, two_pass_backward
 
 HEAD_NAME = "head.pt"
 _OTHERS_END = 30.0  # seconds that a worker of a driver which was killed may still live
+_TRIES = 12  # of what is asked of the store while a run is trained: about two minutes of pauses
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,10 @@ class Job:
     """All that a worker needs to know. It travels to every worker, so it is plain data.
 
     compile, channels_last: None is where it helps, on a GPU. micro_batch: patches of a rank that have a graph at a time, None:
-    all. profile: trace a few steps into folder/profile.
+    all. profile: trace a few steps into folder/profile. validation: judge the model after every epoch, end with the best weights.
     """
 
-    folder: Path  # of the run, which all workers share
+    folder: Path  # of the run, which all workers share; or where it is at a URL, one on each node
     input: Input
     method: Method
     backbone: str
@@ -71,6 +75,8 @@ class Job:
     channels_last: bool | None = None
     deterministic: bool = False
     profile: bool = False
+    validation: Validation | None = None
+    url: str | None = None  # of the run, where it is at one
 
     @property
     def steps_per_epoch(self) -> int:
@@ -92,7 +98,8 @@ class Place:
     save: called by all ranks at the same step with a function that rank 0 uses to write into a folder. It may be called in a
     thread, after `save` has returned;
     wait: until the last `save` has written, for at most so many seconds (None: however long). Raises what kept it from that;
-    restore: the folder of the newest checkpoint, or None, as a context.
+    restore: the folder of the newest checkpoint, or None, as a context;
+    alone: a block in which no other process trains the run, and at the end of which all is where the run belongs.
     """
 
     rank: int
@@ -102,6 +109,7 @@ class Place:
     save: Callable[[int, Callable[[Path], None]], None]
     wait: Callable[[float | None], None]
     restore: Callable[[], contextlib.AbstractContextManager[Path | None]]
+    alone: Callable[[], contextlib.AbstractContextManager[None]]
 
 
 class ViewModel(nn.Module):
@@ -121,30 +129,30 @@ def fit(job: Job, place: Place) -> None:
     assert job.steps > 0, (job.input, job.batch_size, job.epochs)
     check_micro_batch(job.micro_batch, job.batch_size // place.world_size)
     on_gpu = place.device.type == "cuda"
-    with (
-        alone_in(job.folder, _OTHERS_END) if place.rank == 0 else contextlib.nullcontext(),
-        arithmetic(place.device, deterministic=job.deterministic),
-        job.input.opened() as (shards, ids),
-        ViewLoader(
-            shards,
-            ids,
-            batch_size=job.batch_size,
-            image_size=job.image_size,
-            recipe=job.method.recipe,
-            seed=job.seed,
-            rank=place.rank,
-            world_size=place.world_size,
-            device=place.device.type,
-            window=job.input.window,
-            threads=job.threads or None,
-            # As the model takes them on a GPU: under autocast its first layer would round them to bf16 itself.
-            dtype=torch.bfloat16 if on_gpu and job.precision == "bf16" else torch.float32,
-            channels_last=on_where_it_helps(job.channels_last, place.device),
-        ) as loader,
-    ):
-        model = _train(job, place, loader)
-    if place.rank == 0:
-        _write_weights(job, model)
+    with place.alone():
+        with (
+            arithmetic(place.device, deterministic=job.deterministic),
+            job.input.opened() as (shards, ids),
+            ViewLoader(
+                shards,
+                ids,
+                batch_size=job.batch_size,
+                image_size=job.image_size,
+                recipe=job.method.recipe,
+                seed=job.seed,
+                rank=place.rank,
+                world_size=place.world_size,
+                device=place.device.type,
+                window=job.input.window,
+                threads=job.threads or None,
+                # As the model takes them on a GPU: under autocast its first layer would round them to bf16 itself.
+                dtype=torch.bfloat16 if on_gpu and job.precision == "bf16" else torch.float32,
+                channels_last=on_where_it_helps(job.channels_last, place.device),
+            ) as loader,
+        ):
+            model = _train(job, place, loader)
+        if place.rank == 0:
+            _write_weights(job, model)
 
 
 def _train(job: Job, place: Place, loader: ViewLoader) -> ViewModel:
@@ -152,7 +160,8 @@ def _train(job: Job, place: Place, loader: ViewLoader) -> ViewModel:
     torch.manual_seed(job.seed)
     model, init_lines = _build_model(job, place)
     optimizer = build_optimizer(job.optimizer, model, weight_decay=job.weight_decay, fused=place.device.type == "cuda")
-    step = _restore(place, model, optimizer, loader)
+    stopping = Stopping(job.validation) if job.validation else None
+    step = _restore(place, model, optimizer, loader, stopping)
 
     parallel: nn.Module = model
     if place.world_size > 1:
@@ -171,13 +180,14 @@ def _train(job: Job, place: Place, loader: ViewLoader) -> ViewModel:
         stack.callback(place.wait, None)  # however the block ends, what is being written is written
         traced = stack.enter_context(tracing(profile, place.device))
         clock = Clock(loader)
-        while loader.epoch < job.epochs:
+        while loader.epoch < job.epochs and not (stopping and stopping.stopped):
             for batch in loader:
                 rate = learning_rate(
                     step, peak=job.peak_learning_rate, steps=job.steps, warmup_steps=job.warmup_steps, schedule=job.schedule
                 )
                 probe = job.probe if job.probe and job.probe.due(step + 1, job.steps_per_epoch, job.steps) else None
-                log = bool(probe) or (step + 1) % job.log_every == 0 or step + 1 == job.steps
+                judged = stopping if (step + 1) % job.steps_per_epoch == 0 else None
+                log = bool(probe or judged) or (step + 1) % job.log_every == 0 or step + 1 == job.steps
                 values = _step(parallel, optimizer, batch, rate, step, job, place, with_metrics=log)
                 step += 1
                 clock.patches += job.batch_size
@@ -187,10 +197,21 @@ def _train(job: Job, place: Place, loader: ViewLoader) -> ViewModel:
                         row |= clock.read(place.device)
                         if probe:
                             row |= run_probe(probe, model.backbone, job.image_size, place.device.type, job.threads or None)
+                        if judged:
+                            row |= judged.look(
+                                model,
+                                loader.epoch,
+                                image_size=job.image_size,
+                                device=place.device.type,
+                                threads=job.threads or None,
+                            )
                         recorder.write(row)
                     clock = Clock(loader)
+                if judged:
+                    _agree(judged, place)
                 place.wait(0)  # a disk that is full ends the run now, not at the next checkpoint
-                if step == job.steps or step % (job.checkpoint_every or job.steps_per_epoch) == 0:
+                stopped = judged is not None and judged.stopped
+                if stopped or step == job.steps or step % (job.checkpoint_every or job.steps_per_epoch) == 0:
                     place.wait(None)  # one copy of the state at a time
                     state = {
                         "model": model.state_dict(),
@@ -198,8 +219,14 @@ def _train(job: Job, place: Place, loader: ViewLoader) -> ViewModel:
                         "loader": loader.state_dict(),
                         "step": step,
                     }
+                    if stopping:
+                        state["stopping"] = stopping.state_dict()
                     place.save(step, copied_state(state, place.device) if place.rank == 0 else _nothing)
                 traced()
+                if stopped:
+                    break
+    if stopping:
+        stopping.take_best(model)
     return model
 
 
@@ -209,7 +236,7 @@ def _nothing(folder: Path) -> None:
 
 def _build_model(job, place):
     backbone = build_backbone(job.backbone, job.image_size)
-    lines = apply_init(backbone, job.backbone, job.init)
+    lines = apply_init(backbone, job.backbone, on_this_node(job.init))
     model = ViewModel(backbone, job.method.build_head(int(backbone.num_features)))  # type: ignore[arg-type]
     if job.precision == "fp64":
         model = model.double()
@@ -277,7 +304,15 @@ def _mean_over_ranks(values: dict[str, torch.Tensor], place: Place) -> dict[str,
     return dict(zip(values, stacked.tolist(), strict=True))
 
 
-def _restore(place: Place, model, optimizer, loader) -> int:
+def _agree(stopping: Stopping, place: Place) -> None:
+    """Rank 0 has judged the model; all end in the same step."""
+    if place.world_size > 1:
+        stopped = torch.tensor(float(stopping.stopped), device=place.device)
+        dist.broadcast(stopped, src=0, group=place.group)
+        stopping.stopped = bool(stopped)
+
+
+def _restore(place: Place, model, optimizer, loader, stopping: Stopping | None) -> int:
     """Load the newest checkpoint, if any. Returns the steps taken so far."""
     with place.restore() as folder:
         if folder is None:
@@ -286,6 +321,8 @@ def _restore(place: Place, model, optimizer, loader) -> int:
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     loader.load_state_dict(state["loader"])
+    if stopping:
+        stopping.load_state_dict(state["stopping"])
     return state["step"]
 
 
@@ -307,30 +344,63 @@ def _write_weights(job: Job, model: ViewModel) -> None:
 
 
 def place_in(
-    folder: Path, device: torch.device, *, rank: int = 0, world_size: int = 1, group: dist.ProcessGroup | None = None
+    folder: Path,
+    device: torch.device,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    group: dist.ProcessGroup | None = None,
+    url: str | None = None,
 ) -> Place:
-    """A worker of a run in this folder, which all its workers share. Checkpoints are under folder/checkpoints, written by a
-    thread of rank 0's, and the newest one is kept.
+    """A worker of a run in this folder, which all its workers share; or of one at a URL, whose folder on this node it is.
 
-    Any of a run's checkpoints is as good as any other, whoever wrote it and among however many: what follows is the same.
+    Checkpoints are under folder/checkpoints, written by a thread of rank 0's, and the newest one is kept; of a run at a URL, the
+    newest one there counts. Any of a run's checkpoints is as good as any other, whoever wrote it and among however many: what
+    follows is the same.
     """
     checkpoints, background = folder / "checkpoints", Background()
+    mirror = Mirror(url, tries=_TRIES) if url else None
+    upkeep = Upkeep(mirror) if mirror and rank == 0 else None
+
+    def write_one(step: int, write: Callable[[Path], None]) -> None:
+        folder = keep_newest(checkpoints, step, write)
+        if upkeep:
+            upkeep.offer(folder)
 
     def save(step: int, write: Callable[[Path], None]) -> None:
         if rank == 0:
-            background.start(functools.partial(keep_newest, checkpoints, step, write))
+            background.start(functools.partial(write_one, step, write))
+
+    def wait(seconds: float | None) -> None:
+        background.wait(seconds)
+        if upkeep:
+            upkeep.check()
 
     @contextlib.contextmanager
     def restore() -> Iterator[Path | None]:
         # Rank 0 chooses: others may see a shared folder as it was a moment ago.
-        chosen = [max((path.name for path in checkpoints.glob("step-*")), default=None)]
+        chosen: list[str | None] = [None]
+        if rank == 0:
+            chosen = [max(mirror.checkpoints(), default=None) if mirror else newest_in(checkpoints)]
         if world_size > 1:
             dist.broadcast_object_list(chosen, src=0, group=group, device=device)
-        yield checkpoints / chosen[0] if chosen[0] else None
+        if chosen[0] is None:
+            yield None
+        else:
+            yield mirror.fetch_checkpoint(chosen[0]) if mirror else checkpoints / chosen[0]
 
-    return Place(rank, world_size, device, group, save=save, wait=background.wait, restore=restore)
+    @contextlib.contextmanager
+    def alone() -> Iterator[None]:
+        if rank > 0:
+            yield
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        with alone_in(folder, _OTHERS_END), upkeep or contextlib.nullcontext():
+            yield
+
+    return Place(rank, world_size, device, group, save=save, wait=wait, restore=restore, alone=alone)
 
 
-def plain_place(folder: Path, device: torch.device | None = None) -> Place:
+def plain_place(folder: Path, device: torch.device | None = None, *, url: str | None = None) -> Place:
     """This process alone."""
-    return place_in(folder, device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return place_in(folder, device or torch.device("cuda" if torch.cuda.is_available() else "cpu"), url=url)

@@ -103,10 +103,14 @@ class RotNet:
 
 @dataclass(frozen=True)
 class Supervised:
-    """Classification with labels, by cross-entropy: the baseline, and fine-tuning."""
+    """Classification with labels, by cross-entropy: the baseline, and fine-tuning.
+
+    labels: the set's label of each output, where not all of its classes are learnt; None: output k is label k.
+    """
 
     classes: int
     recipe_name: str = "supervised"
+    labels: tuple[int, ...] | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -117,11 +121,19 @@ class Supervised:
 
     def loss(self, z_VBD: torch.Tensor, label_B: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
         """Mean over this rank's patches."""
-        return _cross_entropy(z_VBD, label_B.expand(len(z_VBD), -1))
+        return _cross_entropy(z_VBD, self._outputs(label_B).expand(len(z_VBD), -1))
 
     def metrics(self, z_VBD: torch.Tensor, label_B: torch.Tensor, group: dist.ProcessGroup | None) -> dict[str, torch.Tensor]:
         """train_accuracy: share of this batch that is classified right."""
-        return {"train_accuracy": (z_VBD.argmax(-1) == label_B).float().mean()}
+        return {"train_accuracy": (z_VBD.argmax(-1) == self._outputs(label_B)).float().mean()}
+
+    def _outputs(self, label_B: torch.Tensor) -> torch.Tensor:
+        """(B,) which output each patch should have. Its label is among the known ones."""
+        if self.labels is None:
+            return label_B
+        # Filled on the device: a copy from the host would make the step wait.
+        label_K = torch.stack([label_B.new_full((), label) for label in self.labels])
+        return (label_B[:, None] == label_K).long().argmax(1)
 
     def chance_loss(self, batch_size: int) -> float:
         """The loss when nothing is learnt, of classes of one size."""

@@ -20,6 +20,11 @@ class Parent:
     card: dict[str, Any]
     run: Run | None = None
 
+    @property
+    def address(self) -> str:
+        """The source as every node finds it: of a run at a URL, that. `train.mirror.on_this_node` makes a source of it."""
+        return self.run.url if self.run and self.run.url else self.source
+
 
 def resolve_init(init: str, storage: str, *, backbone: str | None = None) -> Parent:
     """Find what an --init or --backbone names. backbone: the architecture that it has to be, if that is settled.

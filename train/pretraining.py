@@ -3,7 +3,6 @@
 import functools
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,13 +14,13 @@ from train.alarms import Alarms
 from train.config import PretrainConfig, worker_range
 from train.inputs import Input, SetInput, gib, open_set, parse_mix, place_of
 from train.loop import Job
-from train.methods import build_method
-from train.parents import resolve_init
+from train.methods import Pretext, build_method
+from train.parents import Parent, resolve_init
 from train.probe import plan_probe
 from train.progress import follow
 from train.provenance import leave_record
 from train.report import write_report
-from train.runs import Run, Stage, identity
+from train.runs import Run, Stage, identity, open_run
 from train.schedules import peak_learning_rate
 from train.starting import describe_model, describe_rate
 from train.tracing import SKIPPED, TRACE_NAME, WARM_UP
@@ -38,12 +37,8 @@ def pretrain(config: PretrainConfig) -> Run:
     """
     method = build_method(config)
     peak = peak_learning_rate(config.learning_rate, optimizer=config.optimizer, batch_size=config.batch_size, rule=config.lr_rule)
-    selection = {"split": config.split, "fraction": config.fraction, "seed": config.seed}
-    chosen = _choose(config, selection)
-    _check(config, chosen.patches)
+    chosen, parent, run = _inputs(config)
     probe, probe_line = plan_probe(config)
-    parent = resolve_init(config.init, config.storage, backbone=config.backbone)
-    run = Run(Path(config.storage) / config.name)
     model = functools.partial(
         describe_model,
         method,
@@ -55,25 +50,25 @@ def pretrain(config: PretrainConfig) -> Run:
     # Before Ray is asked for its GPUs, so that a mistake shows in seconds. Where there is a run already, its name comes first.
     model_lines = None if run.has_work() else model()
     precision = _settle_precision(config, run)
-    settled = identity(config) | {"recipe": method.recipe_name, "precision": precision}
-    stage = Stage("pretrain", settled, chosen.fingerprint, parent.key)
+    stage = _stage(config, method, precision, chosen, parent)
     reads = chosen.describe(
-        selection=selection,
+        selection=_selection(config),
         recipe=method.recipe_name,
         image_size=config.image_size,
         seed=config.seed,
         batch_size=config.batch_size,
     )
     if not run.begin(stage, config, reads):
-        print(f"{run.name}: finished already, {run.folder}", flush=True)
+        print(f"{run.name}: finished already, {run.place}", flush=True)
         return run
     leave_record(run.folder, kind="pretrain", learnt=chosen, parent=parent)
     job = Job(
         folder=run.folder,
+        url=run.url,
         input=chosen,
         method=method,
         backbone=config.backbone,
-        init=parent.source,
+        init=parent.address,
         image_size=config.image_size,
         batch_size=config.batch_size,
         epochs=config.epochs,
@@ -110,11 +105,37 @@ def pretrain(config: PretrainConfig) -> Run:
     started = time.monotonic()
     starting = "starting the workers" if worker_range(config.workers)[1] else "starting"
     with follow(run, steps=job.steps, title=run.name, starting=starting, alarms=_alarms(job)):
-        device = run_job(job, config.workers)
+        device = run_job(job, config.workers, config.gpus_per_worker, config.cpus_per_worker)
     if config.profile:
         print(f"{run.name}: {_where_traced(run)}", flush=True)
     _finish(run, job, stage, time.monotonic() - started, device)
     return run
+
+
+def stage_of(config: PretrainConfig) -> Stage:
+    """What `pretrain` would run, without anything being run or written.
+
+    Raises ValueError as `pretrain` does for data, sizes and parents that do not fit.
+    """
+    chosen, parent, run = _inputs(config)
+    return _stage(config, build_method(config), _settle_precision(config, run), chosen, parent)
+
+
+def _inputs(config: PretrainConfig) -> tuple[Input, Parent, Run]:
+    """What is learnt from, what the weights come from, and the run of that name."""
+    chosen = _choose(config, _selection(config))
+    _check(config, chosen.patches)
+    parent = resolve_init(config.init, config.storage, backbone=config.backbone)
+    return chosen, parent, open_run(config.storage, config.name)
+
+
+def _stage(config: PretrainConfig, method: Pretext, precision: str, chosen: Input, parent: Parent) -> Stage:
+    settled = identity(config) | {"recipe": method.recipe_name, "precision": precision}
+    return Stage("pretrain", settled, chosen.fingerprint, parent.key)
+
+
+def _selection(config: PretrainConfig) -> dict[str, Any]:
+    return {"split": config.split, "fraction": config.fraction, "seed": config.seed}
 
 
 def _choose(config: PretrainConfig, selection: dict[str, Any]) -> Input:
@@ -136,7 +157,7 @@ def _settle_precision(config: PretrainConfig, run: Run) -> str:
         begun = run.record["stage"]["config"].get("precision")
         if begun is not None:  # wherever it goes on: the numbers are part of what the run is
             return begun
-    return "bf16" if gpus_with_bf16(config.workers) else "fp32"
+    return "bf16" if gpus_with_bf16(config.workers, config.gpus_per_worker) else "fp32"
 
 
 def _alarms(job: Job) -> Alarms:
@@ -198,6 +219,7 @@ def _finish(run, job, stage, seconds, device):
     }
     run.finish(result, wall_seconds=seconds, device=device)
     report = write_report([run], run.folder / "report.html")
+    run.publish()
     loss = "is not a number: try a smaller --learning-rate" if last["loss"] is None else f"{last['loss']:.3f}"
     print(f"{run.name}: loss {loss} (nothing learned: {result['nothing_learned_loss']:.3f}), {report}", flush=True)
     if result["compare_by"]:

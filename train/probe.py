@@ -20,6 +20,7 @@ from train.features import compute_features
 from train.heads_fit import principal
 from train.inputs import Input, SetInput, gib, open_set, place_of
 from train.metrics import accuracies
+from train.neighbours import knn_probabilities
 
 # n patches that a classifier is fitted on, m that it is asked about, F features, R principal components, K classes, D decays
 
@@ -31,7 +32,6 @@ TEMPERATURE = 0.07  # of the neighbours' votes: Wu et al. 2018
 _JUDGED, _TUNING = 0.3, 0.25  # of the patches, and of the others
 _SEED = 0  # not the run's: runs with different seeds are probed on the same patches
 _COLUMNS = ["id", "label", "group", "split", "sha256", "source_sha256"]
-_QUERIES = 1024  # asked about at a time, so that similarities take little memory
 _NAMES = ("probe_accuracy", "probe_balanced_accuracy", "probe_knn_accuracy", "probe_knn_balanced_accuracy")
 
 
@@ -205,21 +205,6 @@ def knn_predictions(
     neighbours: int = NEIGHBOURS,
     temperature: float = TEMPERATURE,
 ) -> np.ndarray:
-    """(m,) classes: the nearest of the known patches vote with exp(cosine / temperature), all where there are fewer.
-
-    Source: Wu et al. 2018, "Unsupervised feature learning via non-parametric instance discrimination", section 3.4.
-    """
-    known_nF, count = _unit(known_nF), min(neighbours, len(known_nF))
-    target_nK = np.eye(classes)[labels_n]
-    guesses = []
-    for start in range(0, len(asked_mF), _QUERIES):
-        cosine_mn = _unit(asked_mF[start : start + _QUERIES]) @ known_nF.T
-        nearest_mN = np.argsort(-cosine_mn, axis=1, kind="stable")[:, :count]
-        votes_mN = np.exp(np.take_along_axis(cosine_mn, nearest_mN, axis=1) / temperature)
-        guesses.append((votes_mN[:, :, None] * target_nK[nearest_mN]).sum(1).argmax(1))
-    return np.concatenate(guesses)
-
-
-def _unit(features):
-    length = np.linalg.norm(features, axis=1, keepdims=True)
-    return features / np.maximum(length, 1e-12)
+    """(m,) classes that most votes of the nearest known patches are for; see `knn_probabilities`."""
+    votes_mK = knn_probabilities(known_nF, labels_n, asked_mF, classes=classes, neighbours=neighbours, temperature=temperature)
+    return votes_mK.argmax(1)

@@ -31,7 +31,8 @@ def follow(run: Run, *, steps: int, title: str, starting: str, alarms: Alarms | 
     watcher = threading.Thread(target=show, args=(run, steps, title, starting, alarms, console, stop), daemon=True)
     watcher.start()
     try:
-        yield
+        with run.mirror.followed() if run.mirror else contextlib.nullcontext():
+            yield
     finally:
         stop.set()
         watcher.join()

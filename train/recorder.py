@@ -1,5 +1,6 @@
 """What rank 0 leaves of a run while it goes: metrics.jsonl, TensorBoard, and how fast it is."""
 
+import contextlib
 import json
 import time
 from typing import Any
@@ -39,6 +40,16 @@ class Recorder:
         """Flush both, and end TensorBoard's thread."""
         self._file.close()
         self._board.close()
+
+
+def write_scalars(run: Run, scalars: dict[str, dict[int, float]]) -> None:
+    """Add them to the run's TensorBoard, each a value by step."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with contextlib.closing(SummaryWriter(str(run.folder / "tensorboard"))) as board:
+        for name, values in scalars.items():
+            for step, value in values.items():
+                board.add_scalar(name, value, step)
 
 
 class Clock:

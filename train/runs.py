@@ -21,10 +21,12 @@ from typing import Any
 
 import yaml
 
+from pipelines.store import RemoteFolder, is_url
 from train.inputs import place_of
+from train.mirror import CELLS, RESULT_NAME, Mirror
 
 # Raise a stage's version when the same config and data would come out with other figures.
-STAGE_VERSIONS = {"pretrain": 2, "linear": 2, "finetune": 2, "supervised": 2}
+STAGE_VERSIONS = {"pretrain": 2, "linear": 3, "knn": 1, "finetune": 3, "supervised": 3}
 
 # Fields that came later, and the value that stands for what was done before: where they have it they are left out, so that the
 # keys of earlier runs stay what they are.
@@ -61,11 +63,28 @@ def identity(config) -> dict[str, Any]:
 
 
 class Run:
-    """A run's folder: config.yaml, run.json, metrics.jsonl, and whatever its stage leaves."""
+    """A run's folder: config.yaml, run.json, metrics.jsonl, and whatever its stage leaves.
 
-    def __init__(self, folder: str | Path):
+    mirror: where the run is at a URL, what brings that and the folder up to date.
+    """
+
+    def __init__(self, folder: str | Path, mirror: Mirror | None = None):
         self.folder = Path(folder).absolute()  # Ray's workers have another working directory
         self.name = self.folder.name
+        self.mirror = mirror
+
+    @property
+    def url(self) -> str | None:
+        return self.mirror.url if self.mirror else None
+
+    @property
+    def place(self) -> str:
+        """What a person knows it by: its URL or its folder."""
+        return self.url or str(self.folder)
+
+    def cell(self, name: str) -> "Run":
+        """A run of its own below this one."""
+        return Run(self.folder / CELLS / name, Mirror(f"{self.url}/{CELLS}/{name}") if self.mirror else None)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -80,11 +99,11 @@ class Run:
     @property
     def result(self) -> dict[str, Any]:
         """result.json of a finished run. Raises ValueError when it is not finished."""
-        return read_json(self.folder / "result.json", "this run is not finished: run its command again and it goes on")
+        return read_json(self.folder / RESULT_NAME, "this run is not finished: run its command again and it goes on")
 
     @property
     def finished(self) -> bool:
-        return (self.folder / "result.json").exists()
+        return (self.folder / RESULT_NAME).exists()
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl so far; one that is being written is left out."""
@@ -113,25 +132,40 @@ class Run:
             if differences and self.has_work():
                 raise ValueError(
                     f"the name {self.name!r} is taken by a run with {', '.join(differences)}:"
-                    f" choose another --name, or remove {self.folder}"
+                    f" choose another --name, or remove {self.place}"
                 )
             if self.finished:
+                self.fetch()  # whoever asked for it looks at what it has left
                 return False
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))
         started = self.record["started"] if (self.folder / "run.json").exists() else _now()
         self._write_record(stage, config, {"input": reads, "started": started, "status": "running"})
+        if self.mirror:  # before any work is done: that nothing may be written there shows now
+            self.mirror.push("config.yaml", "run.json")
         return True
 
     def has_work(self) -> bool:
         """Whether anything was learnt there: a run that failed before its first step holds nothing to lose."""
-        return self.finished or bool(self.metrics()) or any((self.folder / "checkpoints").glob("step-*"))
+        if self.finished or self.metrics() or any((self.folder / "checkpoints").glob("step-*")):
+            return True
+        return bool(self.mirror and self.mirror.checkpoints())
 
     def finish(self, result: dict[str, Any], *, wall_seconds: float, device: str) -> None:
         """Write result.json, which makes the run a finished one."""
         record = self.record | {"status": "finished", "ended": _now(), "wall_seconds": round(wall_seconds, 1), "device": device}
         write_json(self.folder / "run.json", record)
-        write_json(self.folder / "result.json", result)
+        write_json(self.folder / RESULT_NAME, result)
+
+    def fetch(self) -> None:
+        """Where the run is at a URL, bring all that it has left there to this node."""
+        if self.mirror:
+            self.mirror.pull(whole=True)
+
+    def publish(self) -> None:
+        """Where the run is at a URL, put there what its stage has left, result.json last: only now is it finished there."""
+        if self.mirror:
+            self.mirror.push()
 
     def _write_record(self, stage, config, extra):
         record = {
@@ -148,12 +182,39 @@ class Run:
         write_json(self.folder / "run.json", record | extra)
 
 
+def open_run(storage: str, name: str, *, whole: bool = False) -> Run:
+    """The run of that name in the storage, a folder or a URL, whether there is one yet or not.
+
+    At a URL, its files are first brought to this node: the small ones, or with `whole` weights and tables too. Raises ValueError
+    where that cannot be.
+    """
+    if not is_url(storage):
+        return Run(Path(storage) / name)
+    mirror = Mirror(f"{storage.rstrip('/')}/{name}")
+    mirror.pull(whole=whole)
+    return Run(mirror.folder, mirror)
+
+
 def find_run(name: str, storage: str) -> Run | None:
-    """The run of that name in the storage, or at that path; None when there is none."""
-    for folder in (Path(storage) / name, Path(name)):
-        if (folder / "run.json").exists():
-            return Run(folder)
-    return None
+    """The run of that name in the storage, or at that path or URL, with all its files; None when there is none."""
+    found = []
+    if is_url(name):
+        found.append(open_run(*name.rstrip("/").rsplit("/", 1), whole=True))
+    elif not is_url(storage):
+        found.append(open_run(storage, name))
+    elif "/" not in name.strip("."):
+        found.append(open_run(storage, name, whole=True))
+    return next((run for run in [*found, Run(name)] if (run.folder / "run.json").exists()), None)
+
+
+def runs_of(storage: str) -> list[Run]:
+    """All runs of a storage, a folder or a URL, by name."""
+    if is_url(storage):
+        files = RemoteFolder(storage).names("")
+        names = sorted(name.partition("/")[0] for name in files if name.count("/") == 1 and name.endswith("/run.json"))
+    else:
+        names = sorted(path.parent.name for path in Path(storage).glob("*/run.json"))
+    return [open_run(storage, name) for name in names]
 
 
 def read_json(path: Path, hint: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from train.evaluation import evaluate
 from train.pretraining import pretrain
-from train.runs import Run
+from train.runs import Run, open_run
 from tune.study import Cell, Study
 
 _RUN: dict[str, Callable[..., Run]] = {"pretrain": pretrain, "evaluate": evaluate}
@@ -17,4 +17,4 @@ def run_study(study: Study) -> list[Run]:
 
 def is_finished(study: Study, cell: Cell) -> bool:
     """Whether a run of that name is finished. That it is of this very config is seen when the stage is run."""
-    return Run(f"{study.storage}/{cell.name}").finished
+    return open_run(study.storage, cell.name).finished

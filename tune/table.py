@@ -11,13 +11,17 @@ _SHOWN = ("accuracy", "balanced_accuracy", "f1", "auroc")  # what a console has 
 
 
 def result_table(runs: Sequence[Run]) -> Table:
-    """A row per judged run: labels, and the main figures of its test split."""
+    """A row per judged run and share of labels: the main figures of its test split, with their deviation over seeds."""
     table = Table()
     for title in ("run", "labels", *(TITLES[name] for name in _SHOWN)):
         table.add_column(title, justify="left" if title == "run" else "right", no_wrap=title == "run")
     for run in runs:
-        result = run.result
-        if "metrics" in result:
-            figures = [result["metrics"][name] for name in _SHOWN]
-            table.add_row(run.name, f"{result['labels']:,}", *("–" if value is None else f"{value:.3f}" for value in figures))
+        for row in run.result.get("summary", []):
+            table.add_row(run.name, f"{row['labels']:,}", *(_figure(row["metrics"][name]) for name in _SHOWN))
     return table
+
+
+def _figure(figure):
+    if figure["mean"] is None:
+        return "–"
+    return f"{figure['mean']:.3f}" + ("" if figure["std"] is None else f" ± {figure['std']:.3f}")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,7 +20,7 @@ from loader_contenders import CONTENDERS, Task, measure  # noqa: E402
 from loader_report import Target, judge, judged, markdown, summarise, summarise_parts, tables, target_lines  # noqa: E402
 from packing_images import draw_images  # noqa: E402
 
-from benchmarks.loader import NAMES, Config, chosen, main, the_task  # noqa: E402
+from benchmarks.loader import NAMES, Config, chosen, main, of_device, the_task  # noqa: E402
 from pipelines.shards import ShardReader  # noqa: E402
 from sharding.packing import build_shards  # noqa: E402
 
@@ -65,6 +66,7 @@ def test_ratios_are_of_the_same_round():
     assert summary["ours"]["spread"] == 0.5
     assert summary["ours"]["rate_to_torchvision"] == 5  # of 5, 3 and 40
     assert summary["ours"]["rate_to_dali"] == 1  # of 1.25, 0.75 and 1
+    assert summary["ours"]["rate_to_decode"] == 0.4  # of 0.5, 0.3 and 0.4
     assert summary["ours-blur"]["time_to_ours"] == 1.5  # of 2.5, 1.5 and 4/3
 
 
@@ -113,11 +115,12 @@ def test_a_target_is_reached_by_equality(at_least, enough):
     assert judge({}, [target])[0]["enough"] is None
 
 
-def _record(runs, failed=()) -> dict:
-    timed = {"image_size": SIZE, "batch_size": BATCH, "warm": 2, "lap": 4, "seconds": 5.0, "rounds": 3}
+def _record(runs, failed=(), device="cpu", missing=()) -> dict:
+    timed = {"image_size": SIZE, "batch_size": BATCH, "warm": 2, "lap": 4, "seconds": 5.0, "rounds": 3, "device": device}
     machine = {"cpu": "one", "cores": 2, "workers": 2, "memory_bytes": None, "load": [0.0]}
     record = {"date": "2001-01-01", "machine": machine, "commit": "c0ffee", "command": "python loader.py", "versions": {}}
     record |= {"images": {"patches": 12, "kilobytes": 1.5, "drawn": True}, "timed": timed, "runs": runs, "failed": dict(failed)}
+    record["missing"] = dict(missing)
     return record | judged(record)
 
 
@@ -138,6 +141,14 @@ def test_targets_are_told_one_by_one():
     assert "batch 1,024" in lines[6]
 
 
+def test_a_gpu_is_held_against_decoding_alone():
+    record = _record(RUNS, device="cuda", missing={"kornia": "not installed: kornia"})
+    assert target_lines(record) == [
+        "MISSED: ours, its rate as a share of decoding alone: 0.4, wanted at least 0.8",
+        "kornia on decoded tensors: not installed: kornia",
+    ]
+
+
 def test_what_was_not_run_is_not_reached():
     assert [line.partition(":")[0] for line in target_lines(_record({"ours": RUNS["ours"]}))] == ["not measured"] * 5
 
@@ -145,7 +156,7 @@ def test_what_was_not_run_is_not_reached():
 def test_who_could_not_run_stands_in_the_table_with_the_reason():
     failed = {"dali": "exit code 1: no DALI", "parts": "it broke", "memory 256": "exit code -9: it said nothing"}
     text = markdown(_record(EVERYTHING | dict.fromkeys(failed, ()), failed))
-    assert "| DALI's own operators, approximate (FAILED: exit code 1: no DALI) | - | - | - | - | - | - | - | - |" in text
+    assert "| DALI's own operators, approximate (FAILED: exit code 1: no DALI) | - | - | - | - | - | - | - | - | - |" in text
     assert "| all parts (FAILED: it broke) | - | - |" in text
     assert "| 256 (FAILED: exit code -9: it said nothing) | - | - | - | - |" in text
     assert text.count("- not measured: ") == 4
@@ -153,7 +164,7 @@ def test_who_could_not_run_stands_in_the_table_with_the_reason():
 
 def test_the_tables_hold_the_figures():
     speed, parts, memory = tables(_record(EVERYTHING))
-    assert speed[2][2] == ["ours, simclr", "500", "300", "400", "400", "50%", "5.00", "1.00", "1.00"]
+    assert speed[2][2] == ["ours, simclr", "500", "300", "400", "400", "50%", "5.00", "1.00", "0.40", "1.00"]
     assert parts[2][1] == ["drawing both views' parameters (draw_views)", "2.0000", "2.00%"]
     assert parts[2][-2:] == [["whatever else it does", "23.0000", "23.00%"], ["the whole loader", "100.0000", "100.00%"]]
     assert memory[2] == [["256", "1,000", "1,050", "1.050", "2,000"]]
@@ -188,6 +199,16 @@ def test_every_worker_makes_as_many_batches(steps, cores):
     assert task.warm % cores == task.lap % cores == 0
     assert 2 <= task.warm < 2 + cores
     assert steps <= task.lap < steps + cores
+
+
+def test_a_lap_may_be_shorter_than_an_epoch():
+    class Reader:
+        folder = "."
+
+        def __len__(self):
+            return 100 * BATCH
+
+    assert the_task(Config("w", batch_size=BATCH, lap=5), Reader(), 4).lap == 8  # type: ignore[arg-type]
 
 
 # The contenders
@@ -226,8 +247,24 @@ def test_batches_hold_every_file_before_any_comes_again(patches, batch_size, cou
         assert set(part) <= set(range(patches))
 
 
-def test_decoding_goes_on_after_an_epoch(shards):
-    stream = CONTENDERS["decode"].stream(_task(shards))
+def test_torchvision_makes_two_views_of_decoded_tensors(shards):
+    stream = CONTENDERS["torchvision-v2"].stream(_task(shards))
+    for views in itertools.islice(stream, PATCHES // BATCH + 1):
+        assert [(view.shape, view.dtype) for view in views] == [((BATCH, 3, SIZE, SIZE), torch.float32)] * 2
+        flat = torch.stack(list(views)).flatten(2)
+        assert len(flat.mean(-1).unique()) == 2 * BATCH  # each drawn by itself
+        assert -3 < flat.min() < flat.max() < 3
+    stream.close()
+
+
+def test_each_device_has_its_own():
+    assert set(of_device("cuda")) ^ set(of_device("cpu")) >= {"torchvision-v2", "kornia", "decode-on-host", "parts", "memory"}
+    assert {"ours", "ours-blur", "torchvision", "dali", "decode"} <= set(of_device("cuda")) & set(of_device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["decode", "decode-on-host"])
+def test_decoding_goes_on_after_an_epoch(shards, name):
+    stream = CONTENDERS[name].stream(_task(shards))
     images = [np.asarray(batch[0].as_tensor()) for batch in itertools.islice(stream, 2 * PATCHES // BATCH)]
     assert {image.shape for image in images} == {(BATCH, SIZE, SIZE, 3)}
     half = len(images) // 2
@@ -280,6 +317,7 @@ def test_the_record_holds_what_the_table_says(tmp_path):
         ({"rounds": 0}, "--rounds 0 is out of range"),
         ({"patches": 255}, "--patches 255 is out of range: give at least 256"),
         ({"cores": 10_000}, "--cores 10000 is out of range"),
+        ({"lap": 0}, "--lap 0 is out of range"),
     ],
 )
 def test_slips_are_told(tmp_path, settings, words):

@@ -143,7 +143,7 @@ def _main(tmp_path, monkeypatch, one_run, **settings):
 def test_rounds_are_interleaved_and_reasons_stand_in_the_table(tmp_path, monkeypatch):
     order = []
 
-    def one_run(name, task, peers, seconds):
+    def one_run(name, task, peers, seconds, *, in_process):
         order.append((task.anchors, name))
         if name == "plain" and task.anchors == 1024:
             return {"no_memory": "you tried to allocate 4 MB", "budget_bytes": GIB}
@@ -165,7 +165,7 @@ def test_rounds_are_interleaved_and_reasons_stand_in_the_table(tmp_path, monkeyp
 
 
 def test_failures_and_other_losses_decide_the_exit_code(tmp_path, monkeypatch):
-    def one_run(name, task, peers, seconds):
+    def one_run(name, task, peers, seconds, *, in_process):
         if name == "plain" and task.anchors == 1024:
             raise RunFailed("exit code 1: it broke")
         return _run(1, loss=7.0 + (name == "ours" and task.anchors == 4096))
@@ -185,6 +185,8 @@ def test_failures_and_other_losses_decide_the_exit_code(tmp_path, monkeypatch):
         ({"anchors": []}, "give even numbers"),
         ({"rounds": 0}, "--rounds 0 is out of range"),
         ({"cores": 10_000}, "--cores 10000 is out of range"),
+        ({"in_process": True}, "--in-process is for --device cuda"),
+        ({"in_process": True, "device": "cuda", "peers": "folder"}, "--in-process and --peers"),
     ],
 )
 def test_slips_are_told(tmp_path, settings, words):
@@ -210,6 +212,16 @@ def test_the_processes_measure_time_and_memory(tmp_path):
     assert runs["plain"]["16"][0]["peak_bytes"] < matrix
 
 
+def test_in_this_process_a_failure_is_the_contenders_own(monkeypatch):
+    monkeypatch.setattr(command.ntxent_contenders, "_limit_memory", lambda more: None)  # this process is the tests'
+    task, peers = command.Task(16, 8, 0.5, "cpu", 1, 0.0), environment_of(None, [])
+    found = command.one_run("ours", task, peers, 9.0, in_process=True)
+    assert found["loss"] > 0 and found["seconds"] > 0 and found["load_before"] >= 0
+    monkeypatch.setitem(CONTENDERS, "ours", CONTENDERS["ours"]._replace(make=lambda *_: None))
+    with pytest.raises(RunFailed, match=r"^TypeError: "):
+        command.one_run("ours", task, peers, 9.0, in_process=True)
+
+
 def test_what_does_not_fit_fails_to_allocate():
     code = (
         "import sys; sys.path.insert(0, 'benchmarks'); import ntxent_contenders as c;"
@@ -228,6 +240,13 @@ def test_what_does_not_fit_fails_to_allocate():
 def test_without_a_folder_there_are_no_peers():
     found = environment_of(None, ["plain", "simclr", "ours"])
     assert (found.python, found.versions, [*found.missing]) == (sys.executable, {}, ["simclr"])
+
+
+def test_what_is_installed_beside_the_project_is_found(monkeypatch):
+    monkeypatch.setattr(step_peers, "PEERS", step_peers.PEERS | {"lightly": step_peers.Peer("rich", ("rich",))})
+    found = environment_of(None, ["lightly", "simclr"])
+    assert found.python == sys.executable
+    assert found.versions["lightly"][0].isdigit() and [*found.missing] == ["simclr"]
 
 
 def _fake_python(folder: Path, script: str) -> None:

@@ -14,8 +14,9 @@ sys.path += [str(ROOT), str(ROOT / "benchmarks")]  # benchmarks/ is no installed
 
 import step_contenders  # noqa: E402
 from measuring import RunFailed  # noqa: E402
+from patch_set import PatchSet  # noqa: E402
 from step_contenders import WARM, Task, summarise_rows, timed  # noqa: E402
-from step_report import judge, markdown, summarise, table, target_lines  # noqa: E402
+from step_report import judge, markdown, model_lines, summarise, table, target_lines, utilisation  # noqa: E402
 
 import benchmarks.step as command  # noqa: E402
 
@@ -110,6 +111,32 @@ def test_a_slow_loader_misses_both_targets():
     assert [target["enough"] for target in found] == [None, False, None, None, None, False]
 
 
+def _model_record(gpu, bf16=True, compiled=True):
+    """A step takes 0.5 s and 10^14 operations."""
+    run = _run(100) | {"steps": 4, "seconds": 2.0, "flops_per_step": 10**14, "compiled": compiled, "gpu": gpu, "peak_gib": 12.34}
+    return {"runs": {"model": [run, run | {"seconds": 4.0}, run]}, "timed": {"bf16": bf16}}
+
+
+def test_the_models_share_of_the_peak():
+    record = _model_record("NVIDIA H200")
+    assert utilisation(record).flops == 2e14
+    assert utilisation(record).share == pytest.approx(200 / 989)
+    assert model_lines(record) == [
+        "measured: the model alone: 200 TFLOP/s, 20.2% of the 989 of the NVIDIA H200 in dense bf16 (MFU); compiled;"
+        " 12.3 GiB at most"
+    ]
+
+
+@pytest.mark.parametrize(("gpu", "bf16"), [("NVIDIA H200 NVL", True), ("NVIDIA H200", False), (None, True)])
+def test_no_share_of_a_peak_that_is_not_known(gpu, bf16):
+    record = _model_record(gpu, bf16, compiled="no: no compiler")
+    assert utilisation(record).share is None
+    (line,) = model_lines(record)
+    assert ("no share of the peak (MFU)" in line) == (gpu is not None)
+    assert "not compiled (no: no compiler)" in line
+    assert model_lines({"runs": {}, "timed": {"bf16": bf16}}) == []
+
+
 # The command
 
 
@@ -117,7 +144,7 @@ def _main(tmp_path, monkeypatch, one_run, **settings):
     """The record and the exit code of a run without processes."""
     monkeypatch.setattr(command, "one_run", one_run)
     described = {"patches": 9, "kilobytes": 1.5, "left_out": 0, "drawn": True}
-    monkeypatch.setattr(command, "the_set", lambda *_: command.Data("shards", "images", described))
+    monkeypatch.setattr(command, "patch_set", lambda *_, **__: PatchSet("shards", "images", described))
     config = command.Config(work=str(tmp_path), out=str(tmp_path / "out"), **settings)
     code = 0
     try:
@@ -137,7 +164,8 @@ def test_rounds_are_interleaved_and_a_failure_stands_in_the_table(tmp_path, monk
         tasks.append((name, task.seconds, task.steps))
         if name == "ray" and len(tasks) > 5:
             raise RunFailed("exit code 1: no Ray")
-        return _run(100.0, 0.01 if name == "joint" else None) | {"seconds": 3.0, "steps": 6}
+        of_model = {"flops_per_step": 1, "compiled": False, "gpu": None, "peak_gib": None}
+        return _run(100.0, 0.01 if name == "joint" else None) | {"seconds": 3.0, "steps": 6} | of_model
 
     record, code = _main(tmp_path, monkeypatch, one_run, seconds=21)
     assert code == 1

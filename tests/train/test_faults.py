@@ -1,11 +1,13 @@
 """Ray Train with its workers and its driver killed, and with another number of workers afterwards: the same run in the end."""
 
 import contextlib
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -90,6 +92,17 @@ def _mode(link: Path) -> str:
     return "w" if flags & (os.O_WRONLY | os.O_RDWR) else "r"
 
 
+def same_in_the_end(folder: Path, undisturbed: Path) -> None:
+    ours, theirs = Run(folder).metrics(), Run(undisturbed).metrics()
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs] == list(range(1, _STEPS + 1))
+    np.testing.assert_allclose([row["loss"] for row in ours], [row["loss"] for row in theirs], atol=1e-6)
+    one, other = (load_file(path / "backbone.safetensors") for path in (folder, undisturbed))
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_allclose(one[name], other[name], atol=1e-6, err_msg=name)
+    assert Run(folder).record["key"] == Run(undisturbed).record["key"]
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, small_set) -> Path:
     given = settings(small_set, tmp_path_factory.mktemp("undisturbed"))
@@ -120,11 +133,24 @@ def test_killed_workers_and_drivers_leave_the_run_as_it_would_have_been(ray_here
     with command(given, "2", log) as driver:
         assert driver.wait(_SECONDS) == 0, log.read_text()
 
-    ours, theirs = Run(folder).metrics(), Run(undisturbed).metrics()
-    assert [row["step"] for row in ours] == [row["step"] for row in theirs] == list(range(1, _STEPS + 1))
-    np.testing.assert_allclose([row["loss"] for row in ours], [row["loss"] for row in theirs], atol=1e-6)
-    one, other = (load_file(path / "backbone.safetensors") for path in (folder, undisturbed))
-    assert one.keys() == other.keys()
-    for name in one:
-        np.testing.assert_allclose(one[name], other[name], atol=1e-6, err_msg=name)
-    assert Run(folder).record["key"] == Run(undisturbed).record["key"]
+    same_in_the_end(folder, undisturbed)
+
+
+@pytest.mark.timeout(400)
+def test_a_run_goes_on_when_a_node_dies(undisturbed, small_set, tmp_path):
+    """Two nodes of a cluster of its own, with a worker each; the node without the driver dies."""
+    given = settings(small_set, tmp_path)
+    # Short, for the names of sockets in it; and where other clusters of this machine do not look.
+    with tempfile.TemporaryDirectory(dir="/tmp") as ray_folder:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        environment |= {"RAY_TMPDIR": ray_folder, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "tests" / "train" / "two_nodes.py"), json.dumps(given)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS * 2,
+            check=False,
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
+    same_in_the_end(tmp_path / "run", undisturbed)

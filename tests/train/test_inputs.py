@@ -21,7 +21,7 @@ from pipelines.shards import ShardReader
 from sharding.manifest import fingerprint, read_manifest
 from sharding.selection import select
 from tests.helpers import assert_refused, open_files, run_python
-from train import evaluation, features, figures, loop, pretraining
+from train import evaluation, features, figures, finetuning, loop, pretraining
 from train.config import EvaluateConfig, PretrainConfig
 from train.evaluation import evaluate
 from train.features import compute_features
@@ -192,13 +192,13 @@ def test_a_url_is_the_same_stage_as_the_folder(settings, small_set, s3, tmp_path
     ]
     for one, other in (judged[:2], judged[2:]):
         assert one.record["key"] == other.record["key"]
-        assert one.result["metrics"] == other.result["metrics"]
+        assert one.result["summary"] == other.result["summary"]
     assert same_weights(*judged[2:])
     assert pretrain(dataclasses.replace(settings, data=url)).name == "folder"  # finished, wherever its data lie now
     assert len(list((tmp_path / "cache").glob("shards-*/*.tar"))) == 3
     assert not open_files(tmp_path)
     assert not [thread for thread in threading.enumerate() if thread.name == "prefetch of shards"]
-    assert pairs(url, recipe="simclr", image_size=16, seed=1)[1:4] == b"PNG"
+    assert pairs(url, recipe="simclr", image_size=16, seed=1)[0][0].jpeg[:2] == b"\xff\xd8"
     assert not open_files(tmp_path / "cache")
 
 
@@ -212,7 +212,7 @@ def test_a_cache_that_is_too_small_is_one_sentence(settings, small_set, no_one_s
 
 def test_the_report_keeps_to_the_limit(settings, monkeypatch, tmp_path):
     asked = {}
-    monkeypatch.setattr(figures, "pairs", lambda data, **settings: asked.update(data=data, **settings) or b"PNG")
+    monkeypatch.setattr(figures, "pairs", lambda data, **settings: asked.update(data=data, **settings) or [])
     run = pretrain(dataclasses.replace(settings, epochs=1, cache_gib=2))
     write_report([run], tmp_path / "report.html")
     assert asked == {"data": settings.data, "recipe": "simclr", "image_size": 32, "seed": 42, "cache_bytes": 2 * 2**30}
@@ -311,7 +311,7 @@ def test_a_record_is_there_while_the_run_is(settings, monkeypatch):
     class Stopped(Exception):
         pass
 
-    def stop(job, workers):
+    def stop(job, *places):
         jobs.append(job)
         raise Stopped
 
@@ -329,11 +329,11 @@ def test_the_record_of_judging(settings, small_set, monkeypatch, mode):
     """The selection is what the stage learnt from, exactly, and the batch is what it was, not what was asked for."""
     jobs = []
 
-    def kept(job, workers):
+    def kept(job, *places):
         jobs.append(job)
-        return run_job(job, workers)
+        return run_job(job, *places)
 
-    monkeypatch.setattr(evaluation, "run_job", kept)
+    monkeypatch.setattr(finetuning, "run_job", kept)
     config = EvaluateConfig(
         data=str(small_set),
         backbone="test_resnet" if mode == "supervised" else "scratch",
@@ -341,7 +341,7 @@ def test_the_record_of_judging(settings, small_set, monkeypatch, mode):
         mode=mode,
         name=mode,
         image_size=32,
-        fraction=0.5,
+        fraction=[0.5],
         balance=True,
         epochs=1,
         seed=3,
@@ -356,13 +356,25 @@ def test_the_record_of_judging(settings, small_set, monkeypatch, mode):
     training = {} if mode == "linear" else {"batch_size": len(ids), "shuffle_window": None}
     assert found == {
         "sets": [{"shards": str(small_set), "weight": 1.0, "fingerprint": fingerprint(small_set)}],
-        "selection": {"split": "train", "fraction": 0.5, "balance": True, "seed": 3},
+        "selection": {
+            "split": "train",
+            "fraction": 0.5,
+            "cap": None,
+            "balance": True,
+            "validation": 0.2,
+            "resplit": None,
+            "group_aware": False,
+            "duplicates": "together",
+            "classes": None,
+            "leave_out": None,
+            "seed": 3,
+        },
         "recipe": recipe,
         "image_size": 32,
         "seed": 3,
         **training,
     }
-    assert run.result["labels"] == len(ids) < 64
+    assert len(ids) < run.result["cells"][0]["labels"] < 64  # the rest is what the best epoch is chosen on
     for job in jobs:
         assert (job.batch_size, job.method.recipe_name) == (len(ids), "supervised")
         np.testing.assert_array_equal(job.input.sets[0].ids, ids)

@@ -44,7 +44,7 @@ def config(tmp_path, small_set):
 def with_gpus(monkeypatch, found):
     asked = []
 
-    def answer(workers):
+    def answer(workers, gpus_per_worker):
         asked.append(workers)
         return found
 
@@ -72,7 +72,7 @@ def test_precision_is_settled_by_the_device_and_stays(config, monkeypatch):
 
 
 def test_a_run_that_did_nothing_settles_anew(config, monkeypatch):
-    def fail(job, workers):
+    def fail(*job_and_places):
         raise ValueError("no step was taken")
 
     monkeypatch.setattr(pretraining, "run_job", fail)
@@ -109,6 +109,7 @@ def test_a_cluster_is_asked_where_there_are_workers(monkeypatch, resources, foun
     monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
     assert gpus_with_bf16(0) is False and not connected
     assert gpus_with_bf16(2) is found and connected
+    assert gpus_with_bf16(2, 0) is False  # told to leave them alone
 
 
 def test_nothing_learnt_is_told_and_kept(config, capsys):

@@ -48,7 +48,18 @@ def test_places_and_workers_are_no_part_of_the_key():
         config: {f.name for f in dataclasses.fields(config) if not f.metadata["identity"]}
         for config in (PretrainConfig, EvaluateConfig)
     }
-    common = {"data", "name", "workers", "threads", "log_every", "max_failures", "cache_gib", "storage"}
+    common = {
+        "data",
+        "name",
+        "workers",
+        "gpus_per_worker",
+        "cpus_per_worker",
+        "threads",
+        "log_every",
+        "max_failures",
+        "cache_gib",
+        "storage",
+    }
     probe = {"probe_every", "probe_data", "probe_patches"}
     speed = {"compile", "channels_last", "deterministic", "profile"}
     assert names[PretrainConfig] == common | probe | speed | {"mix", "init", "checkpoint_every"}

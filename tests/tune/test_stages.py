@@ -1,7 +1,10 @@
 """A study's stages: in order, each once, and what is finished."""
 
+from pathlib import Path
+
 import pytest
 
+from pipelines.store import RemoteFolder
 from train.runs import Run, Stage
 from tune import stages
 from tune.stages import is_finished, run_study
@@ -64,3 +67,12 @@ def test_a_failing_stage_ends_the_study(study, monkeypatch):
     with pytest.raises(ValueError, match="no such data"):
         run_study(study)
     assert done == ["first-seed-1"]
+
+
+def test_a_study_s_runs_may_be_at_a_url(no_one_s_stores, tmp_path):
+    (tmp_path / "study.yaml").write_text(TEXT.format(storage=f"file://{tmp_path}/store"))
+    study = read_study(tmp_path / "study.yaml")
+    first, *others = study.cells
+    RemoteFolder(f"{study.storage}/{first.name}").write("result.json", b"{}")
+    assert is_finished(study, first) and not any(is_finished(study, cell) for cell in others)
+    assert study.report == Path(f"{study.name}.html")

@@ -20,7 +20,7 @@ STUDY = {
     "stages": {
         "kidney": {"pretrain": {"data": "kidney", "epochs": 8}},
         "breast": {"pretrain": {"data": "breast", "init": "kidney"}},
-        "linear": {"evaluate": {"data": "breast", "backbone": "breast", "fraction": [0.05, 0.5], "seed": [1, 2]}},
+        "linear": {"evaluate": {"data": "breast", "backbone": "breast", "seed": [1, 2], "fraction": [[0.05, 0.1], [0.5]]}},
     },
 }
 
@@ -44,10 +44,10 @@ def test_names_places_and_order(tmp_path):
     assert [(cell.kind, cell.name) for cell in study.cells] == [
         ("pretrain", "kidney"),
         ("pretrain", "breast"),
-        ("evaluate", "linear-fraction-0.05-seed-1"),
-        ("evaluate", "linear-fraction-0.05-seed-2"),
-        ("evaluate", "linear-fraction-0.5-seed-1"),
-        ("evaluate", "linear-fraction-0.5-seed-2"),
+        ("evaluate", "linear-seed-1-fraction-0.05+0.1"),
+        ("evaluate", "linear-seed-1-fraction-0.5"),
+        ("evaluate", "linear-seed-2-fraction-0.05+0.1"),
+        ("evaluate", "linear-seed-2-fraction-0.5"),
     ]
 
 
@@ -57,9 +57,15 @@ def test_fields_defaults_and_shard_sets(tmp_path):
     assert breast == PretrainConfig(
         data="shards/breast", name="breast", init="kidney", image_size=64, epochs=5, storage="out/runs"
     )
-    assert linear[2] == EvaluateConfig(
-        data="shards/breast", backbone="breast", name="linear-fraction-0.5-seed-1", fraction=0.5, seed=1, storage="out/runs"
+    assert linear[1] == EvaluateConfig(
+        data="shards/breast", backbone="breast", name="linear-seed-1-fraction-0.5", fraction=[0.5], seed=1, storage="out/runs"
     )
+
+
+@pytest.mark.parametrize(("given", "settled"), [(0.5, [0.5]), ([0.05, 0.5], [0.05, 0.5])])
+def test_a_field_that_is_a_list_is_no_axis(tmp_path, given, settled):
+    (cell,) = read_study(write(tmp_path, with_stage("evaluate", {"data": "d", "fraction": given, "classes": ["a", "b"]}))).cells
+    assert (cell.config.fraction, cell.config.classes, cell.name) == (settled, ["a", "b"], "only")
 
 
 def test_what_is_left_out_has_a_value(tmp_path):
@@ -119,8 +125,8 @@ def test_configs_are_settled(tmp_path):
     """Plain values of the right class, so that a stage's key is that of the same flags on the command line."""
     for cell in read_study(write(tmp_path, STUDY)).cells:
         values = dataclasses.asdict(cell.config)
-        assert values.pop("mix", []) == []
-        assert all(value is None or type(value) in (str, int, float, bool) for value in values.values())
+        flat = [each for value in values.values() for each in (value if isinstance(value, list) else [value])]
+        assert all(value is None or type(value) in (str, int, float, bool) for value in flat)
 
 
 def test_mix_is_no_axis_and_knows_the_sets(tmp_path):
@@ -172,6 +178,8 @@ PRETRAIN = {"pretrain": {"data": "kidney"}}
         (stages_of(a={"pretrain": {"data": {"x": 1}}}), "stage a: .*data"),
         (stages_of(a={"pretrain": {"data": "d", "init": {"x": 1}}}), "stage a: .*init"),
         (stages_of(a={"pretrain": {"data": "d", "epochs": []}}), "stage a: .*epochs"),
+        (stages_of(a={"evaluate": {"data": "d", "fraction": [[0.5], 1.0]}}), "stage a: .*fraction"),
+        (stages_of(a={"evaluate": {"data": "d", "fraction": [[]]}}), "stage a: .*fraction"),
         (
             stages_of(a={"pretrain": {"data": "d", "init": "b"}}, b=PRETRAIN),
             "stage a: starts from b, which comes later or has axes; name an earlier stage without axes",

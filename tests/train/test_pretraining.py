@@ -1,4 +1,4 @@
-"""The stages as functions: what a run leaves, and what it refuses. Without Ray; with it: test_workers."""
+"""The pretraining stage as a function: what a run leaves, and what it refuses. Without Ray; with it: test_workers."""
 
 import dataclasses
 import json
@@ -6,19 +6,14 @@ import math
 import time
 
 import huggingface_hub
-import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
 import yaml
 
 from sharding.manifest import fingerprint
-from sharding.packing import build_shards
 from train import pretraining
-from train.config import EvaluateConfig, PretrainConfig
-from train.evaluation import evaluate
-from train.metrics import score
+from train.config import PretrainConfig
 from train.pretraining import pretrain
 from train.runs import Run
 
@@ -45,13 +40,6 @@ def settings(tmp_path_factory, small_set):
 @pytest.fixture(scope="module")
 def pretrained(settings):
     return pretrain(settings)
-
-
-def judge(settings, **changes):
-    config = EvaluateConfig(
-        data=settings.data, backbone="tiny", storage=settings.storage, seed=1, fraction=0.5, epochs=2, log_every=1
-    )
-    return evaluate(dataclasses.replace(config, **changes))
 
 
 def test_a_run_leaves_what_the_design_says(settings, pretrained):
@@ -123,7 +111,7 @@ def test_a_mistake_shows_before_ray_is_started(settings, changes, monkeypatch):
     assert time.monotonic() - started < 20
 
 
-def test_rotations_are_pretrained_on_judged_and_gone_on_from(settings):
+def test_rotations_are_pretrained_on_and_gone_on_from(settings):
     method = "rotnet-jitter"
     run = pretrain(dataclasses.replace(settings, name=method, method=method, epochs=2))
     assert run.result["nothing_learned_loss"] == pytest.approx(math.log(4))
@@ -131,8 +119,6 @@ def test_rotations_are_pretrained_on_judged_and_gone_on_from(settings):
     assert (run.result["chain"], run.record["stage"]["config"]["recipe"]) == ([f"{method} on shards"], method)
     assert run.record["input"]["recipe"] == method
     assert run.result["recipe"]["turns"] == "by view" and (run.folder / "report.html").exists()
-    judged = judge(settings, mode="finetune", backbone=method, learning_rate=5e-6, schedule="constant", warmup_epochs=0.0)
-    assert {row["learning_rate"] for row in judged.metrics()} == {5e-6}
     second = pretrain(dataclasses.replace(settings, name=f"{method} and simclr", init=method))
     assert second.result["chain"] == [f"{method} on shards", "simclr on shards"]
 
@@ -200,61 +186,3 @@ def test_what_does_not_fit_is_one_sentence_and_leaves_no_run(settings, tmp_path,
     with pytest.raises(ValueError, match=sentence):
         pretrain(dataclasses.replace(settings, name="bad", storage=str(tmp_path), **changes))
     assert not Run(tmp_path / "bad").finished
-
-
-@pytest.mark.parametrize("mode", ["linear", "finetune", "supervised"])
-def test_figures_are_those_of_the_kept_predictions(settings, pretrained, mode):
-    run = judge(settings, mode=mode)
-    rows = pq.read_table(run.folder / "predictions.parquet").to_pydict()
-    probabilities = np.array(rows["probabilities"])
-    assert probabilities.shape == (run.result["test_patches"], 3)
-    assert np.allclose(probabilities.sum(1), 1)
-    assert score(probabilities, np.array(rows["label"])) == run.result["metrics"]
-    assert len(set(rows["id"])) == len(rows["id"])
-    parent = pretrained.record["key"]
-    assert run.record["stage"]["parent"] == ("scratch" if mode == "supervised" else parent)
-    assert (run.folder / "report.html").exists()
-
-
-def test_the_judged_slides_are_other_ones(settings, pretrained):
-    assert judge(settings).result["warnings"] == []
-
-
-def test_a_split_by_patch_is_warned_of(settings, pretrained, tmp_path):
-    from tests.helpers import breast_files, write_tree
-
-    write_tree(tmp_path / "images", breast_files({"a": 30, "b": 30}))
-    build_shards(
-        [tmp_path / "images"],
-        tmp_path / "leaky",
-        layout="{class}/{slide}/{magnification}/{name}",
-        group_by="slide",
-        split_by="patch",
-        split="train=0.5,test=0.5",
-    )
-    # From random weights: the run `tiny` has seen some of these drawn images in its own set.
-    run = judge(settings, data=str(tmp_path / "leaky"), name="leaky", backbone="scratch", architecture=TINY, image_size=32)
-    assert run.result["warnings"] == ["30 of 30 test patches are of a group (slide or patient) that was learnt from"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"test_split": "train"}, "are both 'train'"),
-        ({"backbone": "nowhere"}, "nowhere: no run of that name"),
-        ({"fraction": 0.0}, "fraction 0 is out of range"),
-        ({"validation": 0.0}, "needs a validation share above 0"),
-    ],
-)
-def test_what_cannot_be_judged_is_one_sentence(settings, pretrained, changes, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        judge(settings, name="bad", **changes)
-
-
-def test_a_set_without_labels_is_one_sentence(settings, pretrained, tmp_path):
-    from tests.helpers import breast_files, write_tree
-
-    write_tree(tmp_path / "images", breast_files({"a": 6}))
-    build_shards([tmp_path / "images"], tmp_path / "plain", unlabelled=True)
-    with pytest.raises(ValueError, match="has 0 classes: judging needs labels of at least two"):
-        judge(settings, data=str(tmp_path / "plain"), name="plain")

@@ -10,8 +10,10 @@ from models.weights import weights_hash
 from pipelines.loader import ViewLoader
 from pipelines.recipes import get_recipe
 from pipelines.shards import ShardReader
-from train import features
-from train.features import compute_features, frozen_features
+from sharding.manifest import fingerprint
+from train import feature_pass, features
+from train.feature_pass import FeaturePass, On, frozen_features
+from train.features import compute_features
 
 EVAL = get_recipe("eval")
 
@@ -34,8 +36,8 @@ def reader(small_set):
 
 
 def frozen(backbone, reader, ids, cache, **changes):
-    settings = {"recipe": EVAL, "image_size": 16, "cache": cache, "threads": 1} | changes
-    return frozen_features(backbone, reader, ids, **settings)
+    what = {"recipe": "eval", "image_size": 16, "shards": str(reader.folder), "fingerprint": fingerprint(reader.folder)} | changes
+    return frozen_features(FeaturePass(backbone, **what), ids, On(threads=1), cache=cache)
 
 
 def by_hand(reader, ids, image_size=16):
@@ -74,13 +76,14 @@ def test_anything_else_is_computed_anew(reader, tmp_path, change, monkeypatch):
     if change == "order":
         ids = np.arange(9, -1, -1)
     if change == "recipe":
-        settings["recipe"] = get_recipe("eval-plain")
+        settings["recipe"] = "eval-plain"
     if change == "image_size":
         settings["image_size"] = 24
     if change == "data":
-        monkeypatch.setattr(features, "fingerprint", lambda folder: "other data")
+        monkeypatch.setattr(feature_pass, "fingerprint", lambda folder: "other data")
+        settings["fingerprint"] = "other data"
     if change == "version":
-        monkeypatch.setattr(features, "FEATURES_VERSION", 99)
+        monkeypatch.setattr(feature_pass, "FEATURES_VERSION", 99)
     found = frozen(other, reader, ids, tmp_path, **settings)
     assert other.seen == 10
     if change in ("ids", "order"):
@@ -113,4 +116,47 @@ def test_backbone_that_changes_is_caught(reader, tmp_path):
 
 def test_random_recipes_are_not_frozen(reader, tmp_path):
     with pytest.raises(AssertionError):
-        frozen(MeanColour(), reader, np.arange(5), tmp_path, recipe=get_recipe("supervised"))
+        frozen(MeanColour(), reader, np.arange(5), tmp_path, recipe="supervised")
+
+
+@pytest.mark.parametrize("part", [7, 40, 90])
+def test_parts_are_put_together_in_order(reader, tmp_path, monkeypatch, part):
+    monkeypatch.setattr(feature_pass, "PART", part)
+    ids, backbone = np.random.default_rng(1).permutation(90)[:40], MeanColour()
+    np.testing.assert_allclose(frozen(backbone, reader, ids, tmp_path), by_hand(reader, ids), atol=1e-6)
+    assert backbone.seen == 40 and len(list(tmp_path.iterdir())) == -(-40 // part)
+
+
+def test_parts_that_were_computed_are_kept_when_another_fails(reader, tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_pass, "PART", 10)
+
+    class Breaking(MeanColour):
+        def forward(self, images):
+            if self.seen >= 20:
+                raise KeyboardInterrupt
+            return super().forward(images)
+
+    with pytest.raises(KeyboardInterrupt):
+        frozen(Breaking(), reader, np.arange(40), tmp_path)
+    again = MeanColour()
+    frozen(again, reader, np.arange(40), tmp_path)
+    assert again.seen == 20
+
+
+def test_a_set_that_was_changed_is_refused(reader, tmp_path):
+    with pytest.raises(ValueError, match="this is not the shard set that was begun with"):
+        frozen(MeanColour(), reader, np.arange(4), tmp_path, fingerprint="another")
+
+
+def test_workers_give_the_same_features(ray_here, reader, tmp_path, monkeypatch):
+    """Parts of 25 on three workers, and what a worker finds wrong is one sentence."""
+    monkeypatch.setattr(feature_pass, "PART", 25)
+    torch.manual_seed(0)
+    backbone = build_backbone("test_resnet", 32)
+    what = FeaturePass(backbone, str(reader.folder), fingerprint(reader.folder), "eval", 32)
+    found = frozen_features(what, np.arange(75), On(workers=3, threads=1), cache=tmp_path)
+    alone = compute_features(backbone, reader, np.arange(75), recipe=EVAL, image_size=32, threads=1)
+    np.testing.assert_allclose(found, alone, atol=1e-5)
+    changed = FeaturePass(backbone, str(reader.folder), "another", "eval", 32)
+    with pytest.raises(ValueError, match="this is not the shard set that was begun with"):
+        frozen_features(changed, np.arange(75), On(workers=2, threads=1), cache=tmp_path)

@@ -1,0 +1,58 @@
+"""What of a cluster's nodes a worker gets: its cores, and its GPU or a part of one."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class Node(NamedTuple):
+    """A node's cores and GPUs, as whole numbers."""
+
+    cpus: int
+    gpus: int
+
+
+class Share(NamedTuple):
+    """What each worker has for itself. gpus: 0, 1, or a part of one."""
+
+    cpus: int
+    gpus: float
+
+
+def share_of(
+    nodes: Iterable[Node], least: int, most: int, gpus_per_worker: float | None, cpus_per_worker: int = 0, *, said: str
+) -> Share:
+    """The share with which as many of `most` workers as possible fit, with as many cores each as that leaves.
+
+    Where workers have GPUs, only the nodes that have some count: a head node without any may have more cores than all others.
+    gpus_per_worker: None is one each where the cluster has GPUs, else none. cpus_per_worker: so many cores each, 0: as many as
+    there are. said: --workers as it was given.
+    Raises ValueError where even `least` workers do not fit, and for a part of a GPU for more than one worker: NCCL refuses two
+    ranks on one GPU.
+    """
+    nodes = list(nodes)
+    gpus = (1.0 if any(node.gpus for node in nodes) else 0.0) if gpus_per_worker is None else gpus_per_worker
+    if not 0 <= gpus <= 1:
+        raise ValueError(f"--gpus-per-worker {gpus:g}: give 0 (train on CPUs), 1, or a part of one such as 0.25")
+    if 0 < gpus < 1 and most > 1:
+        raise ValueError(
+            f"--gpus-per-worker {gpus:g} with --workers {said}: workers of one run cannot share a GPU; give --workers 1"
+        )
+    usable = [node for node in nodes if node.gpus] if gpus else nodes
+    limits = [int(node.gpus / gpus + 1e-9) if gpus else node.cpus for node in usable]
+
+    def fit(cpus: int) -> int:
+        return sum(min(limit, node.cpus // cpus) for limit, node in zip(limits, usable, strict=True))
+
+    if cpus_per_worker < 0:
+        raise ValueError(f"--cpus-per-worker {cpus_per_worker}: give a number of cores, or 0 for an equal share of all")
+    room = fit(max(1, cpus_per_worker))
+    if room < least:
+        what = f"{sum(node.gpus for node in nodes)} GPUs" if gpus else f"{sum(node.cpus for node in nodes)} CPUs"
+        each = f"{gpus:g} of them" if gpus and gpus < 1 else "one" if gpus else "at least one"
+        if cpus_per_worker > 1:
+            each += f" and {cpus_per_worker} of its {sum(node.cpus for node in nodes)} CPUs"
+        raise ValueError(f"--workers {said}: the cluster has {what}, and each worker takes {each}")
+    if cpus_per_worker:
+        return Share(cpus_per_worker, gpus)
+    wanted = min(most, room)
+    return Share(max(cpus for cpus in range(1, max(node.cpus for node in usable) + 1) if fit(cpus) >= wanted), gpus)
