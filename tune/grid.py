@@ -14,24 +14,33 @@ class GridConfig:
     """Which study."""
 
     study: str = positional("the study file (YAML)")
-    plan: bool = option(False, "only print the stages, and which of them are finished")
+    smoke: bool = option(False, "its smoke size: tiny models on drawn patches, where no figure means anything")
+    plan: bool = option(False, "only print the stages, which of them are finished, and how long the others may take")
+    force: list[str] = option([], "stages to run again, with all that start from them; their earlier runs are set aside")
+    without_ray: bool = option(False, "one stage after another in this process, without Ray")
 
 
 def main(config: GridConfig) -> None:
-    study = read_study(config.study)
+    study = read_study(config.study, smoke=config.smoke)
     # After the study file was found right: these import torch, which takes seconds.
-    from train.report import write_report
-    from tune.stages import is_finished, run_study
-    from tune.table import result_table
+    from tune.plan import plan_lines
+    from tune.stages import run_study
+    from tune.tables import console_table, fill, study_report, write_tables
 
     if config.plan:
-        for cell in study.cells:
-            print(f"{'finished' if is_finished(study, cell) else 'to do':9} {cell.kind:9} {cell.name}")
+        print("\n".join(plan_lines(study)))
         return
-    runs = run_study(study)
-    Console().print(result_table(runs))
-    print(write_report(runs, study.report, title=f"Study {study.name}"))
+    outcome = run_study(study, force=config.force, without_ray=config.without_ray, say=lambda line: print(line, flush=True))
+    tables = fill(study, outcome)
+    for table in tables:
+        Console().print(console_table(table))
+    for path in write_tables(study, tables, study.report.with_name(f"{study.report.stem}-tables")):
+        print(path)
+    print(study_report(study, outcome, tables, study.report))
+    if outcome.failed:
+        print(f"FAILED: {', '.join(outcome.failed)}", file=sys.stderr)
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, GridConfig, prog="grid.py", description="Run a study's stages, each once, and fill its table."))
+    sys.exit(run_script(main, GridConfig, prog="grid.py", description="Run a study's stages, each once, and fill its tables."))

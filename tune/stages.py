@@ -1,20 +1,42 @@
-"""Running a study's stages: each once, an unfinished one from its checkpoint, a finished one not at all."""
+"""Running a study: each stage once, an unfinished one from its checkpoint, a finished one not at all."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from train.evaluation import evaluate
-from train.pretraining import pretrain
-from train.runs import Run, open_run
-from tune.study import Cell, Study
-
-_RUN: dict[str, Callable[..., Run]] = {"pretrain": pretrain, "evaluate": evaluate}
+from tune.book import Book, Outcome, set_aside
+from tune.one_stage import run_stage
+from tune.parts import Study
 
 
-def run_study(study: Study) -> list[Run]:
-    """Run the cells in order. Returns their runs. Raises what a stage raises; what was finished before stays."""
-    return [_RUN[cell.kind](cell.config) for cell in study.cells]
+def run_study(
+    study: Study, *, force: Sequence[str] = (), without_ray: bool = False, say: Callable[[str], None] = print
+) -> Outcome:
+    """Run what is not finished. What fails, and what starts from it, is in the outcome; all else is run.
+
+    force: stages to run again, with all that start from them; their earlier runs are set aside. without_ray: one cell after
+    another in this process.
+    Raises ValueError for a stage that there is not, and where the cluster has too little for a single trial.
+    """
+    for place in set_aside(study, list(force)):
+        say(f"set aside: {place}")
+    book = Book(study, say)
+    if without_ray:
+        _run_here(book)
+    else:
+        begun = book.next()
+        if begun is not None:  # else nothing is left to do, and Ray takes long to start
+            from tune.trials import run_trials
+
+            book.give_back(begun)
+            run_trials(book)
+    return book.outcome
 
 
-def is_finished(study: Study, cell: Cell) -> bool:
-    """Whether a run of that name is finished. That it is of this very config is seen when the stage is run."""
-    return open_run(study.storage, cell.name).finished
+def _run_here(book: Book) -> None:
+    while (begun := book.next()) is not None:
+        try:
+            run = run_stage(begun.cell.kind, begun.config)
+        except (ValueError, OSError) as error:
+            book.failed(begun.cell.name, " ".join(str(error).split()))
+        else:
+            book.done(begun.cell.name, run)
+    assert book.ended

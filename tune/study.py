@@ -47,8 +47,8 @@ it alone, without its axes.
 **resources**: what each trial of a kind gets, {pretrain: {workers: 0, gpus: 0.25, cpus: 2}}.
 
 **smoke** is the study in a size that shows in minutes that it runs: other `data`, and for each kind of stage other fields. Of an
-axis it gives the values that stay and what takes their place; those that it does not name are left out. Runs are in
-STORAGE-smoke.
+axis it gives the values that stay and what takes their place; those that it does not name are left out, if it names any. Runs
+are in STORAGE-smoke.
 """
 
 from collections.abc import Sequence
@@ -57,7 +57,7 @@ from pathlib import Path
 
 from pipelines.store import is_url
 from tune.comparing import incomparable
-from tune.expanding import Choice, Field, Outside, Stage, expand, settle
+from tune.expanding import Choice, Field, Outside, Stage, expand, field_names, settle
 from tune.layouts import read_tables
 from tune.marks import Marked, read_marked
 from tune.parts import BY, KINDS, Cell, EarlyStopping, Node, Published, Resources, Selection, Study, TableSpec
@@ -83,11 +83,11 @@ def read_study(path: str | Path, *, smoke: bool = False) -> Study:
     for key in ("name", "storage", "report"):
         if not isinstance(content.get(key, ""), str):
             raise ValueError(f"{source.at(key)}: {key} is a word, not {content[key]!r}")
-    small = read_smoke(source)
-    if smoke and small is None:
-        raise ValueError(f"{source.at()}: this study has no `smoke`, which says what is smaller in smoke size")
     resources = {kind: _resources(source, kind) for kind in KINDS}
     stages = [_read_stage(source, stage, resources) for stage in content["stages"]]
+    small = read_smoke(source, stages)
+    if smoke and small is None:
+        raise ValueError(f"{source.at()}: this study has no `smoke`, which says what is smaller in smoke size")
     if not smoke:
         small = None
     if small:  # one process for each trial, whatever the whole study takes
@@ -131,7 +131,7 @@ def _read_stage(source: Marked, key, resources: dict[str, Resources]) -> Stage |
     if kind == "select":
         return _read_choice(source, key, at, line)
     config_class = KINDS[kind]
-    known = set(config_class.__dataclass_fields__) - {"name", "storage"}
+    known = field_names(config_class) - {"name", "storage"}
     fields: dict[str, Field] = {}
     # Its own ones first: a default that is added later must not reorder the names.
     for keys in (("stages", key, kind), ("defaults", kind)):
@@ -203,6 +203,6 @@ def _early_stopping(source: Marked, cells: Sequence[Cell], stages: Sequence[Stag
 
 
 def _settled(source: Marked, config_class: type, *keys: str):
-    source.only(tuple(config_class.__dataclass_fields__), *keys)
+    source.only(field_names(config_class), *keys)
     fields = {name: Field(value, source.at(*keys, name)) for name, value in source.mapping(*keys).items()}
     return settle(config_class, fields, source.at(*keys))

@@ -1,78 +1,147 @@
-"""A study's stages: in order, each once, and what is finished."""
+"""The order of a study: each stage once, what fails and what starts from it, edited files, stages by force.
 
-from pathlib import Path
+The stages are stand-ins that leave a finished run and learn nothing; real ones: test_trials.
+"""
+
+import dataclasses
+import hashlib
 
 import pytest
 
-from pipelines.store import RemoteFolder
-from train.runs import Run, Stage
+from models.weights import CARD_NAME
+from train import evaluation, pretraining
+from train.runs import Run, write_json
 from tune import stages
-from tune.stages import is_finished, run_study
+from tune.plan import plan_lines
+from tune.stages import run_study
 from tune.study import read_study
 
-TEXT = """
-name: two
-storage: {storage}
-stages:
-  first:
-    pretrain: {{data: shards, seed: [1, 2]}}
-  second:
-    evaluate: {{data: shards, backbone: first-seed-1}}
-"""
+STAGES = {"pretrain": pretraining.stage_of, "evaluate": evaluation.stage_of}
 
 
-@pytest.fixture
-def study(tmp_path):
-    (tmp_path / "two.yaml").write_text(TEXT.format(storage=tmp_path / "runs"))
-    return read_study(tmp_path / "two.yaml")
-
-
-def finish(study, cell):
-    run = Run(f"{study.storage}/{cell.name}")
-    run.begin(Stage(cell.kind if cell.kind == "pretrain" else "linear", {}, "d", "scratch"), cell.config, {})
-    run.finish({"kind": cell.kind}, wall_seconds=1, device="CPU")
+def pretend(kind, config):
+    """A finished run, with a probe that follows from its key."""
+    stage, run = STAGES[kind](config), Run(f"{config.storage}/{config.name}")
+    if run.begin(stage, config, {}):
+        write_json(run.folder / CARD_NAME, {"backbone": "test_resnet", "image_size": 32, "chain": []})
+        probe = int(hashlib.sha256(stage.key.encode()).hexdigest()[:6], 16) / 16**6
+        final = {"probe_balanced_accuracy": probe, "top1": 1 - probe, "loss": 2.0}
+        run.finish({"kind": stage.kind, "key": stage.key, "final": final}, wall_seconds=12.0, device="CPU")
     return run
 
 
-def test_is_finished(study):
-    first, second, third = study.cells
-    assert [is_finished(study, cell) for cell in study.cells] == [False, False, False]
-    finish(study, second)
-    Run(f"{study.storage}/{third.name}").begin(Stage("linear", {}, "d", "scratch"), third.config, {})  # begun, not finished
-    assert [is_finished(study, cell) for cell in study.cells] == [False, True, False]
-    finish(study, first)
-    assert is_finished(study, first)
+@pytest.fixture(autouse=True)
+def _pretended(monkeypatch):
+    monkeypatch.setattr(stages, "run_stage", pretend)
 
 
-def test_cells_run_in_order_by_their_kind(study, monkeypatch):
-    done = []
-
-    def runner(kind):
-        return lambda config: done.append((kind, config.name)) or Run(f"{config.storage}/{config.name}")
-
-    monkeypatch.setattr(stages, "_RUN", {kind: runner(kind) for kind in ("pretrain", "evaluate")})
-    runs = run_study(study)
-    assert done == [("pretrain", "first-seed-1"), ("pretrain", "first-seed-2"), ("evaluate", "second")]
-    assert [run.name for run in runs] == ["first-seed-1", "first-seed-2", "second"]
+def run_quietly(study, **settings):
+    said = []
+    outcome = run_study(study, without_ray=True, say=said.append, **settings)
+    return outcome, said
 
 
-def test_a_failing_stage_ends_the_study(study, monkeypatch):
-    done = []
+def test_each_stage_once_and_parents_first(study, monkeypatch):
+    begun = []
+    real = stages.run_stage
+    monkeypatch.setattr(stages, "run_stage", lambda kind, config: begun.append(config.name) or real(kind, config))
+    outcome, said = run_quietly(study)
+    assert not outcome.failed and outcome.ran == begun
+    assert sorted(begun) == sorted(cell.name for cell in study.cells) and len(begun) == 10
+    for cell in study.cells:
+        for parent in cell.parents:
+            chosen = outcome.selected[parent]["chosen"] if parent in outcome.selected else parent
+            assert begun.index(chosen) < begun.index(cell.name)
+            assert outcome.runs[cell.name].record["stage"]["parent"] == outcome.runs[parent].record["key"]
+    assert said[-1].startswith("[12/12] ")
+    again, said = run_quietly(study)
+    assert again.ran == [] and again.runs.keys() == outcome.runs.keys() and begun == outcome.ran
+    assert all("finished already" in line or "(by probe)" in line for line in said)
 
-    def pretrain(config):
-        done.append(config.name)
-        raise ValueError("no such data")
 
-    monkeypatch.setattr(stages, "_RUN", {"pretrain": pretrain, "evaluate": pytest.fail})
-    with pytest.raises(ValueError, match="no such data"):
-        run_study(study)
-    assert done == ["first-seed-1"]
+def test_what_was_chosen_is_the_best_by_its_rule(study):
+    outcome, _ = run_quietly(study)
+    for seed in (1, 2):
+        selected = outcome.selected[f"best-seed-{seed}"]
+        values = {name: Run(f"{study.storage}/{name}").result["final"]["probe_balanced_accuracy"] for name in selected["values"]}
+        assert values[selected["chosen"]] == max(values.values())
+        assert {name: value["probe"] for name, value in selected["values"].items()} == values
+        assert outcome.runs[f"tuned-seed-{seed}"].config["backbone"] == str(outcome.runs[f"best-seed-{seed}"].folder)
 
 
-def test_a_study_s_runs_may_be_at_a_url(no_one_s_stores, tmp_path):
-    (tmp_path / "study.yaml").write_text(TEXT.format(storage=f"file://{tmp_path}/store"))
-    study = read_study(tmp_path / "study.yaml")
-    first, *others = study.cells
-    RemoteFolder(f"{study.storage}/{first.name}").write("result.json", b"{}")
-    assert is_finished(study, first) and not any(is_finished(study, cell) for cell in others)
-    assert study.report == Path(f"{study.name}.html")
+def test_the_same_stage_under_another_name_is_not_run_again(study):
+    cell = study.cells[0]
+    run = pretend("pretrain", dataclasses.replace(cell.config, name="by hand"))
+    outcome, said = run_quietly(study)
+    assert outcome.runs[cell.name].folder == run.folder and cell.name not in outcome.ran
+    assert f"{cell.name}: finished already, as by hand" in said[0]
+
+
+def test_an_edited_study_runs_what_has_changed_and_keeps_what_was(study, study_file):
+    first, _ = run_quietly(study)
+    study_file.write_text(study_file.read_text().replace("draws: 20, epochs: 1", "draws: 20, epochs: 1, patience: 3"))
+    second, said = run_quietly(read_study(study_file))
+    # Of linear evaluation, too: patience is a field of the stage, used or not.
+    assert sorted(second.ran) == sorted(name for name in first.runs if name.startswith(("linear", "tuned")))
+    for name in second.ran:
+        key = second.runs[name].record["key"]
+        assert second.runs[name].name == f"{name}-{key[:8]}" and first.runs[name].finished
+    assert any("is of another stage and stays" in line for line in said)
+
+
+def test_a_failed_cell_takes_with_it_only_what_starts_from_it(study, study_file):
+    study_file.write_text(study_file.read_text().replace("seed: [1, 2]}", "seed: [1, 2], init: [scratch, /nowhere/weights.pth]}"))
+    outcome, _ = run_quietly(read_study(study_file))
+    failed = {name: why for name, why in outcome.failed.items() if not why.startswith("not run")}
+    assert len(failed) == 4 and all("weights.pth" in name and "no such file" in why for name, why in failed.items())
+    children = {name: why for name, why in outcome.failed.items() if why.startswith("not run")}
+    assert children and all(why.split(": ")[1].removesuffix(" failed") in failed for why in children.values())
+    assert any(name.startswith("linear") for name in outcome.runs) and any(name.startswith("tuned") for name in outcome.runs)
+
+
+def test_what_fails_while_it_runs_is_told(study, monkeypatch):
+    real = stages.run_stage
+
+    def sometimes(kind, config):
+        if "temperature-0.5-seed-2" in config.name and kind == "pretrain":
+            raise ValueError("the disk\nis full")
+        return real(kind, config)
+
+    monkeypatch.setattr(stages, "run_stage", sometimes)
+    outcome, said = run_quietly(study)
+    name = "grid-temperature-0.5-seed-2"
+    assert outcome.failed == {name: "the disk is full", f"linear-{name.removeprefix('grid-')}": f"not run: {name} failed"}
+    assert any(f"{name}: FAILED: the disk is full" in line for line in said)
+    # It was chosen among the others, which is said; when it is there, it is chosen anew.
+    assert outcome.selected["best-seed-2"]["without"] == [name]
+    assert any(f"(by probe, without {name}, which failed)" in line for line in said)
+    monkeypatch.setattr(stages, "run_stage", real)
+    again, _ = run_quietly(study)
+    chosen = [outcome.selected["best-seed-2"]["chosen"], again.selected["best-seed-2"]["chosen"]]
+    anew = ["tuned-seed-2"] if chosen[0] != chosen[1] else []
+    assert sorted(again.ran) == sorted([name, f"linear-{name.removeprefix('grid-')}", *anew])
+
+
+def test_force_runs_a_stage_and_what_starts_from_it(study):
+    first, _ = run_quietly(study)
+    outcome, said = run_quietly(study, force=["tuned"])
+    assert sorted(outcome.ran) == ["tuned-seed-1", "tuned-seed-2"]
+    assert [line for line in said if line.startswith("set aside")] and len(list((first.runs["tuned-seed-1"].folder.parent
+                                                                             / ".superseded").iterdir())) == 2  # fmt: skip
+    everything, _ = run_quietly(study, force=["grid"])
+    assert sorted(everything.ran) == sorted(cell.name for cell in study.cells)
+    with pytest.raises(ValueError, match="--force gird: the study has no such stage; there are best, grid, linear, tuned"):
+        run_quietly(study, force=["gird"])
+
+
+def test_a_plan_says_what_is_finished_and_how_long_the_rest_takes(study, study_file):
+    lines = plan_lines(study)
+    assert lines[-1] == "0 of 12 finished; to do: 0 s of trials, and 10 of unknown time"
+    assert any(line.startswith("to choose best-seed-1, of 2 by probe") for line in lines)
+    assert not list(study_file.parent.glob("runs/*"))  # nothing is written
+    run_quietly(study)
+    assert plan_lines(study)[-1] == "12 of 12 finished; to do: 0 s of trials"
+    study_file.write_text(study_file.read_text().replace("seed: [1, 2]", "seed: [1, 2, 3]"))
+    lines = plan_lines(read_study(study_file))
+    new = [line for line in lines if line.startswith("to do") and "grid-" in line]
+    assert len(new) == 2 and all("about" in line for line in new)

@@ -1,0 +1,112 @@
+"""YAML with the line of everything in it, so that a mistake is told with its place."""
+
+import difflib
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+
+class Marked(NamedTuple):
+    """A YAML file. about: its leading comment, without the signs; content: as safe_load gives it; lines: where each entry is,
+    from 1, by the keys and list places that lead to it."""
+
+    path: Path
+    about: str
+    content: Any
+    lines: dict[tuple, int]
+
+    def line(self, *keys) -> int:
+        """Where an entry is, or if it is not in the file what it would lie in."""
+        while keys not in self.lines:
+            keys = keys[:-1]
+        return self.lines[keys]
+
+    def at(self, *keys) -> str:
+        """FILE:LINE of an entry: what every message about it begins with."""
+        return f"{self.path}:{self.line(*keys)}"
+
+    def mapping(self, *keys) -> dict[Any, Any]:
+        """The mapping there, empty where there is none. Raises ValueError for anything else."""
+        value: Any = self.content
+        for depth, key in enumerate(keys, start=1):
+            value = value.get(key)
+            if value is None:
+                return {}
+            if not isinstance(value, dict):
+                place = ": ".join(map(str, keys[:depth]))
+                raise ValueError(f"{self.at(*keys[:depth])}: `{place}` is a mapping of names to values, not {value!r}")
+        return value
+
+    def only(self, known: Collection[str], *keys) -> None:
+        """Raises ValueError for a key of the mapping there that is not known, with the nearest that is."""
+        for name in self.mapping(*keys):
+            if name not in known:
+                near = difflib.get_close_matches(str(name), sorted(known), n=1)
+                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}"
+                place = f"{': '.join(map(str, keys))}: " if keys else ""
+                raise ValueError(f"{self.at(*keys, name)}: {place}there is no field {name!r}; {hint}")
+
+
+def read_marked(path: str | Path) -> Marked:
+    """Read a YAML file. Raises ValueError where it is none, and where a mapping has one key twice, of which YAML's own reader
+    keeps the last without a word."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; give a study file such as tune/studies/demo.yaml") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: this is not text in UTF-8") from None
+    loader = yaml.SafeLoader(text)
+    lines: dict[tuple, int] = {(): 1}
+    try:
+        root = loader.get_single_node()
+        if root is not None:
+            _mark(loader, root, (), (), lines, path)
+        content = None if root is None else _built(loader.construct_document, root, path)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ValueError(f"{path}:{line}: this is not YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: this is not YAML: {error}") from None
+    finally:
+        loader.dispose()
+    return Marked(Path(path), _leading_comment(text), content, lines)
+
+
+def _mark(loader, node, keys, above, lines, path):
+    if node in above:
+        raise ValueError(f"{path}:{node.start_mark.line + 1}: this alias stands for something that it is itself in")
+    if isinstance(node, yaml.SequenceNode):
+        for place, each in enumerate(node.value):
+            lines[*keys, place] = each.start_mark.line + 1
+            _mark(loader, each, (*keys, place), (*above, node), lines, path)
+    elif isinstance(node, yaml.MappingNode):
+        own = set()
+        for key_node, value in node.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ValueError(f"{path}:{line}: the key of a mapping is a word or a number")
+            key = "<<" if key_node.value == "<<" else _built(loader.construct_object, key_node, path)
+            if key in own:
+                raise ValueError(f"{path}:{line}: {key!r} is there already in this mapping: keep one of them")
+            own.add(key)
+            lines[*keys, key] = line
+            _mark(loader, value, (*keys, key), (*above, node), lines, path)
+
+
+def _built(construct, node, path):
+    try:
+        return construct(node)
+    except ValueError as error:  # such as of a date that is none
+        raise ValueError(f"{path}:{node.start_mark.line + 1}: this is not YAML: {error}") from None
+
+
+def _leading_comment(text: str) -> str:
+    lines = []
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").removeprefix(" ").rstrip())
+    return "\n".join(lines).strip()

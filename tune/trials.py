@@ -1,0 +1,246 @@
+"""A study's cells as trials of Ray Tune: as many at a time as the cluster has room for, each in a process that serves many.
+
+A cell is a trial, and whatever has to be done before it was done by the book: Tune asks it what may begin, and a study of stages
+that wait for each other is one run of Tune. Tune's own books are thrown away: what is finished is seen from the runs.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import tempfile
+import threading
+import traceback
+from pathlib import Path
+from typing import Any
+
+from train.config import EvaluateConfig, PretrainConfig
+from train.runs import Run, open_run
+from train.workers import connect
+from tune.book import Begun, Book
+from tune.parts import KINDS, Resources, Study
+
+_DRIVER_BYTES = 64 * 2**20  # what a trial reserves whose work is done by Ray Train's workers
+_RETRIES = 2  # of a trial whose process died; its stage goes on from its checkpoint
+_PROBE = "probe_balanced_accuracy"
+
+
+def run_trials(book: Book) -> None:
+    """Run all that the book has to give, until it has ended. What fails is told to the book.
+
+    Raises ValueError where one trial alone needs more than the cluster has.
+    """
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the book says what happens
+    connect()
+    import ray
+    from ray import tune
+
+    study, total = book.study, ray.cluster_resources()
+    each = {kind: settled(resources, total) for kind, resources in study.resources.items()}
+    room = min(_room(total, kind, _needed(each[kind])) for kind in {cell.kind for cell in study.cells})
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory(prefix="patchclr-tune-") as folder:
+        tuner = tune.Tuner(
+            tune.with_resources(_trial_class(study), lambda given: _bundle(each[given["kind"]])),
+            tune_config=tune.TuneConfig(
+                search_alg=_asking()(book, each),
+                scheduler=_scheduler(study),
+                num_samples=len(study.cells),
+                max_concurrent_trials=room,
+                reuse_actors=study.early_stopping is None,  # a stage that is stopped early ends with its process
+                trial_name_creator=lambda trial: trial.config["name"].replace("/", "_"),
+                trial_dirname_creator=lambda trial: trial.trial_id,
+            ),
+            run_config=tune.RunConfig(
+                name="study",
+                storage_path=folder,
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=_RETRIES),
+                checkpoint_config=tune.CheckpointConfig(),
+            ),
+        )
+        tuner.fit()
+    assert book.ended, "Tune ended before the study did"
+
+
+def settled(resources: Resources, total: dict[str, float]) -> Resources:
+    """With its GPUs as a number: one where there are any."""
+    return dataclasses.replace(resources, gpus=float(total.get("GPU", 0) > 0) if resources.gpus is None else resources.gpus)
+
+
+def _needed(resources: Resources) -> dict[str, float]:
+    """What a trial and its workers take of the cluster."""
+    workers = max(1, resources.workers)
+    return {"CPU": resources.cpus * workers, "GPU": (resources.gpus or 0) * workers}
+
+
+def _room(total: dict[str, float], kind: str, needed: dict[str, float]) -> int:
+    """How many such trials the cluster holds at a time, so that none waits for what others hold."""
+    places = [int(total.get(name, 0) / amount + 1e-9) for name, amount in needed.items() if amount]
+    if min(places) < 1:
+        short = next(name for name, amount in needed.items() if amount > total.get(name, 0))
+        raise ValueError(
+            f"resources of {kind}: a trial needs {needed[short]:g} {short}s, and the cluster has {total.get(short, 0):g}:"
+            " ask for less in the study's `resources`"
+        )
+    return min(places)
+
+
+def _bundle(resources: Resources):
+    from ray.tune import PlacementGroupFactory
+
+    if resources.workers:  # the workers have the cores and GPUs; the trial itself waits for them
+        return PlacementGroupFactory([{"memory": _DRIVER_BYTES}])
+    return PlacementGroupFactory([{"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})])
+
+
+def placed(begun: Begun, resources: Resources) -> PretrainConfig | EvaluateConfig:
+    """The cell's config, with what a trial may use."""
+    if resources.workers:
+        return dataclasses.replace(
+            begun.config,
+            workers=resources.workers,
+            gpus_per_worker=resources.gpus,
+            cpus_per_worker=int(resources.cpus),
+        )
+    threads = begun.config.threads or max(1, int(resources.cpus))
+    return dataclasses.replace(begun.config, workers=0, threads=threads, gpus_per_worker=None if resources.gpus else 0)
+
+
+def _asking():
+    from ray.tune.search import Searcher
+
+    class Asking(Searcher):
+        """Asks the book what may begin, and tells it how that ended."""
+
+        def __init__(self, book: Book, each: dict[str, Resources]):
+            super().__init__()
+            self._book, self._each = book, each
+            self._begun: dict[str, Begun] = {}
+
+        def suggest(self, trial_id: str) -> Any:
+            begun = self._book.next()
+            if begun is None:
+                return Searcher.FINISHED if self._book.ended else None
+            self._begun[trial_id] = begun
+            config = placed(begun, self._each[begun.cell.kind])
+            # The cell's name is no part of the config: its run may have another.
+            return {"name": begun.cell.name, "kind": begun.cell.kind, "fields": dataclasses.asdict(config)}
+
+        def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+            begun, book = self._begun.pop(trial_id), self._book
+            name = begun.cell.name
+            run = open_run(book.study.storage, begun.config.name or name)
+            if result and result.get("failure"):
+                book.failed(name, result["failure"])
+            elif run.finished:
+                book.done(name, run)
+            elif error:
+                book.failed(
+                    name, f"its process died {_RETRIES + 1} times; run the study again, and it goes on from its checkpoint"
+                )
+            else:
+                book.failed(name, f"stopped early, at {_PROBE} {result.get(_PROBE, float('nan')):.3f}" if result else "stopped")
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {}  # Tune writes it to its own books, which nobody reads
+
+        def save(self, checkpoint_path: str) -> None:
+            """Nothing: what is finished is seen from the runs."""
+
+        def restore(self, checkpoint_path: str) -> None:
+            raise AssertionError("a study is never restored by Tune")
+
+    return Asking
+
+
+def _scheduler(study: Study):
+    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+
+    early = study.early_stopping
+    if early is None:
+        return FIFOScheduler()
+    return ASHAScheduler(
+        time_attr="epoch",
+        metric=_PROBE,
+        mode="max",
+        grace_period=early.grace_epochs,
+        reduction_factor=early.reduction,
+        max_t=max((cell.config.epochs for cell in study.cells if cell.kind == "pretrain"), default=1),
+    )
+
+
+def _trial_class(study: Study):
+    from ray import tune
+
+    follows = study.early_stopping is not None
+
+    class Cells(tune.Trainable):
+        """One process, one cell after another. Without early stopping a cell is one step; with it, a step ends with each probe,
+        while the stage goes on in a thread."""
+
+        _thread: threading.Thread | None
+        _seen: int
+
+        def setup(self, config: dict[str, Any]) -> None:
+            os.environ.setdefault("OMP_NUM_THREADS", "1")
+            self._begin(config)
+
+        def reset_config(self, new_config: dict[str, Any]) -> bool:
+            self._begin(new_config)
+            return True
+
+        def step(self) -> dict[str, Any]:
+            if self._thread is None:
+                self._run()
+                return self._ended()
+            while self._thread.is_alive():
+                self._thread.join(0.2)
+                rows = [row for row in self._metrics() if _PROBE in row]
+                if len(rows) > self._seen:
+                    self._seen = len(rows)
+                    return {"epoch": rows[-1]["epoch"] + 1, _PROBE: rows[-1][_PROBE]}
+            return self._ended()
+
+        def save_checkpoint(self, checkpoint_dir: str) -> None:
+            """Nothing: a stage has checkpoints of its own."""
+
+        def load_checkpoint(self, checkpoint: Any) -> None:
+            """Nothing: a stage finds its own."""
+
+        def _begin(self, given: dict[str, Any]) -> None:
+            self._kind, self._fields = given["kind"], given["fields"]
+            self._failure: str | None = None
+            self._seen = 0
+            self._thread = None
+            if follows and self._kind == "pretrain":
+                self._thread = threading.Thread(target=self._run, daemon=True)
+                self._thread.start()
+
+        def _run(self) -> None:
+            import torch
+
+            from tune.one_stage import run_stage
+
+            torch.set_num_threads(max(1, self._fields["threads"]))
+            try:
+                run_stage(self._kind, KINDS[self._kind](**self._fields))
+            except (ValueError, OSError) as error:
+                self._failure = " ".join(str(error).split())
+            except Exception as error:  # ours: shown as such, and the other cells are worth having
+                where = Path(self._fields["storage"]) / f"{self._fields['name']}.error.txt"
+                where.write_text(traceback.format_exc())
+                self._failure = f"{type(error).__name__}: {error} (an error of this program, not of yours; see {where})"
+
+        def _metrics(self) -> list[dict[str, Any]]:
+            with contextlib.suppress(FileNotFoundError):
+                return Run(f"{self._fields['storage']}/{self._fields['name']}").metrics()
+            return []
+
+        def _ended(self) -> dict[str, Any]:
+            epoch = self._fields.get("epochs", 1)
+            rows = [row for row in self._metrics() if _PROBE in row] if follows else []
+            probe = rows[-1][_PROBE] if rows else 0.0
+            return {"done": True, "failure": self._failure, "epoch": epoch, _PROBE: probe}
+
+    return Cells
