@@ -1,4 +1,5 @@
 # make demo   the whole path on drawn patches, a report at the end (about 5 minutes on 2 cores)
+# make study NAME=projection_grid   a study of tune/studies in smoke size, on the demo's patches
 # make test   every test                          make lint   format, lint and types
 # make gpu-check   one command for a host with a GPU (DRY=1 for the same on a CPU)
 # make gpu-bench   every figure that only a GPU shows, in 8 minutes (DRY=1 on a CPU, DATA=shards/oral to pretrain on a set of yours)
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 DEMO := demo
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test lint gpu-check gpu-bench clean-demo
+.PHONY: demo study test lint gpu-check gpu-bench clean-demo
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -31,15 +32,25 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 # The commands that a user types, on drawn patches. Each says so and goes on where it was when it is run again.
-demo: $(INSTALLED)
-	@bash -c 'set -e -o pipefail; started=$$SECONDS; run() { echo; echo "$$ $$*"; "$$@"; }; PATH="$$PWD/$(BIN):$$PATH"; \
+DRAWN := run() { echo; echo "$$ $$*"; "$$@"; }; PATH="$$PWD/$(BIN):$$PATH"; \
 	run python sharding/synthetic.py --out $(DEMO)/images/kidney --organ kidney --patches 1536 --size 96 --slides 12 --seed 1; \
 	run python sharding/synthetic.py --out $(DEMO)/images/breast --organ breast --patches 1800 --size 96 --slides 24 --seed 2; \
 	run python sharding/build.py $(DEMO)/images/kidney --out $(DEMO)/shards/kidney --layout "{slide}/{name}" --group-by slide --unlabelled; \
 	run python sharding/build.py $(DEMO)/images/breast --out $(DEMO)/shards/breast --layout "{class}/{slide}/{name}" --group-by slide \
-		--split train=0.7,test=0.3; \
+		--split train=0.7,test=0.3;
+
+demo: $(INSTALLED)
+	@bash -c 'set -e -o pipefail; started=$$SECONDS; $(DRAWN) \
 	run python tune/grid.py tune/studies/demo.yaml; \
 	echo; echo "The demo took $$((SECONDS - started)) s."'
+
+# The smoke sizes begin from weights drawn at random where the studies begin from ImageNet's, which need a network.
+study: $(INSTALLED)
+	@test -f tune/studies/$(NAME).yaml || { echo "make study NAME=...: one of $(notdir $(basename $(wildcard tune/studies/*.yaml)))"; exit 2; }
+	@bash -c 'set -e -o pipefail; started=$$SECONDS; $(DRAWN) \
+	run python tune/random_weights.py --backbone test_resnet --out $(DEMO)/weights/random_in_place_of_imagenet.safetensors; \
+	run python tune/grid.py tune/studies/$(NAME).yaml --smoke; \
+	echo; echo "The study took $$((SECONDS - started)) s."'
 
 clean-demo:
 	rm -rf $(DEMO)

@@ -125,7 +125,7 @@ def _asking():
             self._begun[trial_id] = begun
             config = placed(begun, self._each[begun.cell.kind])
             # The cell's name is no part of the config: its run may have another.
-            return {"name": begun.cell.name, "kind": begun.cell.kind, "fields": dataclasses.asdict(config)}
+            return {"name": begun.cell.name, "kind": begun.cell.kind, "fields": dataclasses.asdict(config), "folder": os.getcwd()}
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
             begun, book = self._begun.pop(trial_id), self._book
@@ -210,6 +210,7 @@ def _trial_class(study: Study):
 
         def _begin(self, given: dict[str, Any]) -> None:
             self._kind, self._fields = given["kind"], given["fields"]
+            self._folder = given["folder"]
             self._failure: str | None = None
             self._seen = 0
             self._thread = None
@@ -224,6 +225,7 @@ def _trial_class(study: Study):
 
             torch.set_num_threads(max(1, self._fields["threads"]))
             try:
+                os.chdir(self._folder)  # a study's places are the driver's; Tune has put this process elsewhere
                 run_stage(self._kind, KINDS[self._kind](**self._fields))
             except (ValueError, OSError) as error:
                 self._failure = " ".join(str(error).split())

@@ -144,9 +144,12 @@ def test_a_trial_whose_process_is_killed_goes_on(ray_here, study_file, tmp_path)
 
 
 @pytest.mark.timeout(400)
-def test_early_stopping_by_the_probe(ray_here, study_file, tmp_path):
-    """Of four, some are stopped at a rung and are told; the others are finished."""
+def test_early_stopping_by_the_probe(ray_here, study_file, tmp_path, small_set, monkeypatch):
+    """Of four, some are stopped at a rung and are told; the others are finished. Places in the file are relative ones."""
+    monkeypatch.chdir(tmp_path)
     text = study_file.read_text().replace("seed: [1, 2]}", "seed: [1, 2], epochs: 6}")
+    text = text.replace(str(small_set), os.path.relpath(small_set)).replace(f"{tmp_path}/", "")
+    assert str(tmp_path.parent) not in text
     study_file.write_text(text[: text.index("  best:")] + "asha: {by: probe, grace_epochs: 1, reduction: 2}\n")
     outcome = run_study(read_study(study_file))
     assert len(outcome.runs) + len(outcome.failed) == 4 and outcome.runs
