@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -103,9 +104,13 @@ def _banner(study: Study) -> Iterator[Html]:
 
 
 def _about(study: Study) -> Iterator[Html]:
-    for paragraph in re.split(r"\n\s*\n", study.about.strip()):
-        if paragraph:
-            yield element("p", " ".join(paragraph.split()))
+    """Its paragraphs; indented lines, which are small tables, stay as they are."""
+    for paragraph in re.split(r"\n\s*\n", study.about):
+        for indented, lines in itertools.groupby(paragraph.splitlines(), key=lambda line: line.startswith("  ")):
+            if indented:
+                yield element("pre", textwrap.dedent("\n".join(lines)))
+            elif text := " ".join(" ".join(lines).split()):
+                yield element("p", text)
 
 
 def _linked(name: str, run: Run | None, folder: Path) -> Content:

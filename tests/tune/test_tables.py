@@ -324,7 +324,7 @@ def full_study(made, **changes):
         TableSpec("Grid", ("grid",), ("batch_size",), ("projection_dim",), ("loss", "probe"), ()),
         TableSpec("Grid", ("grid",), ("batch_size", "projection_dim"), (), ("loss", "top1"), ()),
     )
-    return made.study(*tables, about="Reproduces <table> 2\nof a paper.\n\nCosts 3 hours.", **changes)
+    return made.study(*tables, about="Reproduces <table> 2\nof a paper:\n   5 %  25 %\n  0.76  0.85\n\nCosts 3 hours.", **changes)
 
 
 def test_on_the_console(made):
@@ -462,8 +462,12 @@ def test_the_reports_tables(page):
     assert [row[0] for row in page.rows("Loss")] == ["batch size", "64", "128"]
     assert page.rows("Grid")[1][:2] == ["64", "32"]
     text = " ".join(" ".join(page.text).split())
-    assert "Reproduces <table> 2 of a paper." in text and "Costs 3 hours." in text
+    assert "Reproduces <table> 2 of a paper:" in text and "Costs 3 hours." in text
     assert "Smoke" not in text
+
+
+def test_small_tables_of_the_comment_stay_as_they_are(report):
+    assert "<pre> 5 %  25 %\n0.76  0.85</pre>" in report.read_text()
 
 
 def test_the_best_of_the_report(report):
