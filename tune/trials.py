@@ -197,7 +197,8 @@ def _trial_class(study: Study):
             while self._thread.is_alive():
                 self._thread.join(0.2)
                 rows = [row for row in self._metrics() if _PROBE in row]
-                if len(rows) > self._seen:
+                # Not of the last epoch: ASHA ends whatever tells of it, and the stage has its results still to write.
+                if len(rows) > self._seen and rows[-1]["epoch"] + 1 < self._fields["epochs"]:
                     self._seen = len(rows)
                     return {"epoch": rows[-1]["epoch"] + 1, _PROBE: rows[-1][_PROBE]}
             return self._ended()
