@@ -7,10 +7,12 @@ import numpy as np
 from train.runs import Run
 from tune.book import Book
 from tune.parts import Cell, Study
+from tune.selecting import check_probes
 
 
 def plan_lines(study: Study) -> list[str]:
-    """A line for each stage, and the sum. Nothing is run or written."""
+    """A line for each stage, and the sum. Nothing is run or written. Raises ValueError as run_study does for selections."""
+    check_probes(study)
     book = Book(study, say=lambda line: None)
     status: dict[str, str] = {}
     while (begun := book.next()) is not None:

@@ -1,4 +1,4 @@
-"""Weights drawn at random, in the place of downloaded ones: python tune/random_weights.py --backbone test_resnet --out w.safetensors
+"""Weights drawn at random: python tune/random_weights.py --backbone test_resnet --out random.safetensors
 
 A study in smoke size starts from them where the study itself starts from ImageNet's weights: it shows that the chain runs, also
 where nothing can be fetched. The file's name should say what it is, as a report names it.

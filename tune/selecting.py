@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from train.probe import plan_probe
 from train.runs import Run
-from tune.parts import Selection
+from tune.expanding import leaves
+from tune.parts import Selection, Study
 
 # What each rule looks at in a run's final metrics, and whether less is better.
 RULES = {
@@ -11,6 +13,26 @@ RULES = {
     "top1": ("top1", False),
     "loss": ("loss", True),
 }
+
+
+def check_probes(study: Study) -> None:
+    """Raises ValueError where pretrainings are to be compared by a probe that they will not have."""
+    known = {node.name: node for node in study.nodes}
+    asked: dict[tuple, str | None] = {}
+    for selection in study.nodes:
+        if not isinstance(selection, Selection) or selection.by != "probe":
+            continue
+        for cell in leaves(selection, known):
+            config = cell.config
+            probed = (config.data, config.probe_data, config.split, config.probe_every, config.probe_patches)
+            if probed not in asked:
+                probe, line = plan_probe(config)
+                asked[probed] = None if probe else line
+            if asked[probed]:
+                raise ValueError(
+                    f"{selection.name} selects by probe, and {cell.name} would have {asked[probed]}; give probe_data, a labelled"
+                    " set"
+                )
 
 
 def select_best(selection: Selection, runs: dict[str, Run]) -> dict[str, Any]:

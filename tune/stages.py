@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from tune.book import Book, Outcome, set_aside
 from tune.one_stage import run_stage
 from tune.parts import Study
+from tune.selecting import check_probes
 
 
 def run_study(
@@ -14,8 +15,10 @@ def run_study(
 
     force: stages to run again, with all that start from them; their earlier runs are set aside. without_ray: one cell after
     another in this process.
-    Raises ValueError for a stage that there is not, and where the cluster has too little for a single trial.
+    Raises ValueError for a stage that there is not, for a selection by a probe that there will not be, and where the cluster
+    has too little for a single trial.
     """
+    check_probes(study)
     for place in set_aside(study, list(force)):
         say(f"set aside: {place}")
     book = Book(study, say)

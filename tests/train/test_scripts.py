@@ -46,4 +46,6 @@ def test_report_refuses_what_is_no_run(tmp_path):
 
 def test_grid_refuses_a_misspelt_field(tmp_path):
     (tmp_path / "study.yaml").write_text("stages: {a: {pretrain: {data: x, epohs: 3}}}\n")
-    assert_refused(run_python("tune/grid.py", tmp_path / "study.yaml"), "study.yaml:1: stages: a: pretrain", "epohs", "did you mean epochs?")
+    assert_refused(
+        run_python("tune/grid.py", tmp_path / "study.yaml"), "study.yaml:1: stages: a: pretrain", "epohs", "did you mean epochs?"
+    )

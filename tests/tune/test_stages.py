@@ -9,6 +9,8 @@ import hashlib
 import pytest
 
 from models.weights import CARD_NAME
+from sharding.packing import build_shards
+from tests.helpers import encoded, write_tree
 from train import evaluation, pretraining
 from train.runs import Run, write_json
 from tune import stages
@@ -145,3 +147,19 @@ def test_a_plan_says_what_is_finished_and_how_long_the_rest_takes(study, study_f
     lines = plan_lines(read_study(study_file))
     new = [line for line in lines if line.startswith("to do") and "grid-" in line]
     assert len(new) == 2 and all("about" in line for line in new)
+
+
+def test_a_probe_that_there_will_not_be_is_found_before_anything_starts(study_file, tmp_path):
+    write_tree(tmp_path / "images", {f"p{number}.jpg": encoded(number, size=(32, 32)) for number in range(20)})
+    build_shards([tmp_path / "images"], tmp_path / "plain", unlabelled=True)
+    text = study_file.read_text().replace(
+        "grid:\n    pretrain: {data: breast", f"grid:\n    pretrain: {{data: {tmp_path / 'plain'}"
+    )
+    study_file.write_text(text)
+    study = read_study(study_file)
+    for run in (run_quietly, plan_lines):
+        with pytest.raises(
+            ValueError, match=r"best-seed-1 selects by probe, and grid-\S+ would have no probe: \S+plain has no labels"
+        ):
+            run(study)
+    assert not (tmp_path / "runs").exists()
