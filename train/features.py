@@ -1,5 +1,7 @@
 """Features of patches by a frozen backbone."""
 
+import time
+
 import numpy as np
 import torch
 from rich.console import Console
@@ -29,7 +31,7 @@ def compute_features(
     """Features of these patches, each exactly once: (n, F) float32, in the order of ids. The backbone is left in eval mode.
 
     recipe: one view, nothing random. device: "cpu" or "cuda", to which the backbone goes; None: a GPU where there is one.
-    title: of the bar, None for no bar.
+    title: of the bar and of the line that says how fast it went; None for neither.
     """
     assert not recipe.is_random and recipe.views == 1, recipe
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -48,11 +50,15 @@ def compute_features(
         drop_last=False,
         threads=threads,
     )
-    parts = []
+    parts, started = [], time.perf_counter()
     console = Console()
     with loader, Progress(console=console, transient=True, disable=title is None or not console.is_terminal) as progress:
         task = progress.add_task(title or "", total=len(ids))
         for batch in loader:
             parts.append(backbone(batch.views[0].to(dtype)).float().cpu().numpy())
             progress.advance(task, len(batch.id))
+        waited = loader.wait_seconds
+    if title is not None:
+        seconds = time.perf_counter() - started
+        print(f"{title}: {len(ids):,} patches, {len(ids) / seconds:,.0f} patches/s, data wait {waited / seconds:.0%}", flush=True)
     return np.concatenate(parts)
