@@ -38,6 +38,7 @@ from measuring import (  # noqa: E402
     markdown_table,
     new_path,
     run_fresh,
+    target_lines,
     versions_of,
 )
 
@@ -285,16 +286,6 @@ def judge(summary: dict[str, dict[str, Record]], timed: Record) -> list[Record]:
         enough = None if reached is None else reached <= wanted
         targets.append({"text": f"ours, {SCENARIOS[scenario]}, s", "reached": reached, "wanted": wanted, "enough": enough})
     return targets
-
-
-def target_lines(record: Record) -> list[str]:
-    words = {None: "not measured", True: "reached", False: "MISSED"}
-    return [
-        f"{words[target['enough']]}: {target['text']}: "
-        + ("" if target["reached"] is None else f"{target['reached']:.3g}, ")
-        + f"wanted at most {target['wanted']:g}"
-        for target in record["targets"]
-    ]
 
 
 def table(record: Record) -> tuple[str, list[str], list[list[str]]]:

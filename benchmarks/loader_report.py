@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import measuring
 from loader_contenders import CONTENDERS
 from loader_parts import PARTS
 from measuring import heading, markdown_table
@@ -124,13 +125,9 @@ def judge(rows: dict[str, dict], wanted: Iterable[Target]) -> list[Record]:
 
 
 def target_lines(record: Record) -> list[str]:
-    words = {None: "not measured", True: "reached", False: "MISSED"}
-    return [
-        f"{words[target['enough']]}: {target['text']}: "
-        + ("" if target["reached"] is None else f"{_number(target['reached'])}, ")
-        + f"wanted at {'least' if target['at_least'] else 'most'} {_number(target['wanted'])}"
-        for target in record["targets"]
-    ] + [f"{CONTENDERS[name].title}: {why}" for name, why in record["missing"].items()]
+    return measuring.target_lines(record, _number) + [
+        f"{CONTENDERS[name].title}: {why}" for name, why in record["missing"].items()
+    ]
 
 
 def _number(value: float) -> str:

@@ -113,6 +113,17 @@ def print_table(console: Console, header: Sequence[str], rows: Iterable[Sequence
     console.print(table)
 
 
+def target_lines(record: Mapping[str, Any], shown: Callable[[float], str] = "{:.3g}".format) -> list[str]:
+    """A sentence on each of the record's targets: text, reached (None: not measured), wanted, at_least (else at most), enough."""
+    words = {None: "not measured", True: "reached", False: "MISSED"}
+    return [
+        f"{words[target['enough']]}: {target['text']}: "
+        + ("" if target["reached"] is None else f"{shown(target['reached'])}, ")
+        + f"wanted at {'least' if target.get('at_least') else 'most'} {shown(target['wanted'])}"
+        for target in record["targets"]
+    ]
+
+
 def chosen(names: Sequence[str], known: Iterable[str]) -> list[str]:
     """Of the known contenders those that are named, or all, in the order of the rounds. Raises ValueError for an unknown name."""
     known = list(known)

@@ -3,6 +3,7 @@
 import statistics
 from typing import Any
 
+import measuring
 from measuring import heading, markdown_table
 from ntxent_contenders import CONTENDERS
 
@@ -109,14 +110,7 @@ def completed(record: Record) -> Record:
 
 
 def target_lines(record: Record) -> list[str]:
-    words = {None: "not measured", True: "reached", False: "MISSED"}
-    lines = [
-        f"{words[target['enough']]}: {target['text']}: "
-        + ("" if target["reached"] is None else f"{target['reached']:.3g}, ")
-        + f"wanted at most {target['wanted']:g}"
-        for target in record["targets"]
-    ]
-    return lines + [f"{CONTENDERS[name].title}: {why}" for name, why in record["missing"].items()]
+    return measuring.target_lines(record) + [f"{CONTENDERS[name].title}: {why}" for name, why in record["missing"].items()]
 
 
 def tables(record: Record) -> list[tuple[str, list[str], list[list[str]]]]:

@@ -38,6 +38,7 @@ from measuring import (  # noqa: E402
     markdown_table,
     new_path,
     run_fresh,
+    target_lines,
     versions_of,
 )
 from patch_set import patch_set  # noqa: E402
@@ -234,16 +235,6 @@ def judge(summary: Record) -> list[Record]:
             "enough": None if key not in summary else summary[key] <= most,
         }
         for text, key, most in wanted
-    ]
-
-
-def target_lines(record: Record) -> list[str]:
-    words = {None: "not measured", True: "reached", False: "MISSED"}
-    return [
-        f"{words[each['enough']]}: {each['text']}: "
-        + ("" if each["reached"] is None else f"{each['reached']:.3g}, ")
-        + f"wanted at most {each['wanted']:g}"
-        for each in record["targets"]
     ]
 
 
