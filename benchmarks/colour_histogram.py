@@ -1,6 +1,7 @@
 """The yardstick for features: how well do colours alone tell the classes apart?
 
     python benchmarks/colour_histogram.py --data shards/breast
+    python benchmarks/colour_histogram.py --data shards/breast --fraction 0.05 0.25 0.5 --seeds 5
     python benchmarks/colour_histogram.py --data shards/breast --folds 4
 
 A patch is its joint RGB histogram; its class is that of the 5 nearest training patches. Learnt features that do not beat
@@ -13,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -41,8 +41,9 @@ class Config:
     data: str = required("folder of the labelled shard set (from sharding/build.py)")
     split: str = option("train", "the split whose labels are used")
     test_split: str = option("test", "the split to judge on")
-    fraction: float = option(1.0, "share of the labels to use, 0 to 1")
+    fraction: list[float] = option([1.0], "shares of the labels to use, 0 to 1")
     seed: int = option(42, "seed of which labels are used, and of the folds")
+    seeds: int = option(1, "how many seeds, that one and those after it: other labels each")
     folds: int = option(0, "judge on so many folds of whole groups instead of on the set's split; 0: on the split")
 
 
@@ -137,18 +138,35 @@ def judge(reader: ShardReader, folds: Sequence[Fold]) -> Iterator[dict]:
 
 def main(config: Config) -> None:
     reader = ShardReader(config.data)
-    common: dict[str, Any] = {"fraction": config.fraction, "seed": config.seed}
+    if config.seeds < 1 or not config.fraction:
+        raise ValueError(f"--seeds {config.seeds}, --fraction {config.fraction}: give at least one of each")
     if not config.folds:
-        fold = the_split(reader, split=config.split, test_split=config.test_split, **common)
-        for figures in judge(reader, [fold]):
-            print(_line(f"{config.split} -> {config.test_split}", fold, figures))
+        _judge_split(reader, config)
         return
-    folds = group_folds(reader, folds=config.folds, **common)
+    if config.seeds > 1 or len(config.fraction) > 1:
+        raise ValueError("--folds goes with one --fraction and one seed")
+    folds = group_folds(reader, folds=config.folds, fraction=config.fraction[0], seed=config.seed)
     found = []
     for number, (fold, figures) in enumerate(zip(folds, judge(reader, folds), strict=True), start=1):
         found.append(figures)
         print(_line(f"fold {number}", fold, figures), flush=True)
     print(f"mean of {config.folds} folds: {', '.join(_spread(name, found) for name in ('accuracy', 'balanced_accuracy'))}")
+
+
+def _judge_split(reader: ShardReader, config: Config) -> None:
+    places = [(fraction, config.seed + number) for fraction in config.fraction for number in range(config.seeds)]
+    splits = {"split": config.split, "test_split": config.test_split}
+    folds = [the_split(reader, fraction=fraction, seed=seed, **splits) for fraction, seed in places]
+    title, found = f"{config.split} -> {config.test_split}", list(judge(reader, folds))
+    for start in range(0, len(places), config.seeds):
+        here = slice(start, start + config.seeds)
+        for (_, seed), fold, figures in zip(places[here], folds[here], found[here], strict=True):
+            print(
+                _line(title if len(places) == 1 else f"{title}, {places[start][0]:.3g} of the labels, seed {seed}", fold, figures)
+            )
+        if config.seeds > 1:
+            means = ", ".join(_spread(name, found[here]) for name in ("accuracy", "balanced_accuracy"))
+            print(f"mean of {config.seeds} seeds: {means}")
 
 
 def _line(title: str, fold: Fold, figures: dict) -> str:

@@ -139,9 +139,26 @@ def test_the_command_prints_each_fold_and_the_mean(coloured):
     assert lines[3].startswith("mean of 3 folds: accuracy 1.000")
 
 
+def test_seeds_and_fractions_are_what_each_is_alone(coloured, capsys):
+    main(Config(str(coloured), fraction=[0.3, 1.0], seeds=2))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [
+        "train -> test, 0.3 of the labels, seed 42",
+        "train -> test, 0.3 of the labels, seed 43",
+        "mean of 2 seeds",
+        "train -> test, 1 of the labels, seed 42",
+        "train -> test, 1 of the labels, seed 43",
+        "mean of 2 seeds",
+    ]
+    main(Config(str(coloured), fraction=[0.3], seed=43))
+    assert capsys.readouterr().out.partition(":")[2].strip() == lines[1].partition(":")[2].strip()
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
+        ({"seeds": 0}, "--seeds 0"),
+        ({"folds": 2, "seeds": 2}, "--folds goes with one"),
         ({"test_split": "train"}, "--split and --test-split are both 'train'"),
         ({"folds": 99}, "--folds 99 is out of range: give 2 to 24"),
         ({"split": "trian"}, "no split 'trian'"),
