@@ -1,5 +1,6 @@
 # make demo   the whole path on drawn patches, a report at the end (about 5 minutes on 2 cores)
 # make study NAME=projection_grid   a study of tune/studies in smoke size, on the demo's patches
+# make watch   Prometheus on localhost:9090, of the Ray that runs here (docs/monitoring.md)
 # make test   every test                          make lint   format, lint and types
 # make gpu-check   one command for a host with a GPU (DRY=1 for the same on a CPU)
 # make gpu-bench   every figure that only a GPU shows, in 8 minutes (DRY=1 on a CPU, DATA=shards/oral to pretrain on a set of yours)
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 DEMO := demo
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo study test lint gpu-check gpu-bench clean-demo
+.PHONY: demo study watch test lint gpu-check gpu-bench clean-demo
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -51,6 +52,12 @@ study: $(INSTALLED)
 	run python tune/random_weights.py --backbone test_resnet --out $(DEMO)/weights/random_in_place_of_imagenet.safetensors; \
 	run python tune/grid.py tune/studies/$(NAME).yaml --smoke; \
 	echo; echo "The study took $$((SECONDS - started)) s."'
+
+# Debian's: apt-get install --no-install-recommends prometheus
+watch:
+	@command -v prometheus >/dev/null || { echo "make watch needs prometheus: apt-get install --no-install-recommends prometheus"; exit 2; }
+	prometheus --config.file=monitoring/prometheus.yml --web.listen-address=127.0.0.1:9090 \
+		--storage.tsdb.path=$(HOME)/.local/share/patchclr/prometheus --storage.tsdb.retention.time=90d
 
 clean-demo:
 	rm -rf $(DEMO)

@@ -49,7 +49,10 @@ class _Parser(ArgumentParser):
 
     def error(self, message, ex=None):
         text = " ".join(str(message).split()).replace("<class '", "").replace("'>", "")
-        print(f"{self.prog}: {text} (see {self.prog} --help)", file=sys.stderr)
+        hint = f"see {self.prog} --help"
+        if text.startswith("unrecognized arguments") and os.path.dirname(os.path.abspath(sys.argv[0])) == os.path.expanduser("~"):
+            hint += "; `ray submit` cuts arguments at blanks: give those that have some in a file of the node, with --config"
+        print(f"{self.prog}: {text} ({hint})", file=sys.stderr)
         sys.exit(2)
 
 
@@ -87,7 +90,12 @@ def parse(config_class: type, arguments: Sequence[str] | None, *, prog: str, des
     """The config that the arguments (default: sys.argv) ask for. Exits with code 2 when they are wrong."""
     parser = build_parser(config_class, prog=prog, description=description)
     values = parser.parse_args(arguments)
-    return config_class(**{field.name: values[field.name] for field in dataclasses.fields(config_class)})
+    return config_class(**{field.name: _plain(values[field.name]) for field in dataclasses.fields(config_class)})
+
+
+def _plain(value):
+    """Text as such: jsonargparse's restricted text is of types of its own, which YAML cannot write."""
+    return str(value) if isinstance(value, str) else value
 
 
 def run_script(main: Callable, config_class: type, *, prog: str, description: str, arguments: Sequence[str] | None = None) -> int:

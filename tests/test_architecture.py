@@ -37,6 +37,7 @@ SCRIPTS = (
     "train/evaluate.py",
     "train/embed.py",
     "train/report.py",
+    "train/doctor.py",
     "tune/grid.py",
     "tune/random_weights.py",
 )

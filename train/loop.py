@@ -124,8 +124,11 @@ class ViewModel(nn.Module):
         return self.head(self.backbone(views_VBCSS.flatten(0, 1))).unflatten(0, views_VBCSS.shape[:2])
 
 
-def fit(job: Job, place: Place) -> None:
-    """Train to the end, from the newest checkpoint if there is one; rank 0 leaves weights, card and metrics in the folder."""
+def fit(job: Job, place: Place, tell: Callable[[dict[str, float]], None] | None = None) -> None:
+    """Train to the end, from the newest checkpoint if there is one; rank 0 leaves weights, card and metrics in the folder.
+
+    tell: given each row of metrics.jsonl too, by rank 0.
+    """
     assert job.steps > 0, (job.input, job.batch_size, job.epochs)
     check_micro_batch(job.micro_batch, job.batch_size // place.world_size)
     on_gpu = place.device.type == "cuda"
@@ -150,12 +153,12 @@ def fit(job: Job, place: Place) -> None:
                 channels_last=on_where_it_helps(job.channels_last, place.device),
             ) as loader,
         ):
-            model = _train(job, place, loader)
+            model = _train(job, place, loader, tell)
         if place.rank == 0:
             _write_weights(job, model)
 
 
-def _train(job: Job, place: Place, loader: ViewLoader) -> ViewModel:
+def _train(job: Job, place: Place, loader: ViewLoader, tell: Callable[[dict[str, float]], None] | None) -> ViewModel:
     """Take the steps that are left. Returns the trained model."""
     torch.manual_seed(job.seed)
     model, init_lines = _build_model(job, place)
@@ -175,7 +178,7 @@ def _train(job: Job, place: Place, loader: ViewLoader) -> ViewModel:
         recorder = None
         if place.rank == 0:
             recorder = stack.enter_context(
-                contextlib.closing(Recorder(Run(job.folder), step, init_lines, _describe_engine(job, place, compiled)))
+                contextlib.closing(Recorder(Run(job.folder), step, init_lines, _describe_engine(job, place, compiled), tell))
             )
         stack.callback(place.wait, None)  # however the block ends, what is being written is written
         traced = stack.enter_context(tracing(profile, place.device))

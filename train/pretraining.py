@@ -157,7 +157,7 @@ def _settle_precision(config: PretrainConfig, run: Run) -> str:
         begun = run.record["stage"]["config"].get("precision")
         if begun is not None:  # wherever it goes on: the numbers are part of what the run is
             return begun
-    return "bf16" if gpus_with_bf16(config.workers, config.gpus_per_worker) else "fp32"
+    return "bf16" if gpus_with_bf16(config.workers, config.gpus_per_worker, name=config.name) else "fp32"
 
 
 def _alarms(job: Job) -> Alarms:

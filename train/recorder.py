@@ -3,6 +3,7 @@
 import contextlib
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,10 +15,18 @@ from train.runs import Run, write_json, write_text
 class Recorder:
     """metrics.jsonl and TensorBoard. Rows after the step that a run goes on from are taken away: they come again.
 
-    init_lines: what was done with the initial weights; engine: how the steps are computed (both are kept as JSON).
+    init_lines: what was done with the initial weights; engine: how the steps are computed (both are kept as JSON). tell: who else
+    is given each row, as it is.
     """
 
-    def __init__(self, run: Run, step: int, init_lines: list[str], engine: dict[str, Any]):
+    def __init__(
+        self,
+        run: Run,
+        step: int,
+        init_lines: list[str],
+        engine: dict[str, Any],
+        tell: Callable[[dict[str, float]], None] | None = None,
+    ):
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
 
         path = run.folder / "metrics.jsonl"
@@ -28,6 +37,7 @@ class Recorder:
         write_json(run.folder / "engine.json", engine)
         self._file = path.open("a", buffering=1)
         self._board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self._tell = tell
 
     def write(self, row: dict[str, float]) -> None:
         """Append a row; a value that is no number (NaN) becomes null."""
@@ -35,6 +45,8 @@ class Recorder:
         for name, value in row.items():
             if name != "step":
                 self._board.add_scalar(name, value, int(row["step"]))
+        if self._tell:
+            self._tell(row)
 
     def close(self) -> None:
         """Flush both, and end TensorBoard's thread."""

@@ -1,14 +1,42 @@
 """What of a cluster's nodes a worker gets: its cores, and its GPU or a part of one."""
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 
 class Node(NamedTuple):
-    """A node's cores and GPUs, as whole numbers."""
+    """A node's cores and GPUs, as whole numbers; started: it is there, and not only what the autoscaler may add."""
 
     cpus: int
     gpus: int
+    started: bool = True
+
+
+def node_of(resources: Mapping[str, float], *, started: bool = True) -> Node:
+    """The node that has these resources, by Ray's names."""
+    return Node(int(resources.get("CPU", 0)), int(resources.get("GPU", 0)), started)
+
+
+def startable(config: Mapping[str, Any], workers: Iterable[Node]) -> list[dict[str, float]]:
+    """The resources, by Ray's names, of each node that the autoscaler may still start, the ones with most GPUs first.
+
+    config: as of cluster.yaml, and as the autoscaler has it: with the resources of each type of node filled in; workers: the
+    nodes that are there, without the head. Ray does not say of which type they are, so one with as much as a type is taken for
+    one of it. A type that does not say what it has, as of machines that a lab owns, adds nothing: its nodes are started at once.
+    """
+    most = config.get("max_workers", 0)
+    found: list[dict[str, float]] = []
+    for kind in config.get("available_node_types", {}).values():
+        resources = kind.get("resources", {})
+        if any(node_of(resources)[:2]):
+            found += [resources] * kind.get("max_workers", most)
+    found.sort(key=lambda resources: node_of(resources)[1::-1], reverse=True)
+    there = list(workers)
+    for node in there:
+        same = (i for i, resources in enumerate(found) if node_of(resources)[:2] == node[:2])
+        if (i := next(same, None)) is not None:
+            del found[i]
+    return found[: max(0, most - len(there))]
 
 
 class Share(NamedTuple):
@@ -51,7 +79,8 @@ def share_of(
         each = f"{gpus:g} of them" if gpus and gpus < 1 else "one" if gpus else "at least one"
         if cpus_per_worker > 1:
             each += f" and {cpus_per_worker} of its {sum(node.cpus for node in nodes)} CPUs"
-        raise ValueError(f"--workers {said}: the cluster has {what}, and each worker takes {each}")
+        has = "has" if all(node.started for node in nodes) else "can grow to"
+        raise ValueError(f"--workers {said}: the cluster {has} {what}, and each worker takes {each}")
     if cpus_per_worker:
         return Share(cpus_per_worker, gpus)
     wanted = min(most, room)

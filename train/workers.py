@@ -5,20 +5,28 @@ import dataclasses
 import itertools
 import logging
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import yaml
 
+from sharding.command import describe
+from train.checkup import preflight
 from train.config import worker_range
+from train.gauges import meaning, readings, shown_name
 from train.lease import await_lease
 from train.loop import Job, fit, place_in, plain_place
 from train.mirror import Mirror
+from train.nodes import Answer, Caller
 from train.provenance import RECORD_NAME
-from train.shares import Node, share_of
+from train.runs import versions
+from train.shares import Node, Share, node_of, share_of, startable
 
 Common = TypeVar("Common")
 Item = TypeVar("Item")
@@ -34,7 +42,8 @@ _ENVIRONMENT = {
     "RAY_DEDUP_LOGS": "1",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # of workers for which a node is missing that was there a moment ago
 }
-_RAY_NAME = "ray"  # under the run's folder, where Ray keeps its books
+_HEAD = "node:__internal_head__"  # a resource of the head node alone
+_BOOKS = "ray"  # under the run's folder, where Ray keeps its own
 _WITHOUT_BF16 = {"K80", "P4", "P100", "T4", "V100"}  # as Ray names them
 
 
@@ -49,7 +58,7 @@ def run_job(job: Job, workers: str | int, gpus_per_worker: float | None = None, 
     if worker_range(workers)[1] == 0:
         place = plain_place(job.folder, torch.device("cpu") if gpus_per_worker == 0 else None, url=job.url)
         with mirrored(job):
-            fit(job, place)
+            fit(job, place, _gauges(job) if _in_a_process_of_ray() else None)
         return _device_name(place.device)
     with mirrored(job):
         return _run_on_ray(job, workers, gpus_per_worker, cpus_per_worker)
@@ -94,8 +103,8 @@ def map_on_workers(
     connect()
     import ray
 
-    share = share_of(_nodes(), least, most, gpus_per_worker, cpus_per_worker, said=str(workers))
-    call = ray.remote(_called).options(num_cpus=share.cpus, num_gpus=share.gpus, max_retries=3)
+    share = share_of(possible_nodes(), least, most, gpus_per_worker, cpus_per_worker, said=str(workers))
+    call = ray.remote(_called).options(name=function.__name__, num_cpus=share.cpus, num_gpus=share.gpus, max_retries=3)
     device = "cuda" if share.gpus else "cpu"
     shared, left = ray.put(common), iter(enumerate(items))
     running = {
@@ -124,15 +133,70 @@ def _called(function, common, item, device, threads):
     return function(common, item, device, threads)
 
 
-def connect() -> None:
-    """Join the cluster that this machine belongs to, or start Ray here. Says which."""
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+class Nodes:
+    """A process of ours on each of the cluster's alive nodes, in which functions can be called; at the block's end they end.
+
+    Nothing is reserved for them, so they start beside whatever runs. share: only the nodes on which a worker with it fits.
+    shares: each node's cores and GPUs as Ray counts them; addresses: by which others reach it. Both are by the node's name.
+    """
+
+    def __init__(self, share: Share | None = None):
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        self.shares: dict[str, Node] = {}
+        self.addresses: dict[str, str] = {}
+        self._callers: dict[str, Any] = {}
+        for each in sorted(_alive(), key=lambda each: each["NodeManagerAddress"]):
+            node, address = node_of(each["Resources"]), each["NodeManagerAddress"]
+            if share and (node.gpus < share.gpus or node.cpus < share.cpus):
+                continue
+            name = address if address not in self.addresses.values() else f"{address}#{each['NodeID'][:6]}"
+            place = NodeAffinitySchedulingStrategy(each["NodeID"], soft=False)
+            start = ray.remote(Caller).options(num_cpus=0, max_concurrency=8, scheduling_strategy=place)
+            self.shares[name], self.addresses[name], self._callers[name] = node, address, start.remote()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        import ray
+
+        for caller in self._callers.values():
+            ray.kill(caller)
+
+    def ask(self, function: Callable, *given: Any, seconds: float, each: Mapping[str, tuple] | None = None) -> dict[str, Answer]:
+        """Call function(*given) on every node at once; with `each`, on those in it, and with what it has for them besides.
+
+        A node that raises, has gone, or has not answered after so many seconds says that in its answer.
+        """
+        import ray
+
+        asked = {name: () for name in self._callers} if each is None else each
+        calls = {name: self._callers[name].call.remote(function, *given, *own) for name, own in asked.items()}
+        ray.wait(list(calls.values()), num_returns=len(calls), timeout=seconds)
+        answers = {}
+        for name, call in calls.items():
+            try:
+                answers[name] = Answer(ray.get(call, timeout=0))
+            except ray.exceptions.GetTimeoutError:
+                answers[name] = Answer(None, f"no answer within {seconds:g} s")
+            except ray.exceptions.RayError as error:  # a process that lacks a module has Ray's whole traceback for a message
+                missing = re.search(r"No module named \S+", str(error))
+                answers[name] = Answer(None, missing[0] if missing else describe(getattr(error, "cause", None) or error))
+        return answers
+
+
+def connect(name: str | None = None) -> None:
+    """Join the cluster that this machine belongs to, or start Ray here. Says which. name: this job's in Ray's dashboard."""
+    for variable, value in _ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
     import ray
 
     if ray.is_initialized():
         return
-    context = ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
+    job = ray.job_config.JobConfig(metadata={"job_name": name} if name else None)
+    context = ray.init(job_config=job, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
     place = context.dashboard_url
     nodes = len([node for node in ray.nodes() if node["Alive"]])
     resources = ray.cluster_resources()
@@ -140,10 +204,11 @@ def connect() -> None:
     print(f"Ray: {nodes} node{'s' * (nodes > 1)}, {resources['CPU']:.0f} CPUs{gpus}; dashboard http://{place}", flush=True)
 
 
-def gpus_with_bf16(workers: str | int, gpus_per_worker: float | None = None) -> bool:
+def gpus_with_bf16(workers: str | int, gpus_per_worker: float | None = None, *, name: str | None = None) -> bool:
     """Whether such a job will find GPUs that compute in bf16 (Ampere and newer).
 
-    This machine's own GPU answers that at once; without one, and with workers, the cluster is asked, which connects to it.
+    This machine's own GPU answers that at once; without one, and with workers, the cluster is asked, which connects to it, by
+    this name.
     """
     if gpus_per_worker == 0:
         return False
@@ -151,23 +216,22 @@ def gpus_with_bf16(workers: str | int, gpus_per_worker: float | None = None) -> 
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if worker_range(workers)[1] == 0:
         return False
-    connect()
-    import ray
-
-    resources = ray.cluster_resources()
-    kinds = {name.removeprefix("accelerator_type:") for name in resources if name.startswith("accelerator_type:")}
-    return resources.get("GPU", 0) > 0 and not kinds & _WITHOUT_BF16
+    connect(name)
+    with_gpus = [each for each in [*(node["Resources"] for node in _alive()), *_startable()] if each.get("GPU", 0) > 0]
+    kinds = {name.removeprefix("accelerator_type:") for each in with_gpus for name in each}
+    return bool(with_gpus) and not kinds & _WITHOUT_BF16
 
 
 def _run_on_ray(job, workers, gpus_per_worker, cpus_per_worker):
-    connect()
+    connect(shown_name(job.folder))
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     least, most = worker_range(workers)
-    share = share_of(_nodes(), least, most, gpus_per_worker, cpus_per_worker, said=str(workers))
-    shutil.rmtree(job.folder / _RAY_NAME, ignore_errors=True)  # what Ray noted of an earlier attempt, which it would go on from
+    share = share_of(possible_nodes(), least, most, gpus_per_worker, cpus_per_worker, said=str(workers))
+    _preflight(job, share)
+    shutil.rmtree(job.folder / _BOOKS, ignore_errors=True)  # what Ray noted of an earlier attempt, which it would go on from
     trainer = TorchTrainer(
         _work,
         train_loop_config={"job": dataclasses.replace(job, threads=job.threads or share.cpus)},
@@ -177,7 +241,9 @@ def _run_on_ray(job, workers, gpus_per_worker, cpus_per_worker):
             resources_per_worker={"CPU": share.cpus} | ({"GPU": share.gpus} if share.gpus else {}),
         ),
         run_config=RunConfig(
-            name=_RAY_NAME, storage_path=str(job.folder), failure_config=FailureConfig(max_failures=job.max_failures)
+            name=shown_name(job.folder),
+            storage_path=str(job.folder / _BOOKS),
+            failure_config=FailureConfig(max_failures=job.max_failures),
         ),
     )
     try:
@@ -187,11 +253,41 @@ def _run_on_ray(job, workers, gpus_per_worker, cpus_per_worker):
     return f"{workers} x {'GPU' if share.gpus else 'CPU'}"
 
 
-def _nodes() -> list[Node]:
+def _preflight(job, share) -> None:
+    """Among several nodes, what is wrong between them shows in seconds, and not as a worker's death."""
+    if len(_alive()) > 1:
+        with Nodes(share) as nodes:
+            sets = [(each.shards, each.fingerprint) for each in job.input.sets]
+            preflight(nodes, sets=sets, storage=job.url or str(job.folder), packages=tuple(versions()))
+
+
+def possible_nodes() -> list[Node]:
+    """The cluster's nodes, and those that its autoscaler may still start."""
+    there = [node_of(node["Resources"]) for node in _alive()]
+    return [*there, *(node_of(resources, started=False) for resources in _startable())]
+
+
+def _alive() -> list[dict[str, Any]]:
     import ray
 
-    each = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [Node(int(resources.get("CPU", 0)), int(resources.get("GPU", 0))) for resources in each]
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _startable() -> list[dict[str, float]]:
+    """Ray tells nobody what its autoscaler may start. But the autoscaler runs on the head, where `ray submit` has its drivers
+    too, with its configuration in its command line."""
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    workers = [node_of(node["Resources"]) for node in _alive() if _HEAD not in node["Resources"]]
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            said = path.read_bytes().decode(errors="replace").split("\0")
+            given = {flag: value for flag, _, value in (word.partition("=") for word in said)}
+            config = given.get("--autoscaling-config")
+            if config and given.get("--gcs-address") == address:
+                return startable(yaml.safe_load(Path(config).expanduser().read_text()), workers)
+    return []
 
 
 def _cause(error) -> BaseException:
@@ -220,7 +316,30 @@ def _work(config) -> None:
         job = dataclasses.replace(job, folder=Mirror(job.url).folder)
     if rank < used:
         device = ray.train.torch.get_device()
-        fit(job, place_in(job.folder, device, rank=rank, world_size=used, group=group, url=job.url))
+        tell = _gauges(job) if rank == 0 else None
+        fit(job, place_in(job.folder, device, rank=rank, world_size=used, group=group, url=job.url), tell)
+
+
+def _in_a_process_of_ray() -> bool:
+    """Such as a study's trial. Whoever does without Ray has not imported it."""
+    return "ray" in sys.modules and sys.modules["ray"].is_initialized()
+
+
+def _gauges(job: Job) -> Callable[[dict[str, float]], None]:
+    """What offers each row as Ray's metrics. It notes the values in this process, which sends the newest every 10 s; they are
+    gone 20 s after the process is."""
+    from ray.util.metrics import Gauge
+
+    gauges: dict[str, Gauge] = {}
+    tags = {"run": shown_name(job.folder)}
+
+    def tell(row: dict[str, float]) -> None:
+        for name, value in readings(row, job.steps).items():
+            if name not in gauges:
+                gauges[name] = Gauge(name, description=meaning(name), tag_keys=tuple(tags)).set_default_tags(tags)
+            gauges[name].set(value)
+
+    return tell
 
 
 def working(batch_size: int, workers: int) -> int:

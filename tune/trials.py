@@ -31,7 +31,7 @@ def run_trials(book: Book) -> None:
     Raises ValueError where one trial alone needs more than the cluster has.
     """
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the book says what happens
-    connect()
+    connect(book.study.name)
     import ray
     from ray import tune
 

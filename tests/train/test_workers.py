@@ -130,7 +130,8 @@ def test_what_is_no_range_is_refused(given):
 def test_a_range_is_read_as_it_is_typed(tmp_path):
     arguments = ["--data", "x", "--name", "y"]
     common = {"prog": "pretrain.py", "description": ""}
-    assert parse(PretrainConfig, [*arguments, "--workers", "2:8"], **common).workers == "2:8"
+    given = parse(PretrainConfig, [*arguments, "--workers", "2:8"], **common).workers
+    assert given == "2:8" and type(given) is str  # a run's config.yaml is to have it
     assert parse(PretrainConfig, [*arguments, "--workers", "2"], **common).workers == 2
     (tmp_path / "config.yaml").write_text('workers: "2:8"\n')
     assert parse(PretrainConfig, [*arguments, "--config", str(tmp_path / "config.yaml")], **common).workers == "2:8"

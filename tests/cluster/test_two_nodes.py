@@ -1,0 +1,180 @@
+"""`ray up`, `submit`, `exec`, `job submit` and `down` with cluster.local.yaml, as typed on a laptop, for two machines."""
+
+import json
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file
+
+from tests.cluster.rig import NODES, Rig, cluster_file, missing, two_nodes
+from train.config import PretrainConfig
+from train.pretraining import pretrain
+from train.runs import Run
+
+_MISSING = missing()
+pytestmark = [
+    pytest.mark.skipif(_MISSING is not None, reason=str(_MISSING)),
+    pytest.mark.timeout(600),  # on a machine with much else to do; a quiet one needs a quarter of it
+]
+_STEPS = 18  # 6 epochs of 3
+_BOTH_ARE_THERE = """
+import ray, time
+ray.init(log_to_driver=False)
+while sum(node["Alive"] for node in ray.nodes()) < 2:
+    time.sleep(0.2)
+"""
+_LID_CLOSED = """
+setsid "$@" > /dev/null 2>&1 &
+submit=$!
+until test -s {metrics}; do kill -0 $submit; sleep 0.05; done
+kill -KILL -- -$submit
+"""
+_ASK_THE_DASHBOARD = """
+import urllib.request, urllib.error
+try:
+    print("answered", urllib.request.urlopen("http://127.0.0.1:8265/api/jobs/").status)
+except urllib.error.HTTPError as error:
+    print("answered", error.code)
+"""
+# A tunnel, and commands in it: `ray dashboard` goes on until it is ended.
+_THROUGH_THE_TUNNEL = """
+ray dashboard {file} > /dev/null 2>&1 &
+until (: > /dev/tcp/127.0.0.1/8265) 2> /dev/null; do kill -0 $!; sleep 0.1; done
+RAY_AUTH_MODE=token ray job submit --address http://127.0.0.1:8265 --working-dir train -- "$@"
+"""
+
+
+class Cluster(NamedTuple):
+    """One that is up. file: of the cluster, as `ray` is given it."""
+
+    rig: Rig
+    file: Path
+
+    def submit(self, script: str, *arguments: object, timeout: float = 240) -> subprocess.CompletedProcess:
+        return self.rig.here("ray", "submit", self.file, script, "--", *arguments, timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def shards(small_set, tmp_path_factory) -> Path:
+    """The shard set, in a folder whose name has a blank."""
+    link = tmp_path_factory.mktemp("shared") / "shards of ours"
+    link.symlink_to(small_set)
+    return link
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards, tmp_path_factory) -> Path:
+    """The run in one process. It also leaves the compiled colour steps that the machines get with the project."""
+    return pretrain(PretrainConfig(**settings(shards, tmp_path_factory.mktemp("alone")), workers=0)).folder
+
+
+def settings(shards: Path, storage: Path) -> dict:
+    """Layer norm only, and float64: a worker's share of the batch makes no difference but for rounding."""
+    return {
+        "data": str(shards),
+        "storage": str(storage),
+        "name": "run",
+        "backbone": "test_convnext",
+        "image_size": 32,
+        "projection_dim": 16,
+        "batch_size": 20,
+        "epochs": 6,
+        "optimizer": "adam",
+        "learning_rate": 1e-3,
+        "precision": "fp64",
+        "log_every": 1,
+        "checkpoint_every": 1,
+        "threads": 1,
+    }
+
+
+@pytest.fixture(scope="module")
+def cluster(undisturbed, tmp_path_factory) -> Iterator[Cluster]:
+    """Both machines up, as the documentation says."""
+    with two_nodes(tmp_path_factory.mktemp("rig")) as rig:
+        file = cluster_file(rig)
+        token = rig.here("bash", "-c", "ray get-auth-token --generate > /dev/null && chmod 600 ~/.ray/auth_token")
+        assert token.returncode == 0, token.stdout
+        up = rig.here("ray", "up", file, "-y", timeout=180)
+        assert up.returncode == 0, up.stdout
+        joined = rig.here("ray", "exec", file, f"timeout 120 python -c {shlex.quote(_BOTH_ARE_THERE)}", timeout=180)
+        assert joined.returncode == 0, joined.stdout
+        yield Cluster(rig, file)
+
+
+def test_a_run_on_both_machines_outlives_the_laptop_and_is_the_run_of_one_process(cluster, shards, undisturbed, tmp_path):
+    config, folder = tmp_path / "run.yaml", tmp_path / "runs" / "run"
+    config.write_text(yaml.safe_dump(settings(shards, tmp_path / "runs") | {"workers": 2}))
+    command = ["ray", "submit", cluster.file, "train/pretrain.py", "--", "--config", config]
+    closed = cluster.rig.here("bash", "-euc", _LID_CLOSED.format(metrics=folder / "metrics.jsonl"), "bash", *command, timeout=240)
+    assert closed.returncode == 0, closed.stdout
+    assert not (folder / "result.json").exists()
+
+    done = cluster.submit("train/pretrain.py", "--config", config)
+    assert done.returncode == 0, done.stdout
+    assert "Ray: 2 nodes" in done.stdout
+    assert json.loads((folder / "engine.json").read_text())["workers"] == 2
+    ours, alone = Run(folder).metrics(), Run(undisturbed).metrics()
+    assert [row["step"] for row in ours] == list(range(1, _STEPS + 1))
+    np.testing.assert_allclose([row["loss"] for row in ours], [row["loss"] for row in alone], atol=1e-6)
+    one, other = (load_file(path / "backbone.safetensors") for path in (folder, undisturbed))
+    for name in one:
+        np.testing.assert_allclose(one[name], other[name], atol=1e-6, err_msg=name)
+
+    again = cluster.submit("train/pretrain.py", "--config", config)
+    assert again.returncode == 0 and "finished already" in again.stdout
+
+
+def test_the_copied_script_finds_the_project_that_the_machine_was_given(cluster):
+    asked = cluster.rig.here("ray", "exec", cluster.file, "python -c 'import train; print(*train.__path__)'")
+    assert asked.returncode == 0 and "/run/home/patchclr/train" in asked.stdout, asked.stdout
+
+
+def test_an_argument_with_a_blank_is_refused_and_arrives_when_it_is_quoted_twice(cluster, shards, tmp_path):
+    split = cluster.submit("train/pretrain.py", "--data", shards, "--name", "x", "--storage", tmp_path)
+    assert split.returncode == 1
+    assert "--config" in split.stdout and "of ours" in split.stdout
+    whole = cluster.submit(
+        "train/pretrain.py", "--data", f"'{shards}'", "--name", "x", "--storage", tmp_path, "--batch-size", 999
+    )
+    assert whole.returncode == 1  # a refusal is one for the laptop's shell too
+    assert f"larger than the 60 selected patches of {shards}" in whole.stdout
+
+
+def test_a_job_through_the_tunnel_tells_how_it_ended(cluster, shards, tmp_path):
+    config = tmp_path / "x.yaml"
+    config.write_text(yaml.safe_dump(settings(shards, tmp_path) | {"batch_size": 999}))
+    job = ["bash", "-euc", _THROUGH_THE_TUNNEL.format(file=cluster.file), "bash", "python", "pretrain.py", "--config", config]
+    refused = cluster.rig.here(*job, timeout=120)
+    assert refused.returncode == 1
+    assert "larger than the 60 selected patches" in refused.stdout
+
+
+def test_nobody_gets_in_without_the_token_and_it_stands_nowhere(cluster):
+    asked = cluster.rig.on("head", f"python -c '{_ASK_THE_DASHBOARD}'; RAY_AUTH_TOKEN=guessed timeout 30 ray status 2>&1")
+    assert "answered 401" in asked and "InvalidAuthToken" in asked
+    listening = cluster.rig.on("head", "ss -Hltn 'sport = :8265'").split()
+    assert "127.0.0.1:8265" in listening and not any(place.startswith(("0.0.0.0:8265", "*:8265")) for place in listening)
+    for node in NODES:
+        found = cluster.rig.on(
+            node,
+            "stat -c 'mode %a' ~/.ray/auth_token; echo processes $(ps eww -e | grep -cF -f ~/.ray/auth_token);"
+            " echo files $(grep -rlF -f ~/.ray/auth_token /tmp/ray | wc -l)",
+        )
+        assert "mode 600" in found and "processes 0" in found and "files 0" in found, found
+
+
+def test_down_ends_the_head_and_the_documented_command_the_others(cluster):
+    down = cluster.rig.here("ray", "down", cluster.file, "-y", timeout=120)
+    assert down.returncode == 0, down.stdout
+    running = "echo raylets $(pgrep -c raylet)"
+    assert "raylets 0" in cluster.rig.on("head", running)
+    stopped = cluster.rig.on("worker", "~/.patchclr/bin/ray stop")
+    assert "Stopped" in stopped, stopped
+    assert "raylets 0" in cluster.rig.on("worker", running)

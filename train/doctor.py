@@ -1,0 +1,45 @@
+"""Whether a cluster is fit for a run: python train/doctor.py --data shards/kidney --storage /nfs/runs --workers 4"""
+
+import sys
+from dataclasses import dataclass
+
+from sharding.command import option, run_script
+from train.config import WorkerRange
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """What the run would be given."""
+
+    data: str | None = option(None, "the shard set, a folder or a URL; default: a drawn patch is decoded")
+    storage: str = option("runs", "folder or URL for runs")
+    workers: WorkerRange | int = option(0, "as many as the run will ask for; 0: this is not looked at")
+
+
+def main(config: DoctorConfig) -> None:
+    from train.checkup import examine  # torch and Ray take seconds to import, and --help should not
+    from train.inputs import place_of
+    from train.runs import code_commit, versions
+    from train.workers import Nodes, connect, possible_nodes
+
+    connect()
+    failed = []
+    with Nodes() as nodes:
+        for finding in examine(
+            nodes,
+            data=place_of(config.data) if config.data else None,
+            storage=place_of(config.storage),
+            workers=config.workers,
+            possible=possible_nodes(),
+            packages=tuple(versions()),
+            commit=code_commit(),
+        ):
+            print(finding, flush=True)
+            failed += [finding.what] * (finding.verdict == "FAILED")
+    if failed:
+        print(f"doctor.py: FAILED: {', '.join(failed)}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, DoctorConfig, prog="doctor.py", description="Look whether a cluster is fit for a run."))
