@@ -5,13 +5,12 @@ import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from train.runs import Run
-from train.sections import cautions
-from train.sections.markup import Content, Html, count, element, joined, note, number, table
+from train.sections import cautions, shell
+from train.sections.markup import Content, Html, count, element, note, number, table
+from train.sections.shell import Filled
 from train.sections.shown import Shown
-from train.sections.styling import STYLE
 from tune.book import Outcome
 from tune.filling import FilledTable
 from tune.page_tables import left, show_table
@@ -35,12 +34,6 @@ _STYLE = """
 _RULES = {"loss": "loss", "top1": "contrastive top-1", "probe": "probe"}
 
 
-class _Section(NamedTuple):
-    place: str
-    title: str
-    parts: list[Html]
-
-
 def page(study: Study, outcome: Outcome, tables: Sequence[FilledTable], folder: Path) -> str:
     """The whole HTML file. folder: where it will lie, for its links to the runs' reports.
 
@@ -49,47 +42,14 @@ def page(study: Study, outcome: Outcome, tables: Sequence[FilledTable], folder: 
     runs = list({run.folder: run for run in outcome.runs.values()}.values())
     warnings = cautions.show([Shown(run, place, run.result, run.record, []) for place, run in enumerate(runs)])
     found = [
-        _Section("warnings", "Read this first", warnings),
-        *(_Section(f"table-{i}", one.title, show_table(one, folder)) for i, one in enumerate(tables, 1)),
-        _Section("selections", "What was selected", _selections(outcome, folder)),
-        _Section("failed", "What is not there", _not_there(study, outcome)),
-        _Section("records", "What was run", _records(outcome, runs, folder)),
+        Filled("warnings", "Read this first", warnings),
+        *(Filled(f"table-{i}", one.title, show_table(one, folder)) for i, one in enumerate(tables, 1)),
+        Filled("selections", "What was selected", _selections(outcome, folder)),
+        Filled("failed", "What is not there", _not_there(study, outcome)),
+        Filled("records", "What was run", _records(outcome, runs, folder)),
     ]
-    found = [section for section in found if section.parts]
-    links = [element("li", element("a", section.title, href=f"#{section.place}")) for section in found]
-    title = f"Study {study.name}"
-    body = joined(
-        [
-            element("header", element("h1", title), note(_said(study, runs)), *_banner(study), *_about(study)),
-            element("nav", element("ul", *links), aria_label="Contents"),
-            element("main", *map(_section, found)),
-        ]
-    )
-    head = joined(
-        [
-            Html('<meta charset="utf-8">'),
-            element("title", title),
-            Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
-            Html(f"<style>{STYLE}{_STYLE}</style>"),
-        ]
-    )
-    return f'<!DOCTYPE html>\n<html lang="en">\n<head>{head.markup}</head>\n<body>\n{_own_ids(body.markup)}\n</body>\n</html>\n'
-
-
-def _section(section: _Section) -> Html:
-    name = f"{section.place}-title"
-    return element("section", element("h2", section.title, id=name), *section.parts, id=section.place, aria_labelledby=name)
-
-
-def _own_ids(text: str) -> str:
-    """With the ids within each figure made the only ones of the page."""
-    numbers = itertools.count(1)
-
-    def rename(figure: re.Match) -> str:
-        prefix = f"f{next(numbers)}-"
-        return re.sub(r'( id="|url\(#|href="#)', lambda found: f"{found[1]}{prefix}", figure[0])
-
-    return re.sub(r"<svg.*?</svg>", rename, text, flags=re.DOTALL)
+    about = [note(_said(study, runs)), *_banner(study), *_about(study)]
+    return shell.page(f"Study {study.name}", about, found, style=_STYLE)
 
 
 def _said(study: Study, runs: Sequence[Run]) -> str:

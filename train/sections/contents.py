@@ -1,7 +1,5 @@
-"""The report's table of contents, and the page around it."""
+"""The report's sections, in their order."""
 
-import itertools
-import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -14,12 +12,13 @@ from train.sections import (
     patches,
     records,
     scores,
+    shell,
     training,
     view_pairs,
 )
-from train.sections.markup import Html, element, joined, note
+from train.sections.markup import Html, note
+from train.sections.shell import Filled
 from train.sections.shown import Shown, read_shown
-from train.sections.styling import STYLE
 
 
 class Section(NamedTuple):
@@ -47,43 +46,11 @@ SECTIONS = (
 def page(runs: Sequence[Run], title: str) -> str:
     """The whole HTML file. Raises ValueError where a run is not finished, too old, or damaged."""
     shown = [read_shown(run, number) for number, run in enumerate(runs)]
-    found = [(section, parts) for section in SECTIONS if (parts := section.show(shown))]
-    links = [element("li", element("a", section.title, href=f"#{section.place}")) for section, _ in found]
-    body = joined(
-        [
-            element("header", element("h1", title), note(_said(shown))),
-            element("nav", element("ul", *links), aria_label="Contents"),
-            element("main", *(_section(section, parts) for section, parts in found)),
-        ]
-    )
-    head = joined(
-        [
-            Html('<meta charset="utf-8">'),
-            element("title", title),
-            Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
-            Html(f"<style>{STYLE}</style>"),
-        ]
-    )
-    return f'<!DOCTYPE html>\n<html lang="en">\n<head>{head.markup}</head>\n<body>\n{_own_ids(body.markup)}\n</body>\n</html>\n'
-
-
-def _section(section: Section, parts: list[Html]) -> Html:
-    name = f"{section.place}-title"
-    return element("section", element("h2", section.title, id=name), *parts, id=section.place, aria_labelledby=name)
+    found = [Filled(section.place, section.title, section.show(shown)) for section in SECTIONS]
+    return shell.page(title, [note(_said(shown))], found)
 
 
 def _said(runs: Sequence[Shown]) -> str:
     days = sorted({run.record["started"][:10] for run in runs})
     what = "one run" if len(runs) == 1 else f"{len(runs)} runs side by side"
     return f"PatchCLR report · {what} · {days[0]}{f' to {days[-1]}' if len(days) > 1 else ''}"
-
-
-def _own_ids(text: str) -> str:
-    """With the ids within each figure made the only ones of the page: figures of one size share their clipping boxes' names."""
-    numbers = itertools.count(1)
-
-    def rename(figure: re.Match) -> str:
-        prefix = f"f{next(numbers)}-"
-        return re.sub(r'( id="|url\(#|href="#)', lambda found: f"{found[1]}{prefix}", figure[0])
-
-    return re.sub(r"<svg.*?</svg>", rename, text, flags=re.DOTALL)
