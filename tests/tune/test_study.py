@@ -708,6 +708,6 @@ def test_a_study_is_read_without_torch(tmp_path):
     """A mistake is told in a second; what names figures of evaluations is a table, and they are torch's."""
     demo = (ROOT / "tune" / "studies" / "demo.yaml").read_text()
     (tmp_path / "study.yaml").write_text(re.sub(r"(?s)^tables:.*?(?=^smoke:)", "", demo, flags=re.MULTILINE))
-    code = "import sys; from tune.study import read_study; assert not read_study(sys.argv[1]).tables; sys.exit('torch' in sys.modules)"
+    code = "import sys; from tune.study import read_study; read_study(sys.argv[1]); sys.exit('torch' in sys.modules)"
     command = [sys.executable, "-c", code, str(tmp_path / "study.yaml")]
     assert subprocess.run(command, cwd=ROOT, timeout=60).returncode == 0
