@@ -44,7 +44,7 @@ def config(tmp_path, small_set):
 def with_gpus(monkeypatch, found):
     asked = []
 
-    def answer(workers, gpus_per_worker):
+    def answer(workers, gpus_per_worker, *, name):
         asked.append(workers)
         return found
 
@@ -92,23 +92,24 @@ def test_this_machine_s_gpu_says_what_it_can(monkeypatch, supported):
 
 
 @pytest.mark.parametrize(
-    ("resources", "found"),
+    ("nodes", "startable", "found"),
     [
-        ({"CPU": 8.0}, False),
-        ({"CPU": 8.0, "GPU": 2.0, "accelerator_type:H200": 1.0}, True),
-        ({"CPU": 8.0, "GPU": 2.0}, True),
-        ({"CPU": 8.0, "GPU": 2.0, "accelerator_type:A100": 1.0, "accelerator_type:V100": 1.0}, False),
+        ([{"CPU": 8.0}], [], False),
+        ([{"CPU": 8.0, "GPU": 2.0, "accelerator_type:H200": 1.0}], [], True),
+        ([{"CPU": 8.0}, {"CPU": 8.0, "GPU": 2.0}], [], True),
+        ([{"GPU": 1.0, "accelerator_type:A100": 1.0}, {"GPU": 1.0, "accelerator_type:V100": 1.0}], [], False),
+        ([{"CPU": 8.0}], [{"CPU": 8.0, "GPU": 1.0}], True),
+        ([{"CPU": 8.0}], [{"CPU": 8.0, "GPU": 1.0, "accelerator_type:T4": 1}], False),
     ],
 )
-def test_a_cluster_is_asked_where_there_are_workers(monkeypatch, resources, found):
-    import ray
-
+def test_a_cluster_is_asked_where_there_are_workers(monkeypatch, nodes, startable, found):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     connected = []
-    monkeypatch.setattr(workers, "connect", lambda: connected.append(1))
-    monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
+    monkeypatch.setattr(workers, "connect", lambda name: connected.append(name))
+    monkeypatch.setattr(workers, "_alive", lambda: [{"Resources": each} for each in nodes])
+    monkeypatch.setattr(workers, "_startable", lambda: startable)
     assert gpus_with_bf16(0) is False and not connected
-    assert gpus_with_bf16(2) is found and connected
+    assert gpus_with_bf16(2, name="run") is found and connected == ["run"]
     assert gpus_with_bf16(2, 0) is False  # told to leave them alone
 
 
