@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 from train.metrics import TITLES
 from train.runs import Run
 from train.sections.markup import share
-from tune.parts import Cell
+from tune.parts import FINAL, Cell
 
 if TYPE_CHECKING:
     from tune.book import Outcome
 
-# The figures of a pretraining, with what a person reads, and their names among the final ones of its result.
+# The figures of a pretraining, with what a person reads.
 _PRETRAINED = {"loss": "loss", "top1": "contrastive top-1 accuracy", "probe": "balanced accuracy of the ridge probe"}
-_FINAL = {"loss": "loss", "top1": "top1", "probe": "probe_balanced_accuracy"}
 METRICS = {"evaluate": TITLES, "pretrain": _PRETRAINED}
 
 
@@ -79,7 +78,7 @@ def _pretrained(cell, at, run):
     # A loss has the scale of its method, batch and temperature; a probe is a task of its set.
     compares = dict.fromkeys(_PRETRAINED, config.probe_data or data)
     compares["loss"] = (data, config.method, config.batch_size, config.temperature)
-    figures = {name: _known(final.get(_FINAL[name])) for name in _PRETRAINED}
+    figures = {name: _known(final.get(FINAL[name])) for name in _PRETRAINED}
     return Observed(cell, at, run, values={cell.name: figures}, compares=compares)
 
 

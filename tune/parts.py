@@ -11,7 +11,9 @@ KINDS: dict[str, type] = {"pretrain": PretrainConfig, "evaluate": EvaluateConfig
 PARENT_FIELDS = {"pretrain": "init", "evaluate": "backbone"}
 
 By = Literal["loss", "probe", "top1"]
-BY = ("loss", "probe", "top1")  # by what pretrainings are compared, and the figures that a table can have of them
+# By what pretrainings are compared, and the figures that a table can have of them; with their names in a run's final metrics.
+FINAL = {"loss": "loss", "probe": "probe_balanced_accuracy", "top1": "top1"}
+BY = tuple(FINAL)
 
 
 @dataclass(frozen=True)

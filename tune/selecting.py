@@ -5,14 +5,10 @@ from typing import Any
 from train.probe import plan_probe
 from train.runs import Run
 from tune.expanding import leaves
-from tune.parts import Selection, Study
+from tune.parts import FINAL, Selection, Study
 
-# What each rule looks at in a run's final metrics, and whether less is better.
-RULES = {
-    "probe": ("probe_balanced_accuracy", False),
-    "top1": ("top1", False),
-    "loss": ("loss", True),
-}
+# The rules, and whether less is better.
+RULES = {"probe": False, "top1": False, "loss": True}
 
 
 def check_probes(study: Study) -> None:
@@ -41,7 +37,7 @@ def select_best(selection: Selection, runs: dict[str, Run]) -> dict[str, Any]:
 
     runs: finished, by the candidate's name. Raises ValueError where the rule's value is missing.
     """
-    values = {name: {rule: run.result["final"].get(metric) for rule, (metric, _) in RULES.items()} for name, run in runs.items()}
+    values = {name: {rule: run.result["final"].get(FINAL[rule]) for rule in RULES} for name, run in runs.items()}
     missing = [name for name, each in values.items() if each[selection.by] is None]
     if missing:
         what = "no probe: give probe_data, a labelled set" if selection.by == "probe" else f"no {selection.by}"
@@ -59,5 +55,5 @@ def select_best(selection: Selection, runs: dict[str, Run]) -> dict[str, Any]:
 
 
 def _best(values, rule):
-    sign = 1 if RULES[rule][1] else -1
+    sign = 1 if RULES[rule] else -1
     return min(values, key=lambda name: sign * values[name][rule])

@@ -18,11 +18,11 @@ from train.config import EvaluateConfig, PretrainConfig
 from train.runs import Run, open_run
 from train.workers import connect
 from tune.book import Begun, Book
-from tune.parts import KINDS, Resources, Study
+from tune.parts import FINAL, KINDS, Resources, Study
 
 _DRIVER_BYTES = 64 * 2**20  # what a trial reserves whose work is done by Ray Train's workers
 _RETRIES = 2  # of a trial whose process died; its stage goes on from its checkpoint
-_PROBE = "probe_balanced_accuracy"
+_PROBE = FINAL["probe"]
 
 
 def run_trials(book: Book) -> None:
