@@ -2,6 +2,8 @@
 # make study NAME=projection_grid   a study of tune/studies in smoke size, on the demo's patches
 # make watch   Prometheus on localhost:9090, of the Ray that runs here (docs/monitoring.md)
 # make test   every test                          make lint   format, lint and types
+# make soak   24 faults to a run on two machines of namespaces, figures to benchmarks/results (about 35 minutes)
+# make bench-smoke   is something of ours slower than it was? Ratios against benchmarks/smoke.json (3 minutes, ARGS=--update writes it)
 # make gpu-check   one command for a host with a GPU (DRY=1 for the same on a CPU)
 # make gpu-bench   every figure that only a GPU shows, in 8 minutes (DRY=1 on a CPU, DATA=shards/oral to pretrain on a set of yours)
 # The first of them makes the virtual environment (about 5 minutes, 5 GB); the others find it made.
@@ -12,7 +14,7 @@ BIN := $(VENV)/bin
 DEMO := demo
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo study watch test lint gpu-check gpu-bench clean-demo
+.PHONY: demo study watch test soak lint bench-smoke gpu-check gpu-bench clean-demo
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -26,6 +28,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
+
+# Of two machines, made of namespaces; needs root and openssh-server.
+soak: $(INSTALLED)
+	$(BIN)/python -m pytest tests/cluster/soak.py -s $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -61,6 +67,9 @@ watch:
 
 clean-demo:
 	rm -rf $(DEMO)
+
+bench-smoke: $(INSTALLED)
+	$(BIN)/python benchmarks/smoke.py $(ARGS)
 
 gpu-check: $(INSTALLED)
 	$(BIN)/python benchmarks/gpu_check.py --out benchmarks/results $(if $(DRY),--dry)

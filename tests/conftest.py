@@ -10,6 +10,13 @@ from sharding.packing import build_shards
 from tests.helpers import S3_SECRET, breast_files, write_tree
 
 
+def pytest_addoption(parser):
+    group = parser.getgroup("soak", "of tests/cluster/soak.py")
+    group.addoption("--faults", type=int, default=24, help="how many things happen to the run")
+    group.addoption("--order", type=int, default=None, help="seed of their order; default: any")
+    group.addoption("--results", default="benchmarks/results", help="folder for the figures")
+
+
 @pytest.fixture(scope="session")
 def small_set(tmp_path_factory) -> Path:
     """A labelled shard set: 90 patches of 3 classes on 9 slides, over 3 shards, split 0.7/0.3 by slide."""
@@ -35,7 +42,7 @@ def ray_here():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
             patch.setenv(name, value)
-        from train.workers import connect
+        from train.cluster import connect
 
         connect()
         import ray

@@ -24,7 +24,7 @@ MAY_IMPORT = {
 INNER = {"sharding/sources", "sharding/images", "sharding/splits", "train/sections"}  # rooms of a folder, under its rule
 # Outside packages that are the business of few modules, by their dotted prefix.
 ONLY_IN = {
-    "ray": {"train.workers", "tune.trials"},
+    "ray": {"train.cluster", "train.workers", "tune.trials"},
     "nvidia.dali": {"pipelines.graph"},
     "nvidia": {"pipelines.graph", "sharding.images.checks"},
 }

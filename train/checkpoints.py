@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+CHECKPOINTS = "checkpoints"  # the folder of them in a run's
 CHECKPOINT_NAME = "checkpoint.pt"
 
 
@@ -84,33 +85,24 @@ def _copied(value):
     return value
 
 
-@contextlib.contextmanager
-def saying_where(folder: str | Path) -> Iterator[None]:
-    """What keeps a checkpoint from being written into the folder becomes a ValueError that names it."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # the latter is what torch's writer raises when a disk is full
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).split("\n")[0]
-        raise ValueError(
-            f"{folder}: a checkpoint could not be written ({reason}): see that there is room and that the folder can be"
-            " written to; the same command then goes on from the checkpoint before"
-        ) from error
-
-
 def keep_newest(checkpoints: Path, step: int, write: Callable[[Path], None]) -> Path:
-    """Write a checkpoint under checkpoints/step-NUMBER, whole or not at all, and remove the others. Returns that folder."""
+    """Write a checkpoint under checkpoints/step-NUMBER, whole or not at all, and remove the others. Returns that folder.
+
+    Raises OSError where that cannot be, also where the folder above `checkpoints` is not there: made anew, it would hide that a
+    network drive is not mounted. torch's writer tells of a full disk by a RuntimeError.
+    """
     partial, final = checkpoints / f".step-{step:09d}.partial", checkpoints / f"step-{step:09d}"
-    with saying_where(checkpoints):
-        try:
-            for left in checkpoints.glob(".step-*.partial"):  # of a run that was killed while it wrote
-                shutil.rmtree(left)
-            partial.mkdir(parents=True)
-            write(partial)
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)  # half a checkpoint helps nobody on a full disk
-            raise
+    try:
+        for left in checkpoints.glob(".step-*.partial"):  # of a run that was killed while it wrote
+            shutil.rmtree(left)
+        checkpoints.mkdir(exist_ok=True)
+        partial.mkdir()
+        write(partial)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # half a checkpoint helps nobody on a full disk
+        raise
     for old in sorted(checkpoints.glob("step-*"))[:-1]:
         shutil.rmtree(old)
     return final

@@ -59,7 +59,7 @@ class Finding(NamedTuple):
 
 
 class Cluster(Protocol):
-    """The nodes that are asked, as train.workers.Nodes has them."""
+    """The nodes that are asked, as train.cluster.Nodes has them."""
 
     shares: dict[str, Node]
     addresses: dict[str, str]

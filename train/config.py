@@ -110,7 +110,7 @@ class PretrainConfig:
     )
     probe_patches: int = option(2048, "labelled patches that a probe looks at", identity=False)
     checkpoint_every: int = option(0, "steps between checkpoints; 0: one per epoch", identity=False)
-    max_failures: int = option(3, "how often Ray may restart the workers from the last checkpoint", identity=False)
+    max_failures: int = option(3, "how often workers may fail without a new checkpoint since, and start again", identity=False)
     cache_gib: float | None = option(None, _CACHE, identity=False)
     storage: str = option("runs", _STORAGE, identity=False)
 
@@ -179,7 +179,7 @@ class EvaluateConfig:
     cpus_per_worker: int = option(0, _CPUS, identity=False)
     threads: int = option(0, _THREADS, identity=False)
     log_every: int = option(10, "steps between two rows of metrics.jsonl", identity=False)
-    max_failures: int = option(3, "how often Ray may restart the workers from the last checkpoint", identity=False)
+    max_failures: int = option(3, "how often workers may fail without a new checkpoint since, and start again", identity=False)
     cache_gib: float | None = option(None, _CACHE, identity=False)
     storage: str = option("runs", _STORAGE, identity=False)
 

@@ -18,9 +18,9 @@ class DoctorConfig:
 
 def main(config: DoctorConfig) -> None:
     from train.checkup import examine  # torch and Ray take seconds to import, and --help should not
+    from train.cluster import Nodes, connect, possible_nodes
     from train.inputs import place_of
     from train.runs import code_commit, versions
-    from train.workers import Nodes, connect, possible_nodes
 
     connect()
     failed = []

@@ -20,12 +20,13 @@ from models.backbones import build_backbone
 from models.weights import apply_init, save_backbone
 from pipelines.loader import Batch, ViewLoader
 from pipelines.recipes import describe_recipe
-from train.checkpoints import CHECKPOINT_NAME, Background, alone_in, copied_state, keep_newest, newest_in
+from train.checkpoints import CHECKPOINT_NAME, CHECKPOINTS, Background, alone_in, copied_state, keep_newest, newest_in
 from train.engine import arithmetic, compile_model, on_where_it_helps
 from train.inputs import Input
 from train.lease import Upkeep
 from train.methods import Method
 from train.mirror import Mirror, on_this_node
+from train.patience import PATIENCE, patiently
 from train.probe import Probe, run_probe
 from train.recorder import Clock, Recorder
 from train.runs import Run
@@ -37,7 +38,7 @@ from train.two_pass import check_micro_batch, two_pass_backward
 # V views, B local patches, D width of the head's output, S image size
 
 HEAD_NAME = "head.pt"
-_OTHERS_END = 30.0  # seconds that a worker of a driver which was killed may still live
+OTHERS_END = 30.0  # seconds that a worker of a driver which was killed may still live
 _TRIES = 12  # of what is asked of the store while a run is trained: about two minutes of pauses
 
 
@@ -99,7 +100,8 @@ class Place:
     thread, after `save` has returned;
     wait: until the last `save` has written, for at most so many seconds (None: however long). Raises what kept it from that;
     restore: the folder of the newest checkpoint, or None, as a context;
-    alone: a block in which no other process trains the run, and at the end of which all is where the run belongs.
+    alone: a block in which no other process trains the run, and at the end of which all is where the run belongs;
+    patience: seconds for which storage that fails is waited for.
     """
 
     rank: int
@@ -110,6 +112,7 @@ class Place:
     wait: Callable[[float | None], None]
     restore: Callable[[], contextlib.AbstractContextManager[Path | None]]
     alone: Callable[[], contextlib.AbstractContextManager[None]]
+    patience: float = PATIENCE
 
 
 class ViewModel(nn.Module):
@@ -155,7 +158,7 @@ def fit(job: Job, place: Place, tell: Callable[[dict[str, float]], None] | None 
         ):
             model = _train(job, place, loader, tell)
         if place.rank == 0:
-            _write_weights(job, model)
+            patiently(lambda: _write_weights(job, model), job.folder, seconds=place.patience)
 
 
 def _train(job: Job, place: Place, loader: ViewLoader, tell: Callable[[dict[str, float]], None] | None) -> ViewModel:
@@ -177,8 +180,9 @@ def _train(job: Job, place: Place, loader: ViewLoader, tell: Callable[[dict[str,
     with contextlib.ExitStack() as stack:
         recorder = None
         if place.rank == 0:
+            engine = _describe_engine(job, place, compiled)
             recorder = stack.enter_context(
-                contextlib.closing(Recorder(Run(job.folder), step, init_lines, _describe_engine(job, place, compiled), tell))
+                contextlib.closing(Recorder(Run(job.folder), step, init_lines, engine, tell, patience=place.patience))
             )
         stack.callback(place.wait, None)  # however the block ends, what is being written is written
         traced = stack.enter_context(tracing(profile, place.device))
@@ -212,7 +216,7 @@ def _train(job: Job, place: Place, loader: ViewLoader, tell: Callable[[dict[str,
                     clock = Clock(loader)
                 if judged:
                     _agree(judged, place)
-                place.wait(0)  # a disk that is full ends the run now, not at the next checkpoint
+                place.wait(0)  # a disk that stays full ends the run now, not at the next checkpoint
                 stopped = judged is not None and judged.stopped
                 if stopped or step == job.steps or step % (job.checkpoint_every or job.steps_per_epoch) == 0:
                     place.wait(None)  # one copy of the state at a time
@@ -354,21 +358,24 @@ def place_in(
     world_size: int = 1,
     group: dist.ProcessGroup | None = None,
     url: str | None = None,
+    others_end: float = OTHERS_END,
+    patience: float = PATIENCE,
 ) -> Place:
     """A worker of a run in this folder, which all its workers share; or of one at a URL, whose folder on this node it is.
 
     Checkpoints are under folder/checkpoints, written by a thread of rank 0's, and the newest one is kept; of a run at a URL, the
     newest one there counts. Any of a run's checkpoints is as good as any other, whoever wrote it and among however many: what
-    follows is the same.
+    follows is the same. others_end, patience: for so many seconds another process is waited for that trains the run still, and
+    storage that fails.
     """
-    checkpoints, background = folder / "checkpoints", Background()
+    checkpoints, background = folder / CHECKPOINTS, Background()
     mirror = Mirror(url, tries=_TRIES) if url else None
     upkeep = Upkeep(mirror) if mirror and rank == 0 else None
 
     def write_one(step: int, write: Callable[[Path], None]) -> None:
-        folder = keep_newest(checkpoints, step, write)
+        written = patiently(lambda: keep_newest(checkpoints, step, write), checkpoints, seconds=patience)
         if upkeep:
-            upkeep.offer(folder)
+            upkeep.offer(written)
 
     def save(step: int, write: Callable[[Path], None]) -> None:
         if rank == 0:
@@ -398,12 +405,13 @@ def place_in(
             yield
             return
         folder.mkdir(parents=True, exist_ok=True)
-        with alone_in(folder, _OTHERS_END), upkeep or contextlib.nullcontext():
+        with alone_in(folder, others_end), upkeep or contextlib.nullcontext():
             yield
 
-    return Place(rank, world_size, device, group, save=save, wait=wait, restore=restore, alone=alone)
+    return Place(rank, world_size, device, group, save=save, wait=wait, restore=restore, alone=alone, patience=patience)
 
 
-def plain_place(folder: Path, device: torch.device | None = None, *, url: str | None = None) -> Place:
+def plain_place(folder: Path, device: torch.device | None = None, *, url: str | None = None, patience: float = PATIENCE) -> Place:
     """This process alone."""
-    return place_in(folder, device or torch.device("cuda" if torch.cuda.is_available() else "cpu"), url=url)
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return place_in(folder, device, url=url, patience=patience)

@@ -27,13 +27,12 @@ from typing import Any
 
 from pipelines.remote import default_cache
 from pipelines.store import Interrupted, RemoteFolder, Stored, is_url
-from train.checkpoints import CHECKPOINT_NAME
+from train.checkpoints import CHECKPOINT_NAME, CHECKPOINTS
 
 RESULT_NAME = "result.json"
 EVERY_SECONDS = 15.0  # between two looks at what has changed, on either side
 
 _LOCK_NAME = ".lock"  # of train.checkpoints.alone_in
-_STEPS = "checkpoints"
 CELLS = "cells"  # a folder with runs below a run
 _NOT_ITS = (".", f"{CELLS}/", "ray/")  # runs of their own, and where Ray keeps its books on this node
 _LARGE = (".safetensors", ".pt", ".parquet", ".npy")
@@ -122,7 +121,7 @@ class Mirror:
         """Put this node's files at the URL, those given or all but checkpoints, where they differ; result.json last."""
         with self._pushing:
             stored = self._store.names()
-            given = names or [name for name in self._files() if not name.startswith(_STEPS)]
+            given = names or [name for name in self._files() if not name.startswith(CHECKPOINTS)]
             changed = [name for name in given if not _same(self.folder / name, stored.get(name))]
             for name in sorted(changed, key=lambda name: name == RESULT_NAME):
                 with contextlib.suppress(FileNotFoundError):  # removed meanwhile
@@ -137,7 +136,7 @@ class Mirror:
 
     def fetch_checkpoint(self, step: str) -> Path:
         """The folder of this checkpoint on this node, where it is then the only one; fetched once per node."""
-        name, folder = _checkpoint(step), self.folder / _STEPS / step
+        name, folder = _checkpoint(step), self.folder / CHECKPOINTS / step
         with self._one_at_a_time():
             stored = self._checkpoints().get(name)
             if stored is None:
@@ -185,7 +184,7 @@ class Mirror:
         return self.folder / ".incoming"
 
     def _checkpoints(self) -> dict[str, Stored]:
-        found = self._store.names(_STEPS).items()
+        found = self._store.names(CHECKPOINTS).items()
         return {name: each for name, each in found if re.fullmatch(_checkpoint(r"step-\d+"), name)}
 
     def _files(self) -> list[str]:
@@ -243,7 +242,7 @@ def _its_own(files: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checkpoint(step: str) -> str:
-    return f"{_STEPS}/{step}/{CHECKPOINT_NAME}"
+    return f"{CHECKPOINTS}/{step}/{CHECKPOINT_NAME}"
 
 
 def _remove(path: Path) -> None:

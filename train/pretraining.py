@@ -11,6 +11,7 @@ from pipelines.recipes import describe_recipe
 from sharding.manifest import fingerprint
 from sharding.selection import select
 from train.alarms import Alarms
+from train.cluster import gpus_with_bf16
 from train.config import PretrainConfig, worker_range
 from train.inputs import Input, SetInput, gib, open_set, parse_mix, place_of
 from train.loop import Job
@@ -25,7 +26,7 @@ from train.schedules import peak_learning_rate
 from train.starting import describe_model, describe_rate
 from train.tracing import SKIPPED, TRACE_NAME, WARM_UP
 from train.two_pass import check_micro_batch
-from train.workers import gpus_with_bf16, run_job
+from train.workers import run_job
 
 _COMPARE_BY = "runs with different batch sizes are compared by top1 and the probe, not by the loss"
 

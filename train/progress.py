@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -96,15 +97,14 @@ class Tail:
     def read(self) -> list[dict[str, Any]]:
         """The rows since the last look; all of them when the file is another one: a run that went on took rows away."""
         try:
-            file = self._path.open("rb")
-        except FileNotFoundError:
+            with self._path.open("rb") as file:
+                inode = os.fstat(file.fileno()).st_ino
+                if inode != self._inode:
+                    self._inode, self._at = inode, 0
+                file.seek(self._at)
+                text = file.read()
+        except OSError:  # not there yet, or on storage that fails for now
             return []
-        with file:
-            inode = self._path.stat().st_ino
-            if inode != self._inode:
-                self._inode, self._at = inode, 0
-            file.seek(self._at)
-            text = file.read()
         whole = text[: text.rfind(b"\n") + 1]
         self._at += len(whole)
         return [json.loads(line) for line in whole.splitlines()]

@@ -1,50 +1,42 @@
-"""Everything that knows Ray: a job on Ray Train workers, or in this process."""
+"""A job on Ray Train workers, or in this process; and functions called on workers."""
 
 import contextlib
 import dataclasses
 import itertools
-import logging
 import os
-import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-import yaml
 
 from sharding.command import describe
+from train.checkpoints import CHECKPOINTS, newest_in
 from train.checkup import preflight
+from train.cluster import Nodes, alive_nodes, connect, possible_nodes
 from train.config import worker_range
 from train.gauges import meaning, readings, shown_name
 from train.lease import await_lease
-from train.loop import Job, fit, place_in, plain_place
+from train.loop import OTHERS_END, Job, fit, place_in, plain_place
 from train.mirror import Mirror
-from train.nodes import Answer, Caller
+from train.patience import await_folder
 from train.provenance import RECORD_NAME
 from train.runs import versions
-from train.shares import Node, Share, node_of, share_of, startable
+from train.shares import share_of
 
 Common = TypeVar("Common")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Before Ray is imported. A dead worker is seen after a second (2 otherwise); prints once; no line per rank; Ray's run API.
-_ENVIRONMENT = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DEDUP_LOGS": "1",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # of workers for which a node is missing that was there a moment ago
-}
-_HEAD = "node:__internal_head__"  # a resource of the head node alone
 _BOOKS = "ray"  # under the run's folder, where Ray keeps its own
-_WITHOUT_BF16 = {"K80", "P4", "P100", "T4", "V100"}  # as Ray names them
+_PAUSE = 15.0  # seconds that another failure without a new checkpoint makes the next attempt wait for longer, up to
+_LONGEST_PAUSE = 60.0
+_OTHERS_END = 120.0  # seconds that a worker of an attempt before may go on, where it is cut off (docs/cluster.md)
+_TRIES = 12  # of what is asked of the store between two attempts: about two minutes of pauses
 
 
 def run_job(job: Job, workers: str | int, gpus_per_worker: float | None = None, cpus_per_worker: int = 0) -> str:
@@ -133,108 +125,42 @@ def _called(function, common, item, device, threads):
     return function(common, item, device, threads)
 
 
-class Nodes:
-    """A process of ours on each of the cluster's alive nodes, in which functions can be called; at the block's end they end.
-
-    Nothing is reserved for them, so they start beside whatever runs. share: only the nodes on which a worker with it fits.
-    shares: each node's cores and GPUs as Ray counts them; addresses: by which others reach it. Both are by the node's name.
-    """
-
-    def __init__(self, share: Share | None = None):
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        self.shares: dict[str, Node] = {}
-        self.addresses: dict[str, str] = {}
-        self._callers: dict[str, Any] = {}
-        for each in sorted(_alive(), key=lambda each: each["NodeManagerAddress"]):
-            node, address = node_of(each["Resources"]), each["NodeManagerAddress"]
-            if share and (node.gpus < share.gpus or node.cpus < share.cpus):
-                continue
-            name = address if address not in self.addresses.values() else f"{address}#{each['NodeID'][:6]}"
-            place = NodeAffinitySchedulingStrategy(each["NodeID"], soft=False)
-            start = ray.remote(Caller).options(num_cpus=0, max_concurrency=8, scheduling_strategy=place)
-            self.shares[name], self.addresses[name], self._callers[name] = node, address, start.remote()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        import ray
-
-        for caller in self._callers.values():
-            ray.kill(caller)
-
-    def ask(self, function: Callable, *given: Any, seconds: float, each: Mapping[str, tuple] | None = None) -> dict[str, Answer]:
-        """Call function(*given) on every node at once; with `each`, on those in it, and with what it has for them besides.
-
-        A node that raises, has gone, or has not answered after so many seconds says that in its answer.
-        """
-        import ray
-
-        asked = {name: () for name in self._callers} if each is None else each
-        calls = {name: self._callers[name].call.remote(function, *given, *own) for name, own in asked.items()}
-        ray.wait(list(calls.values()), num_returns=len(calls), timeout=seconds)
-        answers = {}
-        for name, call in calls.items():
-            try:
-                answers[name] = Answer(ray.get(call, timeout=0))
-            except ray.exceptions.GetTimeoutError:
-                answers[name] = Answer(None, f"no answer within {seconds:g} s")
-            except ray.exceptions.RayError as error:  # a process that lacks a module has Ray's whole traceback for a message
-                missing = re.search(r"No module named \S+", str(error))
-                answers[name] = Answer(None, missing[0] if missing else describe(getattr(error, "cause", None) or error))
-        return answers
-
-
-def connect(name: str | None = None) -> None:
-    """Join the cluster that this machine belongs to, or start Ray here. Says which. name: this job's in Ray's dashboard."""
-    for variable, value in _ENVIRONMENT.items():
-        os.environ.setdefault(variable, value)
-    import ray
-
-    if ray.is_initialized():
-        return
-    job = ray.job_config.JobConfig(metadata={"job_name": name} if name else None)
-    context = ray.init(job_config=job, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
-    place = context.dashboard_url
-    nodes = len([node for node in ray.nodes() if node["Alive"]])
-    resources = ray.cluster_resources()
-    gpus = f", {resources['GPU']:.0f} GPUs" if resources.get("GPU") else ""
-    print(f"Ray: {nodes} node{'s' * (nodes > 1)}, {resources['CPU']:.0f} CPUs{gpus}; dashboard http://{place}", flush=True)
-
-
-def gpus_with_bf16(workers: str | int, gpus_per_worker: float | None = None, *, name: str | None = None) -> bool:
-    """Whether such a job will find GPUs that compute in bf16 (Ampere and newer).
-
-    This machine's own GPU answers that at once; without one, and with workers, the cluster is asked, which connects to it, by
-    this name.
-    """
-    if gpus_per_worker == 0:
-        return False
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if worker_range(workers)[1] == 0:
-        return False
-    connect(name)
-    with_gpus = [each for each in [*(node["Resources"] for node in _alive()), *_startable()] if each.get("GPU", 0) > 0]
-    kinds = {name.removeprefix("accelerator_type:") for each in with_gpus for name in each}
-    return bool(with_gpus) and not kinds & _WITHOUT_BF16
-
-
 def _run_on_ray(job, workers, gpus_per_worker, cpus_per_worker):
     connect(shown_name(job.folder))
+    least, most = worker_range(workers)
+    share = share_of(possible_nodes(), least, most, gpus_per_worker, cpus_per_worker, said=str(workers))
+    _preflight(job, share)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    failures, newest = 0, _newest_checkpoint(job)
+    while (error := _attempt(job, least, most, share, again=failures > 0)) is not None:
+        before, newest = newest, _newest_checkpoint(job)
+        failures = 1 if newest != before else failures + 1
+        if isinstance(error, ValueError) or failures > job.max_failures:
+            raise error
+        print(
+            f"{job.folder.name}: {_first_line(error)}; going on from {newest or 'the beginning'} (failure {failures} of at most"
+            f" {job.max_failures} without a new checkpoint)",
+            flush=True,
+        )
+        time.sleep(min(_PAUSE * (failures - 1), _LONGEST_PAUSE))
+    return f"{workers} x {'GPU' if share.gpus else 'CPU'}"
+
+
+def _attempt(job, least, most, share, *, again) -> BaseException | None:
+    """Train on workers until the end, or until one of them fails. Returns what it failed with.
+
+    Ray itself starts anew what a node's preemption ends, and waits for nodes that are missing, but counts all other failures of
+    a run, however long ago. Those are left to the caller. again: workers of an attempt before may not know yet that it is over.
+    """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    least, most = worker_range(workers)
-    share = share_of(possible_nodes(), least, most, gpus_per_worker, cpus_per_worker, said=str(workers))
-    _preflight(job, share)
+    await_folder(job.folder)
     shutil.rmtree(job.folder / _BOOKS, ignore_errors=True)  # what Ray noted of an earlier attempt, which it would go on from
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"job": dataclasses.replace(job, threads=job.threads or share.cpus)},
+        train_loop_config={"job": dataclasses.replace(job, threads=job.threads or share.cpus), "again": again},
         scaling_config=ScalingConfig(
             num_workers=most if least == most else (least, most),  # type: ignore[arg-type]
             use_gpu=share.gpus > 0,
@@ -243,51 +169,46 @@ def _run_on_ray(job, workers, gpus_per_worker, cpus_per_worker):
         run_config=RunConfig(
             name=shown_name(job.folder),
             storage_path=str(job.folder / _BOOKS),
-            failure_config=FailureConfig(max_failures=job.max_failures),
+            failure_config=FailureConfig(max_failures=0),
         ),
     )
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
-        raise _cause(error) from error
-    return f"{workers} x {'GPU' if share.gpus else 'CPU'}"
+        cause = _cause(error)
+        cause.__cause__ = None if cause is error else error
+        return cause
+    return None
+
+
+def _newest_checkpoint(job) -> str | None:
+    if job.url:
+        return max(Mirror(job.url, tries=_TRIES).checkpoints(), default=None)
+    return newest_in(job.folder / CHECKPOINTS)
+
+
+def _first_line(error) -> str:
+    """Why an attempt failed. When a worker dies, the others fail of that."""
+    import ray
+
+    failures = [getattr(each, "cause", None) or each for each in (getattr(error, "worker_failures", None) or {}).values()]
+    died = [each for each in failures if isinstance(each, ray.exceptions.RayActorError)]
+    first = describe((died or failures or [error])[0]).strip().split("\n")[0]
+    return f"a worker failed ({first.rstrip('.')})"
 
 
 def _preflight(job, share) -> None:
     """Among several nodes, what is wrong between them shows in seconds, and not as a worker's death."""
-    if len(_alive()) > 1:
-        with Nodes(share) as nodes:
-            sets = [(each.shards, each.fingerprint) for each in job.input.sets]
-            preflight(nodes, sets=sets, storage=job.url or str(job.folder), packages=tuple(versions()))
-
-
-def possible_nodes() -> list[Node]:
-    """The cluster's nodes, and those that its autoscaler may still start."""
-    there = [node_of(node["Resources"]) for node in _alive()]
-    return [*there, *(node_of(resources, started=False) for resources in _startable())]
-
-
-def _alive() -> list[dict[str, Any]]:
-    import ray
-
-    return [node for node in ray.nodes() if node["Alive"]]
-
-
-def _startable() -> list[dict[str, float]]:
-    """Ray tells nobody what its autoscaler may start. But the autoscaler runs on the head, where `ray submit` has its drivers
-    too, with its configuration in its command line."""
-    import ray
-
-    address = ray.get_runtime_context().gcs_address
-    workers = [node_of(node["Resources"]) for node in _alive() if _HEAD not in node["Resources"]]
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # it has ended, or is another user's
-            said = path.read_bytes().decode(errors="replace").split("\0")
-            given = {flag: value for flag, _, value in (word.partition("=") for word in said)}
-            config = given.get("--autoscaling-config")
-            if config and given.get("--gcs-address") == address:
-                return startable(yaml.safe_load(Path(config).expanduser().read_text()), workers)
-    return []
+    sets = [(each.shards, each.fingerprint) for each in job.input.sets]
+    while len(before := {node["NodeID"] for node in alive_nodes()}) > 1:
+        try:
+            with Nodes(share) as nodes:
+                preflight(nodes, sets=sets, storage=job.url or str(job.folder), packages=tuple(versions()))
+            return
+        except ValueError:
+            if before == {node["NodeID"] for node in alive_nodes()}:
+                raise
+            print(f"{job.folder.name}: nodes came or went while they were looked at; looking again", flush=True)
 
 
 def _cause(error) -> BaseException:
@@ -314,10 +235,13 @@ def _work(config) -> None:
         group = dist.new_group(list(range(used)))  # type: ignore[assignment]  # all must ask for it, those without a part too
     if job.url:  # this node may have another place for it than the driver's
         job = dataclasses.replace(job, folder=Mirror(job.url).folder)
+    else:
+        await_folder(job.folder)
     if rank < used:
         device = ray.train.torch.get_device()
-        tell = _gauges(job) if rank == 0 else None
-        fit(job, place_in(job.folder, device, rank=rank, world_size=used, group=group, url=job.url), tell)
+        others_end = _OTHERS_END if config["again"] else OTHERS_END
+        place = place_in(job.folder, device, rank=rank, world_size=used, group=group, url=job.url, others_end=others_end)
+        fit(job, place, _gauges(job) if rank == 0 else None)
 
 
 def _in_a_process_of_ray() -> bool:

@@ -14,9 +14,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from train.cluster import connect
 from train.config import EvaluateConfig, PretrainConfig
 from train.runs import Run, open_run
-from train.workers import connect
 from tune.book import Begun, Book
 from tune.parts import FINAL, KINDS, Resources, Study
 

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import yaml
 
@@ -26,7 +26,10 @@ _HOME = "/run/home"  # of each of the three
 _TOOLS = ["sshd", "ssh", "ssh-keygen", "rsync", "ip", "unshare", "nsenter", "setpriv", "mount"]
 _PATH = f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _UNSHARE = ["unshare", "--mount", "--pid", "--net", "--uts", "--ipc", "--fork", "--kill-child", "--mount-proc"]
+_ENVIRONMENT = {"PATH": _PATH, "HOME": _HOME, "TERM": "dumb", "LANG": "C.UTF-8", "COLUMNS": "140"}
 _READY = "ready"
+_DRIVE = "drive"
+_DRIVE_MIB = 64
 
 # What all three share: names, keys, the account's home. What is mounted here nobody outside sees.
 _BEGIN = """
@@ -37,6 +40,7 @@ _NETWORK = """
 hostname laptop
 for name in passwd shadow hosts; do mount --bind {folder}/$name /etc/$name; done
 mount --bind {folder}/laptop {home}
+mount -t tmpfs -o size={drive_mib}m tmpfs {drive}
 mkdir -p {masked}
 for place in {masked}; do mount -t tmpfs tmpfs $place; done
 ip link set lo up
@@ -51,7 +55,11 @@ ip link set {name} master bridge up
 ip -n {name} addr add {address}/24 dev eth0
 ip -n {name} link set eth0 up
 ip -n {name} link set lo up
+{power_on}
+"""
+_POWER_ON = """
 ip netns exec {name} {unshare} bash -euc {inside} &
+echo $! > {folder}/{name}.process
 """
 _INSIDE = """
 hostname {name}
@@ -87,18 +95,47 @@ def missing() -> str | None:
 
 
 class Rig(NamedTuple):
-    """folder: what all three see, at the same path. process: the first one of the namespaces, as the host numbers it."""
+    """folder: what all three and the host see, at the same path. process: the first of the namespaces, as the host numbers it."""
 
     folder: Path
     process: int
 
+    @property
+    def drive(self) -> Path:
+        """A network drive of 64 MiB, as the three see it."""
+        return self.folder / _DRIVE
+
+    def seen_from_here(self, path: Path) -> Path:
+        """A file of the three, as a path of the host."""
+        return Path(f"/proc/{self.process}/root{path}")
+
+    def cut(self, node: str) -> None:
+        """Pull the cable of a machine, which runs on."""
+        self._done("ip", "link", "set", node, "down")
+
+    def mend(self, node: str) -> None:
+        """Plug it in again."""
+        self._done("ip", "link", "set", node, "up")
+
+    def power_off(self, node: str) -> None:
+        """End a machine as if its plug were pulled: nobody hears of it any more."""
+        self.cut(node)
+        self._done("bash", "-c", f"kill -KILL $(cat {shlex.quote(str(self.folder))}/{node}.process)")
+
+    def power_on(self, node: str) -> None:
+        """Begin it again, with its home as it was."""
+        self.mend(node)
+        self._done("bash", "-euc", f"({_power_on(node, self.folder)}) < /dev/null > /dev/null 2>&1")
+
+    def _done(self, *command):
+        done = self.here(*command)
+        assert done.returncode == 0, done.stdout
+
     def here(self, *command: object, timeout: float = 60) -> subprocess.CompletedProcess:
         """Run a command on the laptop, in the project's folder. Its output is text, standard error in it."""
-        entered = ["nsenter", "--target", str(self.process), "--mount", "--pid", "--net", "--uts", "--ipc", f"--wd={ROOT}", "--"]
-        environment = {"PATH": _PATH, "HOME": _HOME, "TERM": "dumb", "LANG": "C.UTF-8", "COLUMNS": "140"}
         return subprocess.run(
-            [*entered, *map(str, command)],
-            env=environment,
+            self._entered(command),
+            env=_ENVIRONMENT,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -106,6 +143,16 @@ class Rig(NamedTuple):
             timeout=timeout,
             check=False,
         )
+
+    def begin(self, *command: object, output: IO[str]) -> subprocess.Popen:
+        """Begin a command on the laptop, as `here` runs one to its end."""
+        return subprocess.Popen(
+            self._entered(command), env=_ENVIRONMENT, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+        )
+
+    def _entered(self, command):
+        namespaces = ["--mount", "--pid", "--net", "--uts", "--ipc"]
+        return ["nsenter", "--target", str(self.process), *namespaces, f"--wd={ROOT}", "--", *map(str, command)]
 
     def on(self, node: str, command: str, timeout: float = 60) -> str:
         """What a command prints on a node, in a shell as Ray opens one there."""
@@ -145,6 +192,7 @@ def _installed() -> str:
 @contextlib.contextmanager
 def two_nodes(folder: Path) -> Iterator[Rig]:
     """Two machines that can be reached by ssh from the laptop and from each other, until the block ends."""
+    (folder / _DRIVE).mkdir()
     for name in ("laptop", *NODES):
         (folder / name / ".ssh").mkdir(parents=True)
     _write_accounts(folder)
@@ -178,20 +226,28 @@ def _answers(folder: Path, log: Path) -> bool:
 
 
 def _script(folder: Path) -> str:
+    nodes = [_NODE.format(name=name, address=address, power_on=_power_on(name, folder)) for name, address in NODES.items()]
+    settings = _settings(folder)
+    return "".join([_BEGIN.format(**settings), _NETWORK.format(**settings), *nodes, f"echo {_READY}\nwait\n"])
+
+
+def _power_on(name: str, folder: Path) -> str:
+    settings = {"name": name} | _settings(folder)
+    return _POWER_ON.format(inside=shlex.quote(_INSIDE.format(**settings)), **settings)
+
+
+def _settings(folder: Path) -> dict[str, object]:
     control = hashlib.sha256(b"root").hexdigest()[:10]  # as Ray names the folder of its connections
-    settings = {
+    return {
         "home": _HOME,
         "folder": shlex.quote(str(folder)),
+        "drive": shlex.quote(str(folder / _DRIVE)),
+        "drive_mib": _DRIVE_MIB,
         "laptop": _LAPTOP,
         "masked": f"/tmp/ray /tmp/ray_ssh_{control}",
         "sshd": shutil.which("sshd", path=_PATH),
         "unshare": shlex.join([part for part in _UNSHARE if part != "--net"]),
     }
-    nodes = [
-        _NODE.format(name=name, address=address, inside=shlex.quote(_INSIDE.format(name=name, **settings)), **settings)
-        for name, address in NODES.items()
-    ]
-    return "".join([_BEGIN.format(**settings), _NETWORK.format(**settings), *nodes, f"echo {_READY}\nwait\n"])
 
 
 def _write_accounts(folder: Path) -> None:

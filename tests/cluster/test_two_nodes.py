@@ -1,20 +1,15 @@
 """`ray up`, `submit`, `exec`, `job submit` and `down` with cluster.local.yaml, as typed on a laptop, for two machines."""
 
 import json
-import shlex
-import subprocess
-from collections.abc import Iterator
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import load_file
 
-from tests.cluster.rig import NODES, Rig, cluster_file, missing, two_nodes
-from train.config import PretrainConfig
-from train.pretraining import pretrain
+from tests.cluster.conftest import settings
+from tests.cluster.rig import NODES, missing
+from tests.helpers import ROOT
 from train.runs import Run
 
 _MISSING = missing()
@@ -23,12 +18,6 @@ pytestmark = [
     pytest.mark.timeout(600),  # on a machine with much else to do; a quiet one needs a quarter of it
 ]
 _STEPS = 18  # 6 epochs of 3
-_BOTH_ARE_THERE = """
-import ray, time
-ray.init(log_to_driver=False)
-while sum(node["Alive"] for node in ray.nodes()) < 2:
-    time.sleep(0.2)
-"""
 _LID_CLOSED = """
 setsid "$@" > /dev/null 2>&1 &
 submit=$!
@@ -48,64 +37,6 @@ ray dashboard {file} > /dev/null 2>&1 &
 until (: > /dev/tcp/127.0.0.1/8265) 2> /dev/null; do kill -0 $!; sleep 0.1; done
 RAY_AUTH_MODE=token ray job submit --address http://127.0.0.1:8265 --working-dir train -- "$@"
 """
-
-
-class Cluster(NamedTuple):
-    """One that is up. file: of the cluster, as `ray` is given it."""
-
-    rig: Rig
-    file: Path
-
-    def submit(self, script: str, *arguments: object, timeout: float = 240) -> subprocess.CompletedProcess:
-        return self.rig.here("ray", "submit", self.file, script, "--", *arguments, timeout=timeout)
-
-
-@pytest.fixture(scope="module")
-def shards(small_set, tmp_path_factory) -> Path:
-    """The shard set, in a folder whose name has a blank."""
-    link = tmp_path_factory.mktemp("shared") / "shards of ours"
-    link.symlink_to(small_set)
-    return link
-
-
-@pytest.fixture(scope="module")
-def undisturbed(shards, tmp_path_factory) -> Path:
-    """The run in one process. It also leaves the compiled colour steps that the machines get with the project."""
-    return pretrain(PretrainConfig(**settings(shards, tmp_path_factory.mktemp("alone")), workers=0)).folder
-
-
-def settings(shards: Path, storage: Path) -> dict:
-    """Layer norm only, and float64: a worker's share of the batch makes no difference but for rounding."""
-    return {
-        "data": str(shards),
-        "storage": str(storage),
-        "name": "run",
-        "backbone": "test_convnext",
-        "image_size": 32,
-        "projection_dim": 16,
-        "batch_size": 20,
-        "epochs": 6,
-        "optimizer": "adam",
-        "learning_rate": 1e-3,
-        "precision": "fp64",
-        "log_every": 1,
-        "checkpoint_every": 1,
-        "threads": 1,
-    }
-
-
-@pytest.fixture(scope="module")
-def cluster(undisturbed, tmp_path_factory) -> Iterator[Cluster]:
-    """Both machines up, as the documentation says."""
-    with two_nodes(tmp_path_factory.mktemp("rig")) as rig:
-        file = cluster_file(rig)
-        token = rig.here("bash", "-c", "ray get-auth-token --generate > /dev/null && chmod 600 ~/.ray/auth_token")
-        assert token.returncode == 0, token.stdout
-        up = rig.here("ray", "up", file, "-y", timeout=180)
-        assert up.returncode == 0, up.stdout
-        joined = rig.here("ray", "exec", file, f"timeout 120 python -c {shlex.quote(_BOTH_ARE_THERE)}", timeout=180)
-        assert joined.returncode == 0, joined.stdout
-        yield Cluster(rig, file)
 
 
 def test_a_run_on_both_machines_outlives_the_laptop_and_is_the_run_of_one_process(cluster, shards, undisturbed, tmp_path):
@@ -134,6 +65,29 @@ def test_a_run_on_both_machines_outlives_the_laptop_and_is_the_run_of_one_proces
 def test_the_copied_script_finds_the_project_that_the_machine_was_given(cluster):
     asked = cluster.rig.here("ray", "exec", cluster.file, "python -c 'import train; print(*train.__path__)'")
     assert asked.returncode == 0 and "/run/home/patchclr/train" in asked.stdout, asked.stdout
+
+
+def test_the_documentation_s_commands_as_they_stand(cluster, small_set):
+    """From "Start" to "Run", in their order, with the rig's names for those of the text, and sizes for a test at the end."""
+    text = (ROOT / "docs" / "cluster.md").read_text().split("## Start")[1].split("## Sturdier")[0]
+    lines = [line for block in text.split("```")[1::2] for line in block.splitlines() if line.startswith("ray ")]
+    assert [line.split()[1] for line in lines] == ["up", "exec", "submit", "submit", "submit"]
+    names = {"cluster.local.yaml": cluster.file, "/nfs/runs": cluster.rig.drive / "documented"}
+    names |= {"/nfs/kidney": small_set, "/nfs/breast": small_set}
+    small = "--backbone test_convnext --image-size 32 --batch-size 20 --epochs 2 --threads 1"
+    said = []
+    for line in lines[1:]:
+        for documented, here in names.items():
+            line = line.replace(documented, str(here))
+        sized = f"{line} {small}" if "pretrain.py" in line else line
+        done = cluster.rig.here("bash", "-c", sized, timeout=240)
+        assert done.returncode == 0, done.stdout
+        said.append(done.stdout)
+    status, checks, trained, judged = said
+    assert "2 node" in status or status.count(" node_") >= 2, status
+    assert "FAILED" not in checks and "gloo" in checks, checks
+    assert "step 6/6" in trained, trained
+    assert "balanced accuracy" in judged, judged
 
 
 def test_an_argument_with_a_blank_is_refused_and_arrives_when_it_is_quoted_twice(cluster, shards, tmp_path):

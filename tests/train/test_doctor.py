@@ -19,7 +19,7 @@ from sharding.command import describe
 from sharding.manifest import fingerprint
 from tests.helpers import ROOT
 from tests.train.test_workers import make_job
-from train import nodes, workers
+from train import cluster, nodes, workers
 from train.checkup import (
     check_all_reduce,
     check_clocks,
@@ -312,7 +312,7 @@ def test_a_process_per_node_says_what_went_wrong(ray_here, monkeypatch):
     only_here = types.ModuleType("only_here")
     exec("def function():\n    return 1\nclass Caller:\n    def call(self, *given):\n        return given", vars(only_here))
     monkeypatch.setitem(sys.modules, "only_here", only_here)
-    with workers.Nodes() as found:
+    with cluster.Nodes() as found:
         (name,) = found.shares
         assert found.shares[name] == Node(3, 0)
         assert found.ask(time.sleep, 20, seconds=0.3) == {name: Answer(None, "no answer within 0.3 s")}
@@ -325,7 +325,7 @@ def test_a_process_per_node_says_what_went_wrong(ray_here, monkeypatch):
         assert alone.error and "no answer" not in alone.error
         process = found.ask(os.getpid, seconds=20)[name].result
     monkeypatch.setattr(workers, "Caller", only_here.Caller)  # a node where the project is not installed
-    with workers.Nodes() as found:
+    with cluster.Nodes() as found:
         assert found.ask(os.getpid, seconds=20)[name].error == "No module named 'only_here'"
     until = time.monotonic() + 20
     while Path(f"/proc/{process}").exists():
@@ -426,15 +426,15 @@ def test_the_autoscaler_of_this_cluster_is_found_by_its_command_line(ray_here, t
     config = tmp_path / "bootstrap.yaml"
     config.write_text(yaml.safe_dump(CONFIG))
     own = ray_here.get_runtime_context().gcs_address
-    alone = workers.possible_nodes()
+    alone = cluster.possible_nodes()
     assert alone == [Node(3, 0)]
     for address, more, bf16 in (("127.0.0.1:1", 0, False), (own, 5, False)):
         command = [sys.executable, "-c", "input()", f"--gcs-address={address}", f"--autoscaling-config={config}"]
         with subprocess.Popen(command, stdin=subprocess.PIPE) as monitor:
-            assert len(workers.possible_nodes()) == 1 + more
+            assert len(cluster.possible_nodes()) == 1 + more
             if more:
                 assert workers.gpus_with_bf16(1) is bf16
                 config.write_text(config.read_text().replace("T4", "A100"))
                 assert workers.gpus_with_bf16(1) is True
             monitor.communicate(b"\n", timeout=20)
-    assert workers.possible_nodes() == alone
+    assert cluster.possible_nodes() == alone

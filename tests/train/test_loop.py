@@ -24,10 +24,10 @@ from pipelines.recipes import RandomCrop, Recipe
 from sharding.manifest import fingerprint
 from sharding.packing import build_shards
 from tests.helpers import open_files
-from train import loop
+from train import loop, patience
 from train.checkpoints import CHECKPOINT_NAME
 from train.inputs import Input, SetInput
-from train.loop import HEAD_NAME, Job, ViewModel, fit, plain_place
+from train.loop import HEAD_NAME, Job, Place, ViewModel, fit, plain_place
 from train.methods import SimCLR, Supervised
 from train.recorder import Recorder
 from train.runs import Run
@@ -330,41 +330,45 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(t
     assert rows_of(job.folder) == rows_of(plain.folder)
 
 
+def failing(place: Place, failures: int, patience_of_steps: float = 20) -> Place:
+    """Checkpoints find the disk full so many times. The step after one is sure to see how it ended."""
+    left = [failures]
+
+    def save(step, write):
+        def write_or_fail(folder):
+            if left[0]:
+                left[0] -= 1
+                raise OSError(errno.ENOSPC, "No space left on device")
+            write(folder)
+
+        place.save(step, write_or_fail)
+
+    return dataclasses.replace(place, save=save, wait=lambda s: place.wait(patience_of_steps if s == 0 else s))
+
+
 def test_a_checkpoint_that_cannot_be_written_ends_the_run(tmp_path, small_set):
     """Also when no other checkpoint is due for long: every step looks for it."""
     job = job_of(tmp_path / "run", small_set, epochs=40, checkpoint_every=2)
-    place = plain_place(job.folder, CPU)
-
-    def save(step, write):
-        def fail(folder):
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        place.save(step, fail)
-
-    def wait(seconds):
-        place.wait(20 if seconds == 0 else seconds)  # so that the step after the checkpoint is sure to see the error
-
-    failing = dataclasses.replace(place, save=save, wait=wait)
-    with pytest.raises(ValueError, match=r"run/checkpoints: a checkpoint could not be written \(No space left on device\)"):
-        fit(job, failing)
+    with pytest.raises(ValueError, match=r"run/checkpoints: could not be written \(No space left on device\)"):
+        fit(job, failing(plain_place(job.folder, CPU, patience=0), 10**6))
     assert len(rows_of(job.folder)) == 3
     assert not (job.folder / "backbone.safetensors").exists()
 
 
 def test_the_last_checkpoint_s_error_ends_the_run_too(tmp_path, small_set):
     job = job_of(tmp_path / "run", small_set, epochs=1, checkpoint_every=5)
-    place = plain_place(job.folder, CPU)
-
-    def save(step, write):
-        def fail(folder):
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        place.save(step, fail)
-
     with pytest.raises(ValueError, match="No space left on device"):
-        fit(job, dataclasses.replace(place, save=save))
+        fit(job, failing(plain_place(job.folder, CPU, patience=0), 10**6, patience_of_steps=0))
     assert len(rows_of(job.folder)) == 5
     assert not (job.folder / "backbone.safetensors").exists()
+
+
+def test_a_disk_that_is_full_for_a_moment_is_waited_for(tmp_path, small_set, monkeypatch, capfd):
+    monkeypatch.setattr(patience, "_PAUSE", 0.01)
+    job = job_of(tmp_path / "run", small_set, checkpoint_every=2)
+    fit(job, failing(plain_place(job.folder, CPU), 3))
+    assert (job.folder / "backbone.safetensors").exists()
+    assert capfd.readouterr().out.count("run/checkpoints: could not be written (No space left on device); trying again") == 1
 
 
 # Going on

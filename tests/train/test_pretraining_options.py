@@ -9,11 +9,11 @@ import torch
 
 from pipelines.loader import ViewLoader
 from sharding.command import parse
-from train import loop, pretraining, workers
+from train import cluster, loop, pretraining
+from train.cluster import gpus_with_bf16
 from train.config import PretrainConfig
 from train.pretraining import pretrain
 from train.runs import Run
-from train.workers import gpus_with_bf16
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +87,7 @@ def test_a_run_that_did_nothing_settles_anew(config, monkeypatch):
 def test_this_machine_s_gpu_says_what_it_can(monkeypatch, supported):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported and not including_emulation)
-    monkeypatch.setattr(workers, "connect", lambda: pytest.fail("nobody needs Ray for that"))
+    monkeypatch.setattr(cluster, "connect", lambda: pytest.fail("nobody needs Ray for that"))
     assert gpus_with_bf16(2) is supported
 
 
@@ -105,9 +105,9 @@ def test_this_machine_s_gpu_says_what_it_can(monkeypatch, supported):
 def test_a_cluster_is_asked_where_there_are_workers(monkeypatch, nodes, startable, found):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     connected = []
-    monkeypatch.setattr(workers, "connect", lambda name: connected.append(name))
-    monkeypatch.setattr(workers, "_alive", lambda: [{"Resources": each} for each in nodes])
-    monkeypatch.setattr(workers, "_startable", lambda: startable)
+    monkeypatch.setattr(cluster, "connect", lambda name: connected.append(name))
+    monkeypatch.setattr(cluster, "alive_nodes", lambda: [{"Resources": each} for each in nodes])
+    monkeypatch.setattr(cluster, "_startable", lambda: startable)
     assert gpus_with_bf16(0) is False and not connected
     assert gpus_with_bf16(2, name="run") is found and connected == ["run"]
     assert gpus_with_bf16(2, 0) is False  # told to leave them alone

@@ -19,7 +19,7 @@ import yaml
 
 from tests.helpers import ROOT
 from tests.train.test_workers import make_job
-from train import workers
+from train import cluster, workers
 from train.gauges import _MEANINGS, PREFIX, meaning, readings, shown_name
 from train.runs import Run
 from train.workers import run_job
@@ -106,7 +106,7 @@ def test_a_job_has_the_run_s_name_in_ray_s_dashboard(ray_here, monkeypatch):
     given = {}
     monkeypatch.setattr(ray_here, "is_initialized", lambda: False)
     monkeypatch.setattr(ray_here, "init", lambda **settings: given.update(settings) or types.SimpleNamespace(dashboard_url=""))
-    workers.connect("kidney")
+    cluster.connect("kidney")
     assert given["job_config"].metadata == {"job_name": "kidney"}
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 
+from train.cluster import connect
 from train.config import PretrainConfig
 from train.pretraining import pretrain
 from train.runs import Run
-from train.workers import connect
 
 
 def lose(cluster: Cluster, node, run: Run, lost: threading.Event) -> None:

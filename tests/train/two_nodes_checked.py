@@ -14,7 +14,8 @@ from ray.cluster_utils import Cluster
 from sharding.manifest import fingerprint
 from tests.train.test_workers import make_job
 from train.checkup import examine
-from train.workers import Nodes, connect, possible_nodes, run_job
+from train.cluster import Nodes, connect, possible_nodes
+from train.workers import run_job
 
 
 def main(shards: Path, folder: Path) -> None:
