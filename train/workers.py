@@ -4,8 +4,11 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import re
 import shutil
+import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,7 +17,6 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from sharding.command import describe
 from train.checkpoints import CHECKPOINTS, newest_in
 from train.checkup import preflight
 from train.cluster import Nodes, alive_nodes, connect, possible_nodes
@@ -35,6 +37,7 @@ Result = TypeVar("Result")
 _BOOKS = "ray"  # under the run's folder, where Ray keeps its own
 _PAUSE = 15.0  # seconds that another failure without a new checkpoint makes the next attempt wait for longer, up to
 _LONGEST_PAUSE = 60.0
+_CUT_OFF_S = 15.0  # without the head, after which a worker ends
 _OTHERS_END = 120.0  # seconds that a worker of an attempt before may go on, where it is cut off (docs/cluster.md)
 _TRIES = 12  # of what is asked of the store between two attempts: about two minutes of pauses
 
@@ -138,7 +141,7 @@ def _run_on_ray(job, workers, gpus_per_worker, cpus_per_worker):
         if isinstance(error, ValueError) or failures > job.max_failures:
             raise error
         print(
-            f"{job.folder.name}: {_first_line(error)}; going on from {newest or 'the beginning'} (failure {failures} of at most"
+            f"{job.folder.name}: {_reason(error)}; going on from {newest or 'the beginning'} (failure {failures} of at most"
             f" {job.max_failures} without a new checkpoint)",
             flush=True,
         )
@@ -187,14 +190,16 @@ def _newest_checkpoint(job) -> str | None:
     return newest_in(job.folder / CHECKPOINTS)
 
 
-def _first_line(error) -> str:
-    """Why an attempt failed. When a worker dies, the others fail of that."""
-    import ray
-
-    failures = [getattr(each, "cause", None) or each for each in (getattr(error, "worker_failures", None) or {}).values()]
-    died = [each for each in failures if isinstance(each, ray.exceptions.RayActorError)]
-    first = describe((died or failures or [error])[0]).strip().split("\n")[0]
-    return f"a worker failed ({first.rstrip('.')})"
+def _reason(error) -> str:
+    """Why an attempt failed, in a few words. Of workers of which one dies, the others fail because of that."""
+    texts = [str(getattr(each, "cause", None) or each) for each in (getattr(error, "worker_failures", None) or {}).values()]
+    for text in texts:
+        host = found[1] if (found := re.search(r"hostname='([^']*)'", text)) else "a node"
+        if "node has died" in text:
+            return f"{host} is gone"
+        if "worker process has died" in text:
+            return f"a worker on {host} died"
+    return f"a worker failed ({(texts or [str(error)])[0].strip().splitlines()[0][:200]})"
 
 
 def _preflight(job, share) -> None:
@@ -227,6 +232,7 @@ def _work(config) -> None:
     import ray.train.torch
 
     job, context = config["job"], ray.train.get_context()
+    threading.Thread(target=_end_when_cut_off, args=(ray.get_runtime_context().gcs_address,), daemon=True).start()
     rank, workers = context.get_world_rank(), context.get_world_size()
     group: dist.ProcessGroup | None = None
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
@@ -242,6 +248,22 @@ def _work(config) -> None:
         others_end = _OTHERS_END if config["again"] else OTHERS_END
         place = place_in(job.folder, device, rank=rank, world_size=used, group=group, url=job.url, others_end=others_end)
         fit(job, place, _gauges(job) if rank == 0 else None)
+
+
+def _end_when_cut_off(head: str) -> None:
+    """End this process when it has not reached the head for too long. By then Ray has given the node up, and other workers go on
+    with the run, as soon as its lock is free. Ray's own connection to the head finds out only after minutes."""
+    host, _, port = head.rpartition(":")
+    heard = time.monotonic()
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_CUT_OFF_S / 3).close()
+            heard = time.monotonic()
+        except OSError as error:
+            if time.monotonic() - heard > _CUT_OFF_S:
+                print(f"{head} has not been reached for {_CUT_OFF_S:.0f} s ({error}): this worker ends", flush=True)
+                os._exit(1)
+        time.sleep(2)
 
 
 def _in_a_process_of_ray() -> bool:

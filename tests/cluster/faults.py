@@ -24,7 +24,7 @@ _DISK_FULL = 20
 _NOTICE = 15  # between a preemption's notice and the end of the machine
 _MACHINE_AWAY = 20
 _LOST = "worker"  # the machine that things happen to: the head has the driver
-_TRAINER = "RayTrainWorker"  # in the name of each process that trains
+_TRAINER = "[R]ayTrainWorker"  # in the name of each process that trains, but not of the shell that looks for it
 
 _NODE_ID = """
 import ray
@@ -141,7 +141,7 @@ def _holds(what: Callable[[], object]) -> bool:
 def kill_worker(course: Course) -> None:
     """A process that trains is killed."""
     began = time.time()
-    found = course.rig.on(_LOST, f"pkill -KILL -f {_TRAINER}; echo $?").split()
+    found = course.rig.on(_LOST, f"pkill -KILL -f '{_TRAINER}'; echo $?").split()
     assert found[-1:] == ["0"], found
     course.until_it_goes_on(began, workers=2)
 
