@@ -11,14 +11,14 @@ pytestmark = [
     pytest.mark.skipif(_MISSING is not None, reason=str(_MISSING)),
     pytest.mark.timeout(900),
 ]
-_MOST_STILL = {"link cut": 60.0}  # seconds, on a machine with nothing else to do. On a busy one, only that it goes on
+_MOST_STILL = 240.0  # seconds, on a machine with much else to do. What a quiet one needs is measured by `make soak`
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_run_goes_on_after(fault, course):
     outage = befall(course, fault)
     print(outage)
-    assert outage.still < _MOST_STILL.get(fault, 120.0), outage
+    assert outage.still < _MOST_STILL, outage
 
 
 def test_after_all_of_it_the_run_is_as_if_nothing_had_happened(course, shards, tmp_path):
