@@ -38,6 +38,7 @@ _BOOKS = "ray"  # under the run's folder, where Ray keeps its own
 _PAUSE = 15.0  # seconds that another failure without a new checkpoint makes the next attempt wait for longer, up to
 _LONGEST_PAUSE = 60.0
 _CUT_OFF_S = 15.0  # without the head, after which a worker ends
+_LOOK_S = 2.0  # between two looks for it
 _OTHERS_END = 120.0  # seconds that a worker of an attempt before may go on, where it is cut off (docs/cluster.md)
 _TRIES = 12  # of what is asked of the store between two attempts: about two minutes of pauses
 
@@ -134,8 +135,18 @@ def _run_on_ray(job, workers, gpus_per_worker, cpus_per_worker):
     share = share_of(possible_nodes(), least, most, gpus_per_worker, cpus_per_worker, said=str(workers))
     _preflight(job, share)
     job.folder.mkdir(parents=True, exist_ok=True)
+    _to_the_end(job, lambda again: _attempt(job, least, most, share, again=again))
+    return f"{workers} x {'GPU' if share.gpus else 'CPU'}"
+
+
+def _to_the_end(job: Job, attempt: Callable[[bool], BaseException | None]) -> None:
+    """Attempt it until nothing fails. attempt: told whether there was one before, returns what it failed with.
+
+    A failure counts for as long as no new checkpoint follows it. Raises the one that is one too many, and a ValueError at once:
+    what the user has to put right would only come again.
+    """
     failures, newest = 0, _newest_checkpoint(job)
-    while (error := _attempt(job, least, most, share, again=failures > 0)) is not None:
+    while (error := attempt(failures > 0)) is not None:
         before, newest = newest, _newest_checkpoint(job)
         failures = 1 if newest != before else failures + 1
         if isinstance(error, ValueError) or failures > job.max_failures:
@@ -146,7 +157,6 @@ def _run_on_ray(job, workers, gpus_per_worker, cpus_per_worker):
             flush=True,
         )
         time.sleep(min(_PAUSE * (failures - 1), _LONGEST_PAUSE))
-    return f"{workers} x {'GPU' if share.gpus else 'CPU'}"
 
 
 def _attempt(job, least, most, share, *, again) -> BaseException | None:
@@ -263,7 +273,7 @@ def _end_when_cut_off(head: str) -> None:
             if time.monotonic() - heard > _CUT_OFF_S:
                 print(f"{head} has not been reached for {_CUT_OFF_S:.0f} s ({error}): this worker ends", flush=True)
                 os._exit(1)
-        time.sleep(2)
+        time.sleep(_LOOK_S)
 
 
 def _in_a_process_of_ray() -> bool:

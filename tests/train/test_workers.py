@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import shutil
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +13,8 @@ import pytest
 from sharding.command import parse
 from sharding.manifest import fingerprint, read_manifest
 from sharding.selection import select
+from tests.helpers import ROOT
+from train import workers
 from train.config import PretrainConfig, worker_range
 from train.inputs import Input, SetInput
 from train.loop import Job, fit, plain_place
@@ -107,6 +112,88 @@ def test_a_run_begun_without_ray_goes_on_with_as_many_workers_as_there_are(ray_h
     run_job(job, workers="1:2")
     assert abs(curve(job.folder) - curve(one_process.folder)).max() < 1e-6
     assert json.loads((job.folder / "engine.json").read_text())["workers"] in (1, 2)
+
+
+class Died(Exception):
+    """As Ray tells of it. worker_failures: by rank."""
+
+    def __init__(self, **failures):
+        super().__init__("training failed")
+        self.worker_failures = failures
+
+
+def attempts(monkeypatch, job, *outcomes):
+    """Let attempts come out so: the newest checkpoint after each, and what it failed with. Returns what they were told, and pauses."""
+    newest, told, pauses = [None], [], []
+    monkeypatch.setattr(workers, "_newest_checkpoint", lambda job: newest[0])
+    monkeypatch.setattr(workers.time, "sleep", pauses.append)
+    left = iter(outcomes)
+
+    def attempt(again):
+        told.append(again)
+        newest[0], error = next(left)
+        return error
+
+    try:
+        workers._to_the_end(job, attempt)
+    finally:
+        assert next(left, None) is None, "there should have been more attempts"
+    return told, pauses
+
+
+def test_failures_count_until_there_is_a_new_checkpoint(monkeypatch, tmp_path, small_set, capsys):
+    job, died = make_job(tmp_path / "run", small_set, max_failures=2), Died()
+    course = [("step-1", died), ("step-1", died), ("step-2", died), ("step-2", died), ("step-3", died), ("step-9", None)]
+    assert attempts(monkeypatch, job, *course) == ([False, *[True] * 5], [0, 15, 0, 15, 0])
+    printed = capsys.readouterr().out
+    assert printed.count("(failure 1 of at most 2 without a new checkpoint)") == 3
+    assert "run: a worker failed (training failed); going on from step-2 (failure 2 of at most 2" in printed
+    with pytest.raises(Died):
+        attempts(monkeypatch, job, ("step-1", died), ("step-1", died), ("step-1", died))
+    with pytest.raises(Died):
+        attempts(monkeypatch, dataclasses.replace(job, max_failures=0), ("step-1", died))
+
+
+def test_what_the_user_has_to_put_right_is_not_tried_again(monkeypatch, tmp_path, small_set):
+    job = make_job(tmp_path / "run", small_set, max_failures=5)
+    with pytest.raises(ValueError, match="no such split"):
+        attempts(monkeypatch, job, ("step-1", ValueError("no such split")))
+
+
+@pytest.mark.parametrize(
+    ("texts", "told"),
+    [
+        (["Connection closed by peer", "hostname='a b', pid=3 ... The actor died because its node has died."], "a b is gone"),
+        (["hostname='gpu-1', ... because its worker process has died."], "a worker on gpu-1 died"),
+        (["RuntimeError: out of memory\nat line 3"], "a worker failed (RuntimeError: out of memory)"),
+    ],
+)
+def test_a_failure_is_told_in_a_few_words(texts, told):
+    failures = {str(rank): RuntimeError(text) for rank, text in enumerate(texts)}
+    assert workers._reason(Died(**failures)) == told
+
+
+def test_a_worker_that_does_not_reach_the_head_ends(tmp_path):
+    """The head is a socket that listens, until it is closed."""
+    script = (
+        "import sys; from train import workers; workers._CUT_OFF_S = 1.0; workers._LOOK_S = 0.1\n"
+        "print('watching', flush=True); workers._end_when_cut_off(sys.argv[1])"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        watching = subprocess.Popen([sys.executable, "-c", script, address], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        try:
+            assert watching.stdout.readline() == "watching\n"
+            for _ in range(3):
+                head.settimeout(60)
+                head.accept()[0].close()
+            assert watching.poll() is None
+            head.close()
+            assert f"{address} has not been reached for 1 s" in watching.communicate(timeout=60)[0]
+        finally:
+            watching.kill()
+            watching.wait()
+    assert watching.returncode == 1
 
 
 @pytest.mark.parametrize(
