@@ -1,0 +1,537 @@
+import dataclasses
+import itertools
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path += [str(ROOT), str(ROOT / "benchmarks")]  # benchmarks/ is no installed package
+
+import scale_check  # noqa: E402
+from measuring import RunFailed  # noqa: E402
+from patch_set import PatchSet  # noqa: E402
+from scale_constants import MACHINES, all_sources, machine, newest, packing, part_of, workload  # noqa: E402
+from scale_model import (  # noqa: E402
+    FIELDS,
+    PART_NAMES,
+    Machine,
+    Workload,
+    collective,
+    fetch_rate,
+    gathered_bytes,
+    hops,
+    limits,
+    predict,
+    set_bytes,
+    step_parts,
+    walls,
+)
+
+import benchmarks.scale as command  # noqa: E402
+
+WORK = Workload(
+    backbone="resnet50",
+    parameters=25e6,
+    norms=50,
+    flops_per_view=24e9,
+    bytes_per_patch=20e3,
+    projection_dim=128,
+    batch_per_gpu=100,
+    largest_batch=None,
+    shard_bytes=100e6,
+    index_bytes=100,
+    manifest_bytes=300,
+)
+NODE = Machine(
+    name="node",
+    gpus=4,
+    cores=40,
+    memory_bytes=1e12,
+    disk_bytes=10e12,
+    disk_bytes_per_s=1e9,
+    model_flops_per_s=48e12,
+    loss_flops_per_s=1e13,
+    launch_s=0.004,
+    device_patches_per_s=2000,
+    host_core_s=1e-5,
+    decode_core_s=1e-3,
+    link_bytes_per_s=100e9,
+    network_bytes_per_s=10e9,
+    link_latency_s=1e-5,
+    network_latency_s=1e-4,
+    store_bytes_per_s=20e9,
+    store_requests_per_s=1e6,
+    stream_bytes_per_s=1e8,
+)
+MANY = 10**9
+
+
+# The formulas, by hand
+
+
+def test_a_step_alone_is_what_it_computes():
+    """2 x 100 views of 24 GFLOP at 48 TFLOP/s: 0.1 s. The loss: 3 x 2 x 200 x 200 x 128 operations at 10^13."""
+    parts = step_parts(WORK, NODE, 1)
+    assert parts._asdict() == pytest.approx(
+        {"compute": 0.1, "loading": 0, "loss": 3.072e-6, "gather": 0, "norms": 0, "reduce": 0}
+    )
+    assert predict(WORK, NODE, 1, 1000).patches_per_s == pytest.approx(100 / (0.1 + 3.072e-6))
+
+
+def test_a_step_of_two_nodes():
+    """8 GPUs, 4 to a node: a word takes two hops within and one between, 20 + 100 us."""
+    slow = dataclasses.replace(NODE, network_bytes_per_s=1e9)
+    parts = step_parts(WORK, slow, 8)
+    assert hops(slow, 8) == pytest.approx(120e-6)
+    size = 4 * 2 * 100 * 8 * 128  # bytes of 1,600 embeddings
+    assert gathered_bytes(WORK, 8) == size
+    assert parts.gather == pytest.approx(2 * (size * 7 / 8 / 1e9 + 120e-6))
+    assert parts.norms == pytest.approx(3 * 50 * 120e-6)
+    assert parts.loss == pytest.approx(3 * 2 * 200 * 1600 * 128 / 1e13)
+    # 100 MB of gradients: 2 x 7/8 x 100 MB at 1 GB/s, less the backward pass, two thirds of 0.1 s.
+    assert parts.reduce == pytest.approx(0.175 + 240e-6 - 0.1 * 2 / 3)
+    assert parts.total == pytest.approx(sum(parts))
+    alone = dataclasses.replace(slow, overlap=0.0, sync_norms=False)
+    assert step_parts(WORK, alone, 8).reduce == pytest.approx(0.175 + 240e-6) and step_parts(WORK, alone, 8).norms == 0
+
+
+def test_within_a_node_the_link_counts_and_beyond_it_the_network():
+    assert collective(NODE, 1, 1e9) == 0
+    assert collective(NODE, 4, 1e9) == pytest.approx(0.75e9 / 100e9 + 20e-6)
+    assert collective(NODE, 5, 1e9) == pytest.approx(0.8e9 / 10e9 + 120e-6)
+    single = dataclasses.replace(NODE, gpus=1, link_bytes_per_s=1.0)  # no link is crossed where nobody has a neighbour
+    assert collective(single, 2, 1e9) == pytest.approx(0.5e9 / 10e9 + 100e-6)
+
+
+def test_small_parts_take_as_long_as_their_kernels_take_to_start():
+    capped = dataclasses.replace(WORK, largest_batch=400)
+    assert [capped.part(gpus) for gpus in (1, 4, 8, 1024)] == [100, 100, 50, 400 / 1024]
+    assert step_parts(capped, NODE, 8).compute == pytest.approx(0.05)
+    assert step_parts(capped, NODE, 1024).compute == 0.004
+    assert predict(capped, NODE, 1024, MANY).batch == pytest.approx(400)
+
+
+def test_a_cpu_loads_on_the_models_cores():
+    cpu = dataclasses.replace(NODE, gpus=1, cores=2, device_patches_per_s=None, host_core_s=1e-3)
+    assert step_parts(WORK, cpu, 1).loading == pytest.approx(100 * 1e-3 / 2)
+    assert "decode on the GPU" not in [limit.stage for limit in limits(WORK, cpu, 1, 1000)]
+    slow = dataclasses.replace(cpu, host_core_s=1.0)
+    assert predict(WORK, slow, 1, 1000).bottleneck == "decode on the model's cores"
+
+
+def test_a_node_fetches_with_the_least_of_network_streams_and_its_share_of_the_store():
+    assert fetch_rate(NODE, 1) == 4 * 1e8  # four streams of one rank
+    assert fetch_rate(NODE, 4) == 16 * 1e8
+    assert fetch_rate(NODE, 4 * 20) == 20e9 / 20
+    assert fetch_rate(dataclasses.replace(NODE, network_bytes_per_s=1e8), 4) == 1e8
+    assert fetch_rate(dataclasses.replace(NODE, store_requests_per_s=10), 4) == 10 * 2**23
+
+
+def test_time_and_needs_of_an_epoch():
+    """A million patches of 20 KB on 4 GPUs of one node: 20 GB, at 1.6 GB/s 12.5 s to fetch."""
+    found = predict(WORK, NODE, 4, 10**6)
+    assert found.epoch_s == pytest.approx(10**6 / found.patches_per_s)
+    assert found.first_epoch_s == max(found.epoch_s, 12.5) and found.network_bytes_per_s == 0
+    fast = predict(
+        WORK,
+        dataclasses.replace(NODE, model_flops_per_s=48e14, launch_s=0.0, sync_norms=False, device_patches_per_s=1e6),
+        4,
+        10**6,
+    )
+    assert fast.epoch_s < 12.5 == fast.first_epoch_s
+    two = predict(WORK, NODE, 8, 10**6)
+    assert two.read_bytes_per_s == pytest.approx(2 * 20e9 / two.epoch_s)
+    assert two.read_requests_per_s == pytest.approx(two.read_bytes_per_s / 2**23)
+    volume = 2 * (100e6 + 4 * 1600 * 128) * 7 / 8
+    assert two.network_bytes_per_s == pytest.approx(volume / (800 / two.patches_per_s))
+    assert WORK.checkpoint_bytes == 200e6
+
+
+@pytest.mark.parametrize(
+    ("changes", "patches", "gpus", "bottleneck"),
+    [
+        ({}, 1000, 1, "compute"),
+        ({"device_patches_per_s": 500}, 1000, 1, "decode on the GPU"),
+        ({"cores": 0.001}, 1000, 1, "the host"),
+        ({"memory_bytes": 1e6, "disk_bytes_per_s": 1e6}, 1000, 1, "a node's disk"),
+        ({"disk_bytes": 1e6, "stream_bytes_per_s": 1e6}, 1000, 1, "reading from storage"),
+        ({"network_bytes_per_s": 1e8}, 1000, 8, "all-reduce"),
+        ({"link_latency_s": 0.1}, 1000, 4, "batch-norm sync"),
+        ({"loss_flops_per_s": 1e6}, 1000, 4, "loss (N^2)"),
+    ],
+)
+def test_the_first_bottleneck_is_named(changes, patches, gpus, bottleneck):
+    assert predict(WORK, dataclasses.replace(NODE, **changes), gpus, patches).bottleneck == bottleneck
+
+
+def test_a_wide_projection_makes_the_all_gather_the_bottleneck():
+    work = dataclasses.replace(WORK, projection_dim=10**6, parameters=1e3)
+    slow = dataclasses.replace(NODE, network_bytes_per_s=1e9, loss_flops_per_s=1e18)
+    assert predict(work, slow, 8, 1000).bottleneck == "all-gather"
+
+
+def test_what_the_host_decodes_takes_its_cores():
+    assert predict(WORK, dataclasses.replace(NODE, cores=0.5), 1, 1000, host_decode=1.0).bottleneck == "the host"
+    (host,) = (limit for limit in limits(WORK, NODE, 8, 1000, host_decode=0.5) if limit.stage == "the host")
+    assert host.patches_per_s == pytest.approx(2 * 40 / (1e-5 + 0.5e-3))
+
+
+def test_walls():
+    assert walls(WORK, NODE, 16, 1600) == [] and walls(WORK, NODE, 16, 1599) == ["a batch of 1,600 is larger than the set"]
+    assert walls(WORK, NODE, 4, 10**8) == []
+    assert walls(dataclasses.replace(WORK, shard_bytes=1e6), NODE, 1, 10**8) == [
+        "2,000,000 shards, of which 65,530 can be open: --shuffle-window or larger shards"
+    ]
+    small = dataclasses.replace(NODE, memory_bytes=35e9, disk_bytes=1e12)
+    assert walls(WORK, small, 1, 10**8) == ["larger than a node's disk: --shuffle-window and --cache-gib"]
+    assert walls(WORK, small, 4, 10**8)[0] == "index: 40 GB of memory on each node"
+    assert walls(WORK, small, 1, 2 * 10**8)[0] == "manifest: 60 GB of memory where the run is started"
+
+
+# The formulas, by properties
+
+
+def _log(low, high):
+    return st.floats(math.log(low), math.log(high)).map(math.exp)
+
+
+machines = st.builds(
+    dataclasses.replace,
+    st.just(NODE),
+    gpus=st.sampled_from([1, 2, 4, 8]),
+    cores=_log(0.1, 200),
+    memory_bytes=_log(1e9, 1e13),
+    disk_bytes=_log(1e9, 1e14),
+    disk_bytes_per_s=_log(1e6, 1e11),
+    model_flops_per_s=_log(1e10, 1e15),
+    loss_flops_per_s=_log(1e9, 1e14),
+    device_patches_per_s=st.none() | _log(10, 1e5),
+    network_bytes_per_s=_log(1e6, 1e11),
+    network_latency_s=_log(1e-6, 1e-2),
+    stream_bytes_per_s=_log(1e6, 1e9),
+    overlap=st.floats(0, 1),
+    sync_norms=st.booleans(),
+)
+works = st.builds(
+    dataclasses.replace,
+    st.just(WORK),
+    parameters=_log(1e3, 1e9),
+    bytes_per_patch=_log(1e3, 1e6),
+    batch_per_gpu=st.integers(1, 1024),
+    largest_batch=st.none() | st.integers(1, 65536),
+)
+sizes = st.integers(1000, 10**9)
+OWN = {"compute", "decode on the model's cores", "decode on the GPU", "the host", "a node's disk"}  # of each GPU or node
+
+
+@given(works, machines, st.integers(1, 1024), sizes)
+def test_the_rate_is_the_lowest_of_the_limits(work, node, gpus, patches):
+    found = predict(work, node, gpus, patches)
+    assert found.patches_per_s == min(limit.patches_per_s for limit in found.limits) > 0
+    lowest = min(found.limits, key=lambda limit: limit.patches_per_s)
+    if lowest.stage != found.bottleneck:
+        assert lowest.stage == "the step"
+        assert {PART_NAMES[name]: value for name, value in found.step._asdict().items()}[found.bottleneck] == max(found.step)
+    assert found.efficiency == pytest.approx(found.patches_per_s / gpus / predict(work, node, 1, patches).patches_per_s)
+    assert found.first_epoch_s >= found.epoch_s and min(found.step) >= 0
+
+
+@given(works, machines, st.integers(0, 7), sizes)
+def test_twice_the_nodes_are_never_slower_unless_what_they_share_is_the_bottleneck(work, node, power, patches):
+    """From two nodes on: what joins them to each other is then the same. A batch that is full, the store, the negatives and what
+    is exchanged are shared: the all-gather brings each of four ranks three times what it brings each of two."""
+    work, gpus = dataclasses.replace(work, largest_batch=None), 2 * node.gpus * 2**power
+    few, many = predict(work, node, gpus, patches), predict(work, node, 2 * gpus, patches)
+    assume(many.bottleneck in OWN)
+    assert many.patches_per_s >= few.patches_per_s * (1 - 1e-9)
+
+
+@given(works, machines, st.integers(1, 512), sizes)
+def test_over_a_perfect_network_any_more_gpus_are_never_slower(work, node, gpus, patches):
+    work = dataclasses.replace(work, largest_batch=None)
+    ideal = {"link_bytes_per_s": 1e30, "network_bytes_per_s": 1e30, "link_latency_s": 0.0, "network_latency_s": 0.0}
+    ideal |= {"store_bytes_per_s": 1e30, "store_requests_per_s": 1e30}
+    node = dataclasses.replace(node, **ideal)
+    few, many = (predict(work, node, number, patches).patches_per_s for number in (gpus, gpus + 1))
+    assert many >= few * (1 - 1e-9)
+
+
+def test_a_store_that_all_share_gives_each_node_less():
+    """Every node fetches every shard: with twice the nodes the store gives each half, and all together half the patches."""
+    node = dataclasses.replace(NODE, disk_bytes=1e6, stream_bytes_per_s=1e12, network_bytes_per_s=1e12, model_flops_per_s=1e18)
+    few, many = (predict(WORK, node, gpus, MANY) for gpus in (64, 128))
+    assert few.bottleneck == many.bottleneck == "reading from storage"
+    assert few.patches_per_s == pytest.approx(20e9 / 16 / 20e3) and many.patches_per_s == pytest.approx(few.patches_per_s / 2)
+
+
+@given(works, machines, st.integers(1, 1024), sizes)
+def test_twice_the_bytes_of_a_patch_double_what_is_stored_and_never_help(work, node, gpus, patches):
+    large = dataclasses.replace(work, bytes_per_patch=2 * work.bytes_per_patch)
+    assert set_bytes(large, patches) == 2 * set_bytes(work, patches)
+    before, after = predict(work, node, gpus, patches), predict(large, node, gpus, patches)
+    assert after.patches_per_s <= before.patches_per_s
+    if after.patches_per_s == before.patches_per_s:
+        assert after.read_bytes_per_s == pytest.approx(2 * before.read_bytes_per_s)
+
+
+@given(works, machines, st.integers(1, 1024))
+def test_a_faster_part_never_makes_it_slower(work, node, gpus):
+    for name in (
+        "cores",
+        "disk_bytes_per_s",
+        "model_flops_per_s",
+        "loss_flops_per_s",
+        "network_bytes_per_s",
+        "stream_bytes_per_s",
+    ):
+        fast = dataclasses.replace(node, **{name: 2 * getattr(node, name)})
+        assert predict(work, fast, gpus, 10**7).patches_per_s >= predict(work, node, gpus, 10**7).patches_per_s * (1 - 1e-9), name
+
+
+# The constants
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """The committed ones, and a check."""
+    folder = tmp_path_factory.mktemp("results")
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        if "scale" not in path.name:
+            shutil.copy(path, folder)
+    check = {"date": "2026-01-02", "time": "03", "memory": {"index_bytes": 90.0, "manifest_bytes": 310.0}, "summary": {}}
+    (folder / "2026-01-02-scale-check.json").write_text(json.dumps(check))
+    return folder
+
+
+def test_every_constant_has_a_source_and_every_measured_one_its_file(results):
+    work = workload(results, batch_per_gpu=256, largest_batch=8192)
+    for item in (work, *(machine(name, results) for name in MACHINES)):
+        for name, (value, source) in all_sources(item).items():
+            assert value >= 0 and name in FIELDS
+            kind, _, rest = source.partition(":")
+            assert kind in ("measured", "measured on", "measured on a CPU", "counted", "counted by torch", "assumed") or (
+                source.startswith(("the default of", "given on"))
+            ), source
+            if kind.startswith("measured") or kind == "counted by torch":
+                assert (results / rest.strip().split(",")[0]).is_file(), source
+    gpu = all_sources(machine("h200", results))
+    measured = {name for name, figure in gpu.items() if figure.source.startswith("measured")}
+    assert measured == {"host_core_s", "decode_core_s"}, "nothing else of a GPU's host was measured"
+    assert work.index_bytes == 90 and work.manifest_bytes == 310
+    assert 2000 < packing(results).patches_per_core_s < 3000
+
+
+def test_the_counts_are_those_of_the_model(results):
+    import torch
+    from step_model import METHOD
+    from torch import nn
+
+    from models.backbones import build_backbone
+
+    with torch.device("meta"):
+        backbone = build_backbone("resnet50", 224)
+        head = METHOD.build_head(int(backbone.num_features))
+    modules = nn.ModuleList([backbone, head])
+    work = workload(results, batch_per_gpu=1, largest_batch=None)
+    assert sum(each.numel() for each in modules.parameters()) == work.parameters
+    assert sum(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in modules.modules()) == work.norms
+    assert work.projection_dim == METHOD.projection_dim
+
+
+def test_the_newest_result_that_has_the_figures_counts(tmp_path):
+    for name, date, time, value in (("a", "2026-01-02", "05", 1), ("b", "2026-01-02", "06", 2), ("c", "2026-01-03", "01", None)):
+        (tmp_path / f"{name}-x.json").write_text(json.dumps({"date": date, "time": time, "value": value}))
+    assert newest(tmp_path, "*-x.json", lambda record: record["value"])[1] == "b-x.json"
+    with pytest.raises(ValueError, match=r"no \*-y.json has the figures"):
+        newest(tmp_path, "*-y.json", lambda record: True)
+
+
+def _step(device="cuda", backbone="resnet50"):
+    run = {"img_per_s": 4000.0, "flops_per_step": 10**13, "steps": 10, "seconds": 1.0, "gpu": "NVIDIA H200", "data_wait": None}
+    timed = {"backbone": backbone, "image_size": 224, "batch_size": 256, "device": device, "bf16": True}
+    return {"date": "2026-01-02", "timed": timed, "runs": {"model": [run]}, "summary": {"model": {"img_per_s": 4000.0}}}
+
+
+def _loader(device="cuda"):
+    return {"date": "2026-01-02", "timed": {"device": device}, "runs": {}, "summary": {"ours": {"patches_per_s": 12345.0}}}
+
+
+def test_what_a_gpu_has_measured_replaces_what_is_assumed(results, tmp_path):
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps({"parts": {"step": {"status": "ok", "found": _step()}, "loader": {"found": _loader()}}}))
+    (tmp_path / "step.json").write_text(json.dumps(_step()))
+    assert part_of(str(path), "step") == part_of(str(tmp_path / "step.json"), "step") == _step()
+    node = machine("h200", results, step=part_of(str(path), "step"), loader=part_of(str(path), "loader"))
+    assert (node.model_flops_per_s, node.device_patches_per_s) == (1e14, 12345)
+    assert node.sources["model_flops_per_s"] == "measured: step of 2026-01-02 on NVIDIA H200"
+    assert node.sources["device_patches_per_s"].startswith("measured") and node.sources["launch_s"].startswith("assumed")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"step": _step(device="cpu")}, "no result of resnet50 at 224 px on a GPU"),
+        ({"step": _step(backbone="resnet18")}, "no result of resnet50 at 224 px on a GPU"),
+        ({"loader": _loader("cpu")}, "no result of our loader on a GPU"),
+    ],
+)
+def test_results_of_something_else_are_refused(results, given, said):
+    with pytest.raises(ValueError, match=said):
+        machine("h200", results, **given)
+
+
+def test_a_file_without_the_part_is_refused(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"parts": {"step": {"status": "failed"}}}))
+    with pytest.raises(ValueError, match=r"there is no finished result of benchmarks/step.py"):
+        part_of(str(tmp_path / "a.json"), "step")
+    with pytest.raises(ValueError, match="this is no file of results"):
+        part_of(str(tmp_path / "b.json"), "step")
+
+
+def test_a_machine_of_ones_own(results, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("like: a100\ngpus: 2\nnetwork_bytes_per_s: 1.0e+9\n")
+    node = machine(str(path), results)
+    assert (node.name, node.gpus, node.network_bytes_per_s, node.cores) == ("mine", 2, 1e9, 128)
+    assert node.sources["gpus"] == "given: mine.yaml" and node.sync_norms
+    for text, said in (
+        ("gpu: 2", "a machine has no 'gpu'"),
+        ("like: h300", "like 'h300'"),
+        ("cores: many", "cores 'many' is no number"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=said):
+            machine(str(path), results)
+    with pytest.raises(ValueError, match="choose of cpu, a100, h200, or give a YAML file"):
+        machine("h300", results)
+
+
+# The command
+
+
+def test_the_command_writes_tables_and_a_plot(results, tmp_path, capsys):
+    command.main(command.Config(results=str(results), out=str(tmp_path), gpus=[1, 8, 64], patches=[150_000, MANY]))
+    (path,) = tmp_path.glob("*-scale.json")
+    record, page = json.loads(path.read_text()), path.with_suffix(".md").read_text()
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG") and f"({path.stem}.png)" in page
+    assert [each["name"] for each in record["machines"]] == list(MACHINES)
+    for each in record["machines"]:
+        assert [(row["patches"], row["gpus"]) for row in each["predictions"]] == list(
+            itertools.product([150_000, MANY], [1, 8, 64])
+        )
+        for row in each["predictions"]:
+            assert row["patches_per_s"] == min(row["limits"].values())
+    assert "| 1 billion, 64 |" in page and "assumed: NVIDIA's data sheet of the DGX H200" in page
+    assert "- cpu: 1 billion patches: larger than a node's disk" in page
+    (large,) = (each for each in record["sets"] if each["patches"] == MANY)
+    assert large["shards"] == math.ceil(large["bytes"] / 128e6) and large["index_bytes"] == 90e9
+    assert "compute" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"gpus": [0]}, "--gpus"),
+        ({"patches": []}, "--patches"),
+        ({"batch_per_gpu": 0}, "--batch-per-gpu 0 is out of range"),
+        ({"host_decode": 1.5}, "--host-decode 1.5 is out of range"),
+        ({"step": "x.json"}, "say with --machines which one's"),
+        ({"check": True}, "--check needs --work"),
+    ],
+)
+def test_bad_settings_are_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        command.main(command.Config(**settings))
+
+
+# The check
+
+EXCHANGE = {"parameters": 25e6, "reduce_s": 0.25, "gather_s": 0.001, "hop_s": 0.0, "slowdown": 1.0}
+
+
+def test_two_workers_without_any_loss_but_rays_processes():
+    free = EXCHANGE | {"parameters": 1.0, "reduce_s": 1e-12}
+    assert scale_check.predicted(50.0, free) == pytest.approx(100 * (1 - scale_check.RAY_CORES / 2))
+    assert scale_check.predicted(50.0, free | {"slowdown": 1.25}) == pytest.approx(80 * (1 - scale_check.RAY_CORES / 2))
+
+
+def test_two_workers_wait_for_gradients_and_embeddings():
+    """A step of 32 patches at 50 patches/s and the reduce of 100 MB, which gives the bandwidth that the embeddings see too."""
+    computing = 32 / 50 / (1 - scale_check.RAY_CORES / 2)
+    gather = 2 * (4 * 4 * 32 * 128 / 2) / (100e6 / 0.25)
+    assert scale_check.predicted(50.0, EXCHANGE) == pytest.approx(64 / (computing + 0.25 + gather))
+    hop = EXCHANGE | {"hop_s": 0.01}  # is in the reduce's time already, twice; the gather has two of its own
+    gather = 2 * (4 * 4 * 32 * 128 / 2) / (100e6 / 0.23) + 0.02
+    assert scale_check.predicted(50.0, hop) == pytest.approx(64 / (computing + 0.25 + gather))
+
+
+def test_the_steady_state_leaves_out_the_first_rows():
+    rows = [{"patches_per_s": rate, "data_wait": 0.1} for rate in (1, 2, 10, 12, 11)]
+    assert scale_check.steady(rows) == {"patches_per_s": 11, "spread": pytest.approx(2 / 11), "rows": 3, "data_wait": 0.1}
+    with pytest.raises(RunFailed, match="3 rows of metrics are too few"):
+        scale_check.steady(rows[:3])
+
+
+def test_errors_are_of_the_same_round_and_a_failed_run_leaves_its_round_out():
+    free = EXCHANGE | {"parameters": 1.0, "reduce_s": 1e-12, "slowdown": 1 - scale_check.RAY_CORES / 2}  # twice the one's
+    pairs = [(50, 100), (40, 100), (60, 100)]
+    rounds = [{"1": {"patches_per_s": one}, "2": {"patches_per_s": two}, "exchange": free} for one, two in pairs]
+    found = scale_check.summarise({"rounds": [*rounds, {"1": None, "2": {"patches_per_s": 3}, "exchange": free}]})
+    assert [each["error"] for each in found["rounds"]] == pytest.approx([0, -0.2, 0.2], abs=1e-6)
+    assert (found["lowest"], found["error"], found["highest"]) == pytest.approx((-0.2, 0, 0.2), abs=1e-6)
+    assert scale_check.summarise({"rounds": [each | {"exchange": None} for each in rounds]}) == {"rounds": []}
+
+
+def _check(tmp_path, monkeypatch, run_workers):
+    monkeypatch.setattr(scale_check, "patch_set", lambda *_, **__: PatchSet("shards", "images", {}))
+    monkeypatch.setattr(scale_check, "_job", lambda *_: EXCHANGE | {"alone_s": 1.0, "together_s": 1.0})
+    monkeypatch.setattr(scale_check, "memory", lambda *_: {"index_bytes": 90.0, "manifest_bytes": 310.0})
+    monkeypatch.setattr(scale_check, "available_cores", lambda: 2)
+    monkeypatch.setattr(scale_check, "run_workers", run_workers)
+    code = 0
+    try:
+        command.main(command.Config(check=True, work=str(tmp_path / "work"), out=str(tmp_path / "out"), rounds=2))
+    except SystemExit as error:
+        code = error.code
+    (path,) = (tmp_path / "out").glob("*-scale-check.json")
+    return json.loads(path.read_text()), path.with_suffix(".md").read_text(), code
+
+
+def test_one_and_two_workers_run_in_turn(tmp_path, monkeypatch):
+    seen = []
+
+    def run_workers(workers, shards, storage):
+        seen.append(workers)
+        return {"patches_per_s": 30.0 * workers, "spread": 0.05, "rows": 9, "data_wait": 0.0, "load_before": 0.5}
+
+    record, page, code = _check(tmp_path, monkeypatch, run_workers)
+    assert seen == [1, 2, 1, 2] and code == 0 and len(record["summary"]["rounds"]) == 2
+    assert "| round 2 | 30.00 | 60.00 |" in page and "the model's error for two workers" in page
+    assert newest(tmp_path / "out", "*-scale-check*.json", lambda each: each["memory"])[0]["memory"]["index_bytes"] == 90
+
+
+def test_a_failed_run_is_told(tmp_path, monkeypatch):
+    runs = itertools.count()
+
+    def run_workers(workers, shards, storage):
+        if next(runs) == 3:
+            raise RunFailed("exit code 1: no Ray")
+        return {"patches_per_s": 30.0 * workers, "spread": 0.05, "rows": 9, "data_wait": 0.0, "load_before": 0.5}
+
+    record, page, code = _check(tmp_path, monkeypatch, run_workers)
+    assert (
+        code == 1 and record["failed"] == {"round 2, 2 workers": "exit code 1: no Ray"} and len(record["summary"]["rounds"]) == 1
+    )
+    assert "FAILED: round 2, 2 workers: exit code 1: no Ray" in page
+
+
+def test_one_core_is_too_few(tmp_path, monkeypatch):
+    monkeypatch.setattr(scale_check, "available_cores", lambda: 1)
+    with pytest.raises(ValueError, match="needs two cores"):
+        command.main(command.Config(check=True, work=str(tmp_path), out=str(tmp_path)))
