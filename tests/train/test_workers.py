@@ -123,7 +123,7 @@ class Died(Exception):
 
 
 def attempts(monkeypatch, job, *outcomes):
-    """Let attempts come out so: the newest checkpoint after each, and what it failed with. Returns what they were told, and pauses."""
+    """Let attempts come out so: the newest checkpoint after each, and its failure. Returns what they were told, and pauses."""
     newest, told, pauses = [None], [], []
     monkeypatch.setattr(workers, "_newest_checkpoint", lambda job: newest[0])
     monkeypatch.setattr(workers.time, "sleep", pauses.append)
