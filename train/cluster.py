@@ -24,7 +24,7 @@ _ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "1",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # of workers for which a node is missing that was there a moment ago
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",  # for room on a node that was there a moment ago; then with what there is
 }
 _HEAD = "node:__internal_head__"  # a resource of the head node alone
 _WITHOUT_BF16 = {"K80", "P4", "P100", "T4", "V100"}  # as Ray names them
