@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 from tests.cluster.conftest import settings
 from tests.cluster.rig import NODES, missing
-from tests.helpers import ROOT
+from tests.helpers import ROOT, breast_files, write_tree
 from train.runs import Run
 
 _MISSING = missing()
@@ -88,6 +88,32 @@ def test_the_documentation_s_commands_as_they_stand(cluster, small_set):
     assert "FAILED" not in checks and "gloo" in checks, checks
     assert "step 6/6" in trained, trained
     assert "balanced accuracy" in judged, judged
+
+
+def test_packing_and_a_study_are_submitted_likewise(cluster, tmp_path):
+    """Shards that one machine has packed, and a grid over both machines whose cells learn from them."""
+    drive = cluster.rig.drive
+    images = write_tree(tmp_path / "images", breast_files({"benign": 24, "malignant": 24}))
+    flags = ["--out", drive / "packed", "--layout", "'{class}/{slide}/{magnification}/{name}'", "--group-by", "slide"]
+    packed = cluster.submit("sharding/build.py", images, *flags, "--split", "train=0.7,test=0.3")
+    assert packed.returncode == 0, packed.stdout
+    data, small = (
+        str(drive / "packed"),
+        {"backbone": "test_resnet", "image_size": 32, "batch_size": 16, "epochs": 1, "threads": 1},
+    )
+    study = {
+        "name": "two",
+        "storage": str(drive / "study"),
+        "stages": {
+            "simclr": {"pretrain": small | {"data": data, "seed": [1, 2]}},
+            "linear": {"evaluate": {"data": data, "backbone": "simclr"}},
+        },
+    }
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    done = cluster.submit("tune/grid.py", tmp_path / "two.yaml", timeout=400)
+    assert done.returncode == 0, done.stdout
+    results = [path.parent for path in cluster.rig.seen_from_here(drive / "study").glob("*/result.json")]
+    assert len(results) == 4, done.stdout
 
 
 def test_an_argument_with_a_blank_is_refused_and_arrives_when_it_is_quoted_twice(cluster, shards, tmp_path):
