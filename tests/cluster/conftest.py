@@ -102,7 +102,9 @@ def course(cluster, shards) -> Iterator[Course]:
 
 
 def as_if_nothing_had_happened(course: Course, shards: Path, folder: Path) -> int:
-    """Hold the endless run, up to its newest checkpoint, against a run of as many steps in one process. Returns how many."""
+    """End the endless run, and hold it, up to its newest checkpoint, against a run of as many steps in one process. Returns how
+    many these are."""
+    course.end()
     checkpoint = course.checkpoint()
     steps = checkpoint["step"]
     rows = course.rows()[:steps]

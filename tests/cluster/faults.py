@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from tests.cluster.rig import Rig
+from tests.cluster.rig import NODES, Rig
 from train.progress import Tail
 
 _SECONDS = 300  # that anything may take on a machine with other work
@@ -72,21 +72,20 @@ class Course:
         """With which the newest attempt trains."""
         return json.loads((self._seen / "engine.json").read_text())["workers"]
 
+    def end(self) -> None:
+        """Kill the driver, and wait until nobody trains any more."""
+        self.rig.on("head", "pkill -KILL -f '[/]pretrain.py'")
+        for node in NODES:
+            _on(self.rig, node, f"while pgrep -f '{_TRAINER}' > /dev/null; do sleep 0.1; done")
+
     def rows(self) -> list[dict]:
         """All that metrics.jsonl has by now."""
         return Tail(self._seen / "metrics.jsonl").read()
 
     def checkpoint(self) -> dict:
-        """The newest one. While it is looked for, the next one may take its place."""
-        found: list[dict] = []
-
-        def load() -> bool:
-            newest = max((self._seen / "checkpoints").glob("step-*"))
-            found.append(torch.load(newest / "checkpoint.pt", weights_only=True))
-            return True
-
-        self.until(load, "a checkpoint")
-        return found[-1]
+        """The newest one, of a run that has ended."""
+        newest = max((self._seen / "checkpoints").glob("step-*"))
+        return torch.load(newest / "checkpoint.pt", weights_only=True)
 
     def until(self, what: Callable[[], object], why: str, seconds: float = _SECONDS) -> None:
         """Wait for it. Raises AssertionError that names it where it does not come."""
@@ -198,12 +197,12 @@ def take_storage_away(course: Course) -> None:
 def storage_away(rig: Rig) -> Iterator[None]:
     """A block in which the drive cannot be found."""
     drive = shlex.quote(str(rig.drive))
-    for node in ("head", "worker"):
+    for node in NODES:
         _on(rig, node, f"mount -t tmpfs -o ro,size=4k tmpfs {drive}")
     try:
         yield
     finally:
-        for node in ("head", "worker"):
+        for node in NODES:
             _on(rig, node, f"umount {drive}")
 
 
@@ -244,12 +243,11 @@ def befall(course: Course, fault: str) -> Outage:
 
 @contextlib.contextmanager
 def submitted(rig: Rig, arguments: Sequence[object], log: Path) -> Iterator[subprocess.Popen]:
-    """A command on the laptop that goes on by itself; what it started on the head ends with the block."""
+    """A command on the laptop that goes on by itself until the block ends."""
     with log.open("w") as file:
         process = rig.begin(*arguments, output=file)
         try:
             yield process
         finally:
-            rig.on("head", "pkill -INT -f '[/]pretrain.py'; sleep 2; pkill -KILL -f '[/]pretrain.py'")
             process.kill()
             process.wait()
