@@ -68,7 +68,8 @@ def command(workers: int, name: str, shards: str, storage: Path, config: Config)
 
 def seconds_until(folder: Path, step: int, run: subprocess.Popen, limit: float, log: Path) -> float:
     """Until metrics.jsonl has a row of a later step. Raises RunFailed when the run ends or takes longer than the limit."""
-    started, tail, rows = time.perf_counter(), Tail(folder / "metrics.jsonl"), []
+    started, tail = time.perf_counter(), Tail(folder / "metrics.jsonl")
+    rows: list[Record] = []
     while not any(row["step"] > step for row in rows):
         rows = tail.read()
         if run.poll() is not None or time.perf_counter() - started > limit:
