@@ -2,6 +2,7 @@
 
     python benchmarks/loader.py --work DISK/bench                         # 4,096 drawn patches of 224 px
     python benchmarks/loader.py --work DISK/bench --images data/breast    # a folder of real patches
+    python benchmarks/loader.py --work DISK/bench --peers DISK/peers      # and other packages' loaders
     python benchmarks/loader.py --work DISK/bench --device cuda           # on a GPU, and others that work there
 
 All contenders run in turn, round by round (A B C A B C), each in a fresh process, on the same patches, in batches of the same
@@ -35,17 +36,20 @@ sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the 
 
 import loader_contenders  # noqa: E402
 import loader_parts  # noqa: E402
-from loader_contenders import CONTENDERS, Task  # noqa: E402
+import loader_peers  # noqa: E402
+from loader_contenders import Task  # noqa: E402
+from loader_peers import ALL, NOT_TO_BE_HAD, PEER_CONTENDERS, PEERS  # noqa: E402
 from loader_report import completed, markdown, tables, target_lines  # noqa: E402
 from measuring import RunFailed, absent, chosen, conclude, machine, new_path, run_fresh, versions_of  # noqa: E402
 from patch_set import patch_set  # noqa: E402
+from step_peers import Environment, environment_of  # noqa: E402
 
 from pipelines.shards import ShardReader  # noqa: E402
 from sharding.command import option, required, run_script  # noqa: E402
 from sharding.workers import available_cores  # noqa: E402
 from train.runs import code_commit, write_json  # noqa: E402
 
-NAMES = (*CONTENDERS, "parts", "memory")
+NAMES = (*ALL, "parts", "memory")
 _WARM = 2  # batches that are not timed, at least
 _PART_SECONDS = 1.0  # of CPU time, at least, for each part and round
 _PACKAGES = ("torch", "torchvision", "pillow", "nvidia-dali-cuda130", "numba", "numpy")
@@ -57,13 +61,16 @@ class Config:
 
     work: str = required("a folder to work in: drawn images and the shard set stay there")
     out: str = option("benchmarks/results", "folder for the results")
+    peers: str | None = option(
+        None, "folder of environments for other packages, one each; made, with pip, where they are not there"
+    )
     images: str | None = option(None, "a folder of real patches (JPEG or PNG) to use instead of drawn ones")
     device: Literal["cpu", "cuda"] = option("cpu", "where the views are wanted")
     patches: int = option(4096, "patches to draw")
     size: int = option(224, "side of the drawn patches and of all views, pixels")
     batch_size: int = option(256, "patches per batch")
     rounds: int = option(3, "how often each contender runs")
-    contenders: list[str] = option([], f"only these of {', '.join(NAMES)} (default: all of the device)")
+    contenders: list[str] = option([], f"only these of {', '.join(NAMES)} (default: all of the device; with --peers, these too)")
     cores: int = option(0, "cores that every contender may use (0: all)")
     seconds: float = option(5.0, "how long each run is timed at least")
     lap: int | None = option(None, "batches, or a multiple of them, that are timed; default: as many as an epoch has")
@@ -71,7 +78,8 @@ class Config:
 
 
 def main(config: Config) -> None:
-    names = chosen(config.contenders or of_device(config.device), NAMES)
+    others = PEER_CONTENDERS if config.peers and config.device == "cpu" else ()
+    names = chosen(config.contenders or [*of_device(config.device), *others], NAMES)
     for name, least in (("rounds", 1), ("size", 1), ("batch_size", 1), ("patches", config.batch_size), ("cores", 0), ("lap", 1)):
         value = getattr(config, name)
         if value is not None and value < least:
@@ -82,7 +90,10 @@ def main(config: Config) -> None:
     console = Console(highlight=False, soft_wrap=True)
     work = Path(config.work).resolve()
     started = machine(cores)
-    missing = absent({name: contender.needs for name, contender in CONTENDERS.items()}, names)
+    peers = {name: environments(config.peers, name) for name in names if name in PEERS}
+    missing = absent({name: contender.needs for name, contender in ALL.items()}, names)
+    for environment in peers.values():
+        missing |= environment.missing
     names = [name for name in names if name not in missing]
     console.print("drawing patches and packing them, unless they are there")
     data = patch_set(
@@ -103,11 +114,11 @@ def main(config: Config) -> None:
         "machine": started,
         "commit": code_commit(),
         "command": shlex.join(["python", *sys.argv]),
-        "versions": versions_of(_PACKAGES),
+        "versions": versions_of(_PACKAGES) | {name: v for each in peers.values() for name, v in each.versions.items()},
         "images": data.described,
         "timed": dataclasses.asdict(task),
         "runs": {},
-        "missing": missing,
+        "missing": missing | (NOT_TO_BE_HAD if config.peers else {}),
         "failed": {},
     }
     for job in jobs(config, names, task):
@@ -115,7 +126,7 @@ def main(config: Config) -> None:
         if job.key in record["failed"]:
             continue
         try:
-            runs.append(one_run(job, work))
+            runs.append(one_run(job, work, peers[job.name].python if job.name in peers else sys.executable))
             console.print(f"{job.title}: {_shown(job, runs[-1])}", markup=False)
         except RunFailed as error:  # the others' figures are worth having; the exit code tells
             record["failed"][job.key] = str(error)
@@ -132,9 +143,14 @@ def main(config: Config) -> None:
     )
 
 
+def environments(folder: str | None, name: str) -> Environment:
+    """The environment of that peer alone."""
+    return environment_of(folder and str(Path(folder) / name), [name], PEERS)
+
+
 def of_device(device: str) -> list[str]:
     """Who is measured there unless others are asked for."""
-    names = [name for name, contender in CONTENDERS.items() if device in contender.devices]
+    names = [name for name, contender in ALL.items() if device in contender.devices]
     return [*names, "parts", "memory"] if device == "cpu" else names
 
 
@@ -172,8 +188,9 @@ def jobs(config: Config, names: Sequence[str], task: Task) -> Iterator[Job]:
     """In their order."""
     for number in range(1, config.rounds + 1):
         for name in names:
-            if name in CONTENDERS:
-                yield Job(f"round {number}: {name}", loader_contenders, name, task, name)
+            if name in ALL:
+                script = loader_peers if name in PEER_CONTENDERS else loader_contenders
+                yield Job(f"round {number}: {name}", script, name, task, name)
     if "parts" in names:
         alone = dataclasses.replace(task, device="cpu", cores=1, seconds=min(_PART_SECONDS, config.seconds))
         yield Job("parts", loader_parts, "parts", alone, "parts")
@@ -183,18 +200,18 @@ def jobs(config: Config, names: Sequence[str], task: Task) -> Iterator[Job]:
             yield Job(f"memory at batch {size:,}", loader_parts, "memory", sized, f"memory {size}")
 
 
-def one_run(job: Job, work: Path) -> dict[str, Any]:
-    """What it reports. Raises RunFailed."""
+def one_run(job: Job, work: Path, python: str) -> dict[str, Any]:
+    """What it reports. python: the interpreter that has what it needs. Raises RunFailed."""
     result, load = work / "result.json", machine(job.task.cores)["load"][0]
     result.unlink(missing_ok=True)
     given = json.dumps(dataclasses.asdict(job.task))
-    run_fresh([sys.executable, str(job.script.__file__), job.name, given, str(result)], work / "run.log")
+    run_fresh([python, str(job.script.__file__), job.name, given, str(result)], work / "run.log")
     return {**json.loads(result.read_text()), "load_before": load}
 
 
 def _shown(job: Job, found: dict[str, Any]) -> str:
     """A line for who waits; the tables say more."""
-    if job.name in CONTENDERS:
+    if job.name in ALL:
         return f"{found['patches_per_s']:,.0f} patches/s"
     if job.name == "parts":
         return f"{found['ms']['loader'][-1]:.3f} CPU ms per patch"

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import measuring
-from loader_contenders import CONTENDERS
 from loader_parts import PARTS
+from loader_peers import ALL
 from measuring import heading, markdown_table
 
 RATIOS = {
@@ -56,9 +56,9 @@ def summarise(runs: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, fl
     """
     found: dict[str, dict[str, float | None]] = {}
     for name, rounds in runs.items():
-        if rounds and name in CONTENDERS:
+        if rounds and name in ALL:
             rates = [run["patches_per_s"] for run in rounds]
-            blur = "-blur" if CONTENDERS[name].blur else ""
+            blur = "-blur" if ALL[name].blur else ""
             found[name] = {
                 "patches_per_s": statistics.median(rates),
                 "spread": (max(rates) - min(rates)) / statistics.median(rates),
@@ -126,7 +126,7 @@ def judge(rows: dict[str, dict], wanted: Iterable[Target]) -> list[Record]:
 
 def target_lines(record: Record) -> list[str]:
     return measuring.target_lines(record, _number) + [
-        f"{CONTENDERS[name].title}: {why}" for name, why in record["missing"].items()
+        f"{ALL[name].title if name in ALL else name}: {why}" for name, why in record["missing"].items()
     ]
 
 
@@ -137,7 +137,7 @@ def _number(value: float) -> str:
 def tables(record: Record) -> list[tuple[str, list[str], list[list[str]]]]:
     """What each shows, its header and its rows, with a row for whatever was asked for, and the reason where it failed."""
     found, runs = [], record["runs"]
-    if any(key in CONTENDERS for key in runs):
+    if any(key in ALL for key in runs):
         found.append((_speed_text(record), *_speed_table(record)))
     if "parts" in runs:
         text = "CPU time of all threads per patch, recipe simclr, on one core with one thread; medians over the rounds."
@@ -163,7 +163,7 @@ def _speed_text(record: Record) -> str:
 
 
 def _speed_table(record: Record) -> tuple[list[str], list[list[str]]]:
-    runs = {name: found for name, found in record["runs"].items() if name in CONTENDERS}
+    runs = {name: found for name, found in record["runs"].items() if name in ALL}
     rounds = record["timed"]["rounds"]
     header = ["contender", *(f"round {number}" for number in range(1, rounds + 1)), "median patches/s", "spread"]
     rows = []
@@ -172,7 +172,7 @@ def _speed_table(record: Record) -> tuple[list[str], list[list[str]]]:
         rates = [f"{run['patches_per_s']:,.0f}" for run in found] + ["-"] * (rounds - len(found))
         cells = [f"{row['patches_per_s']:,.0f}", f"{row['spread']:.0%}"] if row else ["-", "-"]
         ratios = [f"{row[key]:.2f}" if row and row[key] is not None else "-" for key in RATIOS]
-        rows.append([_named(CONTENDERS[name].title, record, name), *rates, *cells, *ratios])
+        rows.append([_named(ALL[name].title, record, name), *rates, *cells, *ratios])
     return [*header, *RATIOS.values()], rows
 
 

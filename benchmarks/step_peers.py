@@ -1,7 +1,7 @@
-"""Other SimCLR packages to measure against, in an environment of their own: the project never imports them.
+"""Other packages to measure against, in an environment of their own: the project never imports them.
 
 The environment sees the packages of the one that makes it, so that all run on the same torch (which is 2 GB), and holds the
-others' code and whatever else they want.
+others' code and whatever else they want. Of torch it takes no other version.
 """
 
 import importlib.metadata
@@ -9,13 +9,14 @@ import os
 import site
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from measuring import RunFailed, run_fresh
 
 _INSTALL_S = 900  # a network that hangs is an error too
+_SAME = ("torch", "torchvision")
 
 
 class Peer(NamedTuple):
@@ -39,16 +40,18 @@ class Environment(NamedTuple):
     missing: dict[str, str]
 
 
-def environment_of(folder: str | None, names: Iterable[str]) -> Environment:
+def environment_of(folder: str | None, names: Iterable[str], peers: Mapping[str, Peer] | None = None) -> Environment:
     """The environment in the folder, made where it is not there, with the peers of these names. None: those that are installed
     beside the project, as on a host without a network they may be.
 
-    A peer that cannot be installed is a line of the result, and no error: the others' figures are worth having.
+    peers: that there are, by their names; None: the SimCLR packages. One that cannot be installed is a line of the result, and no
+    error: the others' figures are worth having.
     """
-    names = [name for name in PEERS if name in names]
+    peers = PEERS if peers is None else peers
+    names = [name for name in peers if name in names]
     os.environ["LIGHTLY_DID_VERSION_CHECK"] = "True"  # or it asks a server at every start
     if folder is None:
-        here = {name: version for name in names if (version := _version_here(PEERS[name]))}
+        here = {name: version for name in names if (version := _version_here(peers[name].package))}
         why = "not installed: --peers FOLDER does that"
         return Environment(sys.executable, here, {name: why for name in names if name not in here})
     home = Path(folder).resolve()
@@ -57,15 +60,15 @@ def environment_of(folder: str | None, names: Iterable[str]) -> Environment:
         try:
             if not python.exists():
                 _make(home)
-            versions[name] = _installed(python, PEERS[name], home)
+            versions[name] = _installed(python, peers[name], home)
         except RunFailed as error:
             missing[name] = f"not installed: {error}"
     return Environment(str(python), versions, missing)
 
 
-def _version_here(peer: Peer) -> str | None:
+def _version_here(package: str) -> str | None:
     try:
-        return importlib.metadata.version(peer.package)
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
@@ -82,7 +85,9 @@ def _installed(python: Path, peer: Peer, home: Path) -> str:
     try:
         return _version(python, peer, home)
     except RunFailed:
-        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", peer.package]
+        same = home / "same.txt"
+        same.write_text("".join(f"{name}=={version}\n" for name in _SAME if (version := _version_here(name))))
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", str(same), peer.package]
         try:
             done = subprocess.run(pip, capture_output=True, text=True, timeout=_INSTALL_S, stdin=subprocess.DEVNULL, check=False)
         except subprocess.TimeoutExpired:

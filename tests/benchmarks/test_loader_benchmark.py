@@ -17,10 +17,12 @@ sys.path += [str(ROOT), str(ROOT / "benchmarks")]  # benchmarks/ is no installed
 
 import loader_contenders  # noqa: E402
 from loader_contenders import CONTENDERS, Task, measure  # noqa: E402
+from loader_peers import NOT_TO_BE_HAD, PEER_CONTENDERS, PEERS, whole_epochs  # noqa: E402
 from loader_report import Target, judge, judged, markdown, summarise, summarise_parts, tables, target_lines  # noqa: E402
 from packing_images import draw_images  # noqa: E402
+from step_peers import Environment  # noqa: E402
 
-from benchmarks.loader import NAMES, Config, chosen, main, of_device, the_task  # noqa: E402
+from benchmarks.loader import NAMES, Config, chosen, environments, main, of_device, the_task  # noqa: E402
 from pipelines.shards import ShardReader  # noqa: E402
 from sharding.packing import build_shards  # noqa: E402
 
@@ -149,6 +151,12 @@ def test_a_gpu_is_held_against_decoding_alone():
     ]
 
 
+def test_what_the_index_does_not_have_is_told():
+    lines = target_lines(_record(RUNS, missing=NOT_TO_BE_HAD | {"litdata": "not installed: pip: no network"}))
+    assert lines[5].startswith("solo-learn: not installed: the newest release") and lines[6].startswith("ffcv: not installed: ")
+    assert lines[7] == "litdata, torchvision on Pillow, a process per core: not installed: pip: no network"
+
+
 def test_what_was_not_run_is_not_reached():
     assert [line.partition(":")[0] for line in target_lines(_record({"ours": RUNS["ours"]}))] == ["not measured"] * 5
 
@@ -271,6 +279,46 @@ def test_decoding_goes_on_after_an_epoch(shards, name):
     sums = [sorted(np.concatenate(part).sum((1, 2, 3)).tolist()) for part in (images[:half], images[half:])]
     assert sums[0] == sums[1]  # every patch once in each epoch
     stream.close()
+
+
+# Other packages' loaders
+
+
+def test_others_are_timed_by_whole_epochs():
+    numbers = itertools.count()
+    stream = whole_epochs(lambda: ((next(numbers),) for _ in range(3)), _task(warm=2, lap=3))
+    # The first epoch is over when the first batch comes, and no batch of the next one is made before the clock starts.
+    assert [next(stream) for _ in range(2)] == [(2,)] * 2 and next(numbers) == 3
+    assert [next(stream) for _ in range(6)] == [(number,) for number in range(4, 10)]
+
+
+@pytest.mark.parametrize("count", [0, 2, 4])
+def test_an_epoch_of_another_length_is_no_lap(count):
+    with pytest.raises(ValueError, match=f"its epoch has {count} batches, not 3"):
+        next(whole_epochs(lambda: iter([()] * count), _task(warm=2, lap=3)))
+
+
+def test_others_run_where_they_are_asked_for():
+    assert set(PEER_CONTENDERS) == set(PEERS) and not set(PEERS) & set(CONTENDERS)
+    assert not set(PEERS) & {*of_device("cpu"), *of_device("cuda")} and not set(NOT_TO_BE_HAD) & set(NAMES)
+
+
+def test_each_has_an_environment_of_its_own(tmp_path):
+    for name, version in (("litdata", "1.2.3"), ("spdl", "4.5.6")):
+        (tmp_path / name / "bin").mkdir(parents=True)
+        (tmp_path / name / "bin" / "python").write_text(f"#!/bin/sh\necho {version}\n")
+        (tmp_path / name / "bin" / "python").chmod(0o755)
+        found = environments(str(tmp_path), name)
+        assert found == Environment(str(tmp_path / name / "bin" / "python"), {name: version}, {})
+
+
+def test_another_loader_runs_beside_ours(tmp_path):
+    done, (record,) = _run(tmp_path, "--rounds", 1, "--contenders", "webdataset", "litdata", "ours")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert record["missing"] == {"litdata": "not installed: --peers FOLDER does that"}
+    assert record["versions"]["webdataset"][0].isdigit()
+    assert {name: len(runs) for name, runs in record["runs"].items()} == {"ours": 1, "webdataset": 1}
+    assert record["runs"]["webdataset"][0]["batches"] % 3 == 0
 
 
 # The command

@@ -1,0 +1,215 @@
+"""Other packages' loaders, for the loader benchmark: each reads its own format as its guide shows, and all make the same views.
+
+These are the ones of the contender `torchvision`: its transforms on Pillow's images, without blur, so what differs is how patches
+are stored, read and handed over. Each is in an environment of its own (see step_peers), for they want different versions of the
+same packages. What it stores is written beforehand.
+"""
+
+import functools
+import io
+import itertools
+import logging
+import os
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
+
+from loader_contenders import (  # noqa: E402
+    CONTENDERS,
+    SEED,
+    Batch,
+    Contender,
+    Task,
+    _measured,
+    _torchvision_transform,
+    run_job,
+)
+from step_peers import Peer  # noqa: E402
+
+_SHARDS_PER_CORE = 4  # of tars: a process takes whole ones
+_CHUNK = 64  # patches in a chunk of those that chunk them
+
+PEERS = {
+    "webdataset": Peer("webdataset", ("webdataset",)),
+    "litdata": Peer("litdata", ("litdata",)),
+    "mosaicml": Peer("mosaicml-streaming", ("streaming",)),
+    "spdl": Peer("spdl", ("spdl.pipeline",)),
+    "ray-data": Peer("ray", ("ray.data",)),
+}
+# What the index has of others that were to be measured, and why it does not install
+NOT_TO_BE_HAD = {
+    "solo-learn": "not installed: the newest release on the index, 1.0.2, wants torch 1.9.1, which Python 3.11 does not have",
+    "ffcv": "not installed: its releases are source alone, which wants the headers of OpenCV and libjpeg-turbo",
+}
+
+
+def whole_epochs(epoch: Callable[[], Iterable[Batch]], task: Task) -> Iterator[Batch]:
+    """Epochs between which the clock starts and is read. Within one, a loader may be ahead by any number of batches, and what it
+    had made before would count as made meanwhile."""
+    last = deque(enumerate(epoch(), 1), maxlen=1)
+    count, batch = last[0] if last else (0, ())
+    if count != task.lap:
+        raise ValueError(f"its epoch has {count} batches, not {task.lap}: give patches that divide by the batch and the cores")
+    yield from itertools.repeat(batch, task.warm)
+    while True:
+        yield from epoch()
+
+
+class _Views:
+    """An image's bytes -> two views. It travels to other processes."""
+
+    def __init__(self, task: Task) -> None:
+        self.transform = _torchvision_transform("simclr", task.image_size)
+
+    def __call__(self, encoded: bytes) -> tuple[Any, Any]:
+        from PIL import Image
+
+        with Image.open(io.BytesIO(encoded)) as file:
+            image = file.convert("RGB")
+        return self.transform(image), self.transform(image)
+
+    def of_sample(self, sample: dict[str, bytes]) -> tuple[Any, Any]:
+        return self(sample["image"])
+
+    def of_samples(self, samples: list[dict[str, bytes]]) -> Any:
+        from torch.utils.data import default_collate
+
+        return default_collate([self.of_sample(sample) for sample in samples])
+
+
+def _files(task: Task) -> list[str]:
+    from pipelines.shards import ShardReader
+
+    return ShardReader(task.shards).manifest["source"].to_pylist()
+
+
+def _write_tars(task: Task, folder: str) -> list[str]:
+    import webdataset
+
+    files = _files(task)
+    pattern, most = f"{folder}/shard-%06d.tar", -(-len(files) // (_SHARDS_PER_CORE * task.cores))
+    with webdataset.ShardWriter(pattern, maxcount=most, verbose=0) as writer:
+        for number, path in enumerate(files):
+            writer.write({"__key__": f"{number:09d}", "jpg": Path(path).read_bytes()})
+    return sorted(str(path) for path in Path(folder).glob("*.tar"))
+
+
+def webdataset(task: Task) -> Iterator[Batch]:
+    import webdataset as wds
+
+    with tempfile.TemporaryDirectory() as folder:
+        tars = _write_tars(task, folder)
+        data = wds.WebDataset(tars, shardshuffle=len(tars), seed=SEED).shuffle(1000).to_tuple("jpg")
+        batches = data.map_tuple(_Views(task)).map(lambda sample: sample[0]).batched(task.batch_size, partial=False)
+        loader = wds.WebLoader(batches, batch_size=None, num_workers=task.cores, persistent_workers=True)
+        yield from whole_epochs(lambda: loader, task)
+
+
+def litdata(task: Task) -> Iterator[Batch]:
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["DATA_OPTIMIZER_CACHE_FOLDER"] = f"{folder}/cache"  # by default one place for all on this machine
+        import litdata as lit
+
+        lit.optimize(
+            fn=_litdata_sample,
+            inputs=_files(task),
+            output_dir=f"{folder}/chunks",
+            chunk_size=_CHUNK,
+            num_workers=task.cores,
+            verbose=False,
+        )
+        data = lit.StreamingDataset(f"{folder}/chunks", shuffle=True, drop_last=True, seed=SEED, transform=_Views(task).of_sample)
+        loader = lit.StreamingDataLoader(data, batch_size=task.batch_size, num_workers=task.cores, persistent_workers=True)
+        yield from whole_epochs(lambda: loader, task)
+
+
+def _litdata_sample(path: str) -> dict[str, bytes]:
+    return {"image": Path(path).read_bytes()}
+
+
+def mosaicml(task: Task) -> Iterator[Batch]:
+    from streaming import MDSWriter, StreamingDataset
+    from torch.utils.data import DataLoader
+
+    with tempfile.TemporaryDirectory() as folder:
+        with MDSWriter(out=folder, columns={"image": "bytes"}) as writer:
+            for path in _files(task):
+                writer.write({"image": Path(path).read_bytes()})
+        loader = DataLoader(
+            StreamingDataset(local=folder, shuffle=True, shuffle_seed=SEED, batch_size=task.batch_size),
+            batch_size=task.batch_size,
+            num_workers=task.cores,
+            persistent_workers=True,
+            drop_last=True,
+            collate_fn=_Views(task).of_samples,
+        )
+        yield from whole_epochs(lambda: loader, task)
+
+
+def spdl(task: Task) -> Iterator[Batch]:
+    """In threads, which is what it is for."""
+    import numpy as np
+    from spdl.pipeline import PipelineBuilder
+    from torch.utils.data import default_collate
+
+    files, views, generator = _files(task), _Views(task), np.random.default_rng(SEED)
+
+    def epoch() -> Iterator[Batch]:
+        pipeline = (
+            PipelineBuilder()
+            .add_source([files[place] for place in generator.permutation(len(files))])
+            .pipe(lambda path: views(Path(path).read_bytes()), concurrency=task.cores)
+            .aggregate(task.batch_size, drop_last=True)
+            .pipe(default_collate)
+            .add_sink(2)
+            .build(num_threads=task.cores)
+        )
+        with pipeline.auto_stop():
+            yield from pipeline
+
+    yield from whole_epochs(epoch, task)
+
+
+def ray_data(task: Task) -> Iterator[Batch]:
+    import ray
+
+    views = _Views(task)
+
+    def both(row: dict[str, Any]) -> dict[str, Any]:
+        first, second = views(row["jpg"])
+        return {"first": first.numpy(), "second": second.numpy()}
+
+    os.environ["RAY_ADDRESS"] = "local"  # whatever cluster this machine is part of
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ray.init(num_cpus=task.cores, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR),
+    ):
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        data = ray.data.read_webdataset(_write_tars(task, folder), decoder=False, shuffle="files").map(both)
+
+        def epoch() -> Iterator[Batch]:
+            for batch in data.iter_torch_batches(batch_size=task.batch_size, drop_last=True):
+                yield [batch["first"], batch["second"]]
+
+        yield from whole_epochs(epoch, task)
+
+
+# In the order of the rounds, after the others
+PEER_CONTENDERS = {
+    "webdataset": Contender("webdataset, torchvision on Pillow, a process per core", webdataset, devices=()),
+    "litdata": Contender("litdata, torchvision on Pillow, a process per core", litdata, devices=()),
+    "mosaicml": Contender("mosaicml-streaming, torchvision on Pillow, a process per core", mosaicml, devices=()),
+    "spdl": Contender("SPDL, torchvision on Pillow, a thread per core", spdl, devices=()),
+    "ray-data": Contender("Ray Data, torchvision on Pillow, a task per core", ray_data, devices=()),
+}
+ALL = CONTENDERS | PEER_CONTENDERS
+
+
+if __name__ == "__main__":
+    run_job({name: functools.partial(_measured, contender) for name, contender in PEER_CONTENDERS.items()}, *sys.argv[1:])

@@ -1,0 +1,346 @@
+"""What the smoke benchmark holds against what: ours, and yardsticks that our code does not change, side by side in one process.
+
+All figures are CPU seconds of all threads and of all processes that were started and have ended, on one core: what others do on
+the machine meanwhile takes none of them. What waits and does not compute is not seen; that is for the other benchmarks.
+"""
+
+import contextlib
+import functools
+import itertools
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
+
+SEED = 42
+LEAST_ROUNDS = 5
+PATCHES, DISTINCT, SIZE, QUALITY = 512, 128, 224, 90  # of the drawn patches
+_LAP_S = 0.15  # CPU seconds that a side works at a time, at least
+_DRAWN = 128  # patches of a lap of ours; torchvision takes so long that it has fewer
+_BATCH = 32
+_FEW = {"simclr": 24, "simclr-blur": 12}
+_TEMPERATURE = 0.5
+
+
+@dataclass(frozen=True)
+class Task:
+    """images: folder of the drawn patches; shards: of the set built from them; work: an empty one. seconds: of CPU time, for
+    which rounds are begun."""
+
+    images: str
+    shards: str
+    work: str
+    seconds: float
+
+
+# Works for a while -> CPU seconds of one unit of its work
+Side = Callable[[], float]
+
+
+class Ratio(NamedTuple):
+    """Of times, so that more is better: a yardstick's / ours, two sides of a group. means: of what."""
+
+    group: str
+    yardstick: str
+    ours: str
+    means: str
+
+
+def cpu_seconds() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+def per_unit(once: Callable[[], Any], units: int, again: Callable[[], Any] = lambda: None) -> float:
+    """CPU seconds of one of the units of work that `once` does, over as many calls as take a lap. again: called after each,
+    outside the time."""
+    spent, calls = 0.0, 0
+    while spent < _LAP_S:
+        started = cpu_seconds()
+        once()
+        spent += cpu_seconds() - started
+        calls += 1
+        again()
+    return spent / (calls * units)
+
+
+# ---- Views ----
+
+
+@contextlib.contextmanager
+def views(task: Task) -> Iterator[dict[str, Side]]:
+    """Every lap has the same patches and the same draws."""
+    from pipelines.shards import ShardReader
+
+    reader = ShardReader(task.shards)
+    sides = {f"torchvision, {name}": _torchvision(reader, name) for name in _FEW}
+    with contextlib.ExitStack() as stack:
+        yield sides | {name: stack.enter_context(_ours(reader, name)) for name in (*_FEW, "pathology")}
+
+
+def _torchvision(reader: Any, recipe: str) -> Side:
+    import torch
+    from loader_contenders import _torchvision_transform, _TwoViews
+    from torch.utils.data import default_collate
+
+    data = _TwoViews(reader.manifest["source"].to_pylist(), _torchvision_transform(recipe, SIZE))
+
+    def once() -> None:
+        torch.manual_seed(SEED)
+        default_collate([data[i] for i in range(_FEW[recipe])])
+
+    return functools.partial(per_unit, once, _FEW[recipe])
+
+
+@contextlib.contextmanager
+def _ours(reader: Any, recipe: str) -> Iterator[Side]:
+    import numpy as np
+
+    from pipelines.loader import ViewLoader
+    from pipelines.recipes import get_recipe
+
+    ids = np.arange(_DRAWN)
+    with ViewLoader(reader, ids, batch_size=_BATCH, image_size=SIZE, recipe=get_recipe(recipe), seed=SEED, threads=1) as loader:
+
+        def once() -> None:  # a whole epoch: before it and after it nothing is under way
+            loader.load_state_dict({"epoch": 0, "step": 0})
+            for _ in loader:
+                pass
+
+        yield functools.partial(per_unit, once, _DRAWN)
+
+
+# ---- Packing ----
+
+
+@contextlib.contextmanager
+def packing(task: Task) -> Iterator[dict[str, Side]]:
+    import tarfile
+
+    from packing_contenders import Task as Packing
+    from packing_contenders import decode_dali, ours_decode, ours_header
+    from packing_images import LAYOUT, image_files
+
+    out = Path(task.work) / "packed"
+    files = Packing(task.images, str(out), 1, LAYOUT)
+
+    def tar() -> None:
+        with tarfile.open(out / "images.tar", "w") as packed:
+            for path, _ in image_files(task.images):
+                packed.add(path)
+
+    def emptied() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+
+    emptied()
+    work: dict[str, Callable[[], Any]] = {
+        "decoding": lambda: decode_dali(files),
+        "checked": lambda: ours_decode(files),
+        "tarfile": tar,
+        "kept": lambda: ours_header(files),
+    }
+    yield {name: functools.partial(per_unit, once, PATCHES, emptied) for name, once in work.items()}
+
+
+# ---- The loss ----
+
+
+@contextlib.contextmanager
+def loss(task: Task) -> Iterator[dict[str, Side]]:
+    import torch
+    from ntxent_contenders import ours, plain
+
+    def passes(make: Callable, anchors: int) -> Side:
+        criterion = make(anchors // 2, _TEMPERATURE, "cpu")
+        z_VBD = torch.randn(2, anchors // 2, 128, generator=torch.Generator().manual_seed(SEED)).requires_grad_()
+        return functools.partial(per_unit, lambda: criterion(z_VBD).backward(), 1)
+
+    makers = {"plain": plain, "ours": ours}
+    yield {f"{name} {anchors}": passes(make, anchors) for anchors in (512, 4096) for name, make in makers.items()}
+
+
+# ---- Heads ----
+
+
+@contextlib.contextmanager
+def heads(task: Task) -> Iterator[dict[str, Side]]:
+    import dataclasses
+
+    import heads as benchmark
+
+    job = benchmark.Job("one", "adam", rows=640, features=512, classes=3, epochs=10, cores=1)
+    protocol = dataclasses.replace(benchmark.PROTOCOLS[job.protocol], epochs=job.epochs)
+    given = (*benchmark.drawn(job), benchmark.tasks_of(job), job.classes, protocol)
+    yield {
+        who: functools.partial(per_unit, functools.partial(benchmark.CONTENDERS[who].train, *given), job.epochs)
+        for who in ("plain", "ours")
+    }
+
+
+# ---- The training step ----
+
+_BACKBONE, _STEP_SIZE, _STEP_BATCH, _STEPS = "test_resnet", 32, 32, 8
+
+
+@contextlib.contextmanager
+def step(task: Task) -> Iterator[dict[str, Side]]:
+    import torch
+
+    torch.manual_seed(SEED)
+    yield {"plain": functools.partial(per_unit, _plain_step(), 1), "loop": functools.partial(_loop, task, itertools.count())}
+
+
+def _plain_step() -> Callable[[], None]:
+    """The model in torch alone, on views that are there."""
+    import timm
+    import torch
+    from ntxent_contenders import plain
+    from torch import nn
+
+    backbone: Any = timm.create_model(_BACKBONE, pretrained=False, num_classes=0)
+    width = backbone.num_features
+    net = nn.Sequential(backbone, nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 128))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+    views_MCSS = torch.randn(2 * _STEP_BATCH, 3, _STEP_SIZE, _STEP_SIZE)
+    criterion = plain(_STEP_BATCH, _TEMPERATURE, "cpu")
+
+    def once() -> None:
+        optimizer.zero_grad()
+        criterion(net(views_MCSS).unflatten(0, (2, _STEP_BATCH))).backward()
+        optimizer.step()
+
+    return once
+
+
+def _loop(task: Task, numbers: Iterator[int]) -> float:
+    """The project's own loop with all that belongs to it, between its metrics' first row and its last."""
+    import numpy as np
+    import torch
+
+    from sharding.manifest import fingerprint
+    from train.inputs import Input, SetInput
+    from train.loop import Job, fit, plain_place
+    from train.methods import SimCLR
+
+    folder = Path(task.work) / f"run-{next(numbers)}"
+    folder.mkdir()
+    ids = np.arange(_STEP_BATCH * _STEPS)
+    job = Job(
+        folder=folder,
+        input=Input((SetInput(task.shards, fingerprint(task.shards), ids),)),
+        method=SimCLR(128, _TEMPERATURE),
+        backbone=_BACKBONE,
+        init="scratch",
+        image_size=_STEP_SIZE,
+        batch_size=_STEP_BATCH,
+        epochs=2,
+        optimizer="lars",
+        peak_learning_rate=0.01,
+        weight_decay=1e-6,
+        warmup_epochs=0.0,
+        precision="fp32",
+        seed=SEED,
+        threads=1,
+        compile=False,
+        log_every=_STEPS,  # the first epoch is not timed
+        checkpoint_every=10**9,
+        max_failures=0,
+        card={"method": "simclr", "chain": [], "key": ""},
+    )
+    times: list[float] = []
+    fit(job, plain_place(folder, torch.device("cpu")), lambda row: times.append(cpu_seconds()))
+    shutil.rmtree(folder)
+    first, last = times
+    return (last - first) / _STEPS
+
+
+# ---- Starting ----
+
+
+@contextlib.contextmanager
+def start(task: Task) -> Iterator[dict[str, Side]]:
+    """Processes from their start to their end; files and bytecode are in memory after the first time."""
+
+    def process(*arguments: str) -> Side:
+        command = [sys.executable, *arguments]
+        return functools.partial(
+            per_unit, lambda: subprocess.run(command, check=True, capture_output=True, timeout=120, cwd=ROOT), 1
+        )
+
+    yield {
+        "pyarrow": process("-c", "import pyarrow.parquet"),
+        "build": process("sharding/build.py", "--help"),
+        "pretrain": process("train/pretrain.py", "--help"),
+    }
+
+
+GROUPS: dict[str, Callable[[Task], contextlib.AbstractContextManager[dict[str, Side]]]] = {
+    "views": views,
+    "packing": packing,
+    "loss": loss,
+    "heads": heads,
+    "step": step,
+    "start": start,
+}
+
+_VIEWS = "two views of 224 px, recipe {}: torchvision on Pillow, recipe {} / ours"
+RATIOS = {
+    "views": Ratio("views", "torchvision, simclr", "simclr", _VIEWS.format("simclr", "simclr")),
+    "views-blur": Ratio("views", "torchvision, simclr-blur", "simclr-blur", _VIEWS.format("simclr-blur", "simclr-blur")),
+    "views-pathology": Ratio("views", "torchvision, simclr", "pathology", _VIEWS.format("pathology", "simclr")),
+    "packing": Ratio("packing", "decoding", "checked", "a patch of 224 px: decoding by DALI / packing with --check decode"),
+    "packing-header": Ratio("packing", "tarfile", "kept", "a patch of 224 px: Python's tarfile / packing with --check header"),
+    "loss-512": Ratio("loss", "plain 512", "ours 512", "NT-Xent of 2N = 512, D = 128, both passes: the plain formula / ours"),
+    "loss-4096": Ratio(
+        "loss", "plain 4096", "ours 4096", "NT-Xent of 2N = 4,096, D = 128, both passes: the plain formula / ours"
+    ),
+    "heads": Ratio("heads", "plain", "ours", "a linear head on 640 x 512 features, Adam: a plain torch loop / ours"),
+    "step": Ratio(
+        "step",
+        "plain",
+        "loop",
+        f"a step of {_BACKBONE}, {_STEP_BATCH} patches of {_STEP_SIZE} px: the model in torch alone / the whole training loop",
+    ),
+    "start-build": Ratio("start", "pyarrow", "build", "a process: import pyarrow.parquet / sharding/build.py --help"),
+    "start-pretrain": Ratio("start", "pyarrow", "pretrain", "a process: import pyarrow.parquet / train/pretrain.py --help"),
+}
+
+
+# ---- The process ----
+
+
+def measure(group: str, task: Task) -> dict[str, list[float]]:
+    """CPU seconds of a unit of every side's work, round by round."""
+    with GROUPS[group](task) as sides:
+        for side in sides.values():  # compiles, maps and allocates
+            side()
+        found: dict[str, list[float]] = {name: [] for name in sides}
+        until = cpu_seconds() + task.seconds
+        rounds = 0
+        while rounds < LEAST_ROUNDS or cpu_seconds() < until:
+            for name, side in sides.items():
+                found[name].append(side())
+            rounds += 1
+        return found
+
+
+def main(group: str, given: str, result: str) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    Path(result).write_text(json.dumps(measure(group, Task(**json.loads(given)))), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-1:])  # of which most others take the first
+    main(*sys.argv[1:])
