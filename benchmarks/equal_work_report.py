@@ -1,0 +1,223 @@
+"""What the benchmark of equal work says: figures and curves over seeds, their differences, and whether seeds make as much."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from equal_work_contenders import CONTENDERS, FIGURES, MODES
+from measuring import heading, markdown_table
+from scipy.stats import t as student
+
+Record = dict[str, Any]
+OTHERS = ("lightly", "plain", "replayed")  # whom ours is held against
+FIGURE_NAMES = tuple(f"{title} {words}" for title in MODES.values() for words in FIGURES.values())
+LARGEST = 2.0  # times the spread: of a curve's many points one is far off by chance
+FIRST_LOSS = {False: 1e-4, True: 1e-2}  # on the very same views and weights, at most: in float32 and in bf16 (True)
+_ROWS = 12  # of the table of losses, about
+
+
+class Difference(NamedTuple):
+    """Ours less another's, of the same seeds. low, high: 95 % interval of the mean difference, paired by seed (Student's t).
+
+    spread: the standard deviation over seeds, of both (the root of their mean variance); seeds: how many.
+    """
+
+    mean: float
+    low: float
+    high: float
+    spread: float
+    seeds: int
+
+    @property
+    def verdict(self) -> str:
+        if abs(self.mean) <= self.spread:
+            return "within the spread"
+        return "not decided" if self.low <= 0 <= self.high else "MISSED"
+
+
+class CurveDifference(NamedTuple):
+    """Of two curves of the mean loss of each epoch, each a mean over the same seeds: the mean of their distances, and the largest
+    and its epoch (1 for the first). spread: as of a difference, over all epochs (the root of the mean variance)."""
+
+    mean: float
+    largest: float
+    epoch: int
+    spread: float
+    seeds: int
+
+    @property
+    def verdict(self) -> str:
+        return "within the spread" if self.mean <= self.spread and self.largest <= LARGEST * self.spread else "MISSED"
+
+
+def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference | None:
+    """Of figures by seed. None for fewer than two seeds in common."""
+    seeds = sorted(ours.keys() & theirs.keys())
+    if len(seeds) < 2:
+        return None
+    differences = [ours[seed] - theirs[seed] for seed in seeds]
+    mean = statistics.fmean(differences)
+    half = float(student.ppf(0.975, len(seeds) - 1)) * statistics.stdev(differences) / math.sqrt(len(seeds))
+    variances = [statistics.variance([whose[seed] for seed in seeds]) for whose in (ours, theirs)]
+    return Difference(mean, mean - half, mean + half, math.sqrt(statistics.fmean(variances)), len(seeds))
+
+
+def curve_difference(ours: Mapping[int, Sequence[float]], theirs: Mapping[int, Sequence[float]]) -> CurveDifference | None:
+    """Of curves of the same length by seed. None for fewer than two seeds in common."""
+    seeds = sorted(ours.keys() & theirs.keys())
+    if len(seeds) < 2:
+        return None
+    columns = list(zip(*(zip(ours[seed], theirs[seed], strict=True) for seed in seeds), strict=True))  # by epoch, of pairs
+    distances = [abs(statistics.fmean(mine - other for mine, other in column)) for column in columns]
+    variances = [statistics.variance(values) for column in columns for values in zip(*column, strict=True)]
+    largest = max(distances)
+    return CurveDifference(
+        statistics.fmean(distances), largest, distances.index(largest) + 1, math.sqrt(statistics.fmean(variances)), len(seeds)
+    )
+
+
+def epoch_means(losses: Sequence[float], epochs: int) -> list[float]:
+    """The curve: the mean loss of each epoch, from the losses of all steps."""
+    assert len(losses) % epochs == 0, (len(losses), epochs)
+    steps = len(losses) // epochs
+    return [statistics.fmean(losses[epoch * steps : (epoch + 1) * steps]) for epoch in range(epochs)]
+
+
+def figures_of(record: Record, name: str, figure: str) -> dict[int, float]:
+    """By seed."""
+    return {run["seed"]: run["figures"][figure] for run in record["runs"].get(name, ())}
+
+
+def curves_of(record: Record, name: str, curve: str = "curve") -> dict[int, list[float]]:
+    """By seed. curve: the mean of each epoch, or "first_epoch", each step's loss."""
+    return {run["seed"]: run[curve] for run in record["runs"].get(name, ()) if curve in run}
+
+
+def first_losses(record: Record) -> float | None:
+    """The largest difference of the first step's loss, ours and on our draws, over the seeds. None: not measured."""
+    ours, replayed = (curves_of(record, name, "first_epoch") for name in ("ours", "replayed"))
+    found = [abs(ours[seed][0] - replayed[seed][0]) for seed in ours.keys() & replayed.keys()]
+    return max(found, default=None)
+
+
+def completed(record: Record) -> Record:
+    """The record with what is made of its runs, of which some may be missing."""
+    judged, curved = [], []
+    for name in OTHERS:
+        if name not in record["runs"]:
+            continue
+        for figure in FIGURE_NAMES:
+            if found := difference(figures_of(record, "ours", figure), figures_of(record, name, figure)):
+                judged.append({"other": name, "figure": figure, **found._asdict(), "verdict": found.verdict})
+        if curve := curve_difference(curves_of(record, "ours"), curves_of(record, name)):
+            curved.append({"other": name, **curve._asdict(), "verdict": curve.verdict})
+    return record | {"differences": judged, "curve_differences": curved, "first_loss_difference": first_losses(record)}
+
+
+# ---- Tables ----
+
+
+def verdict_lines(record: Record) -> list[str]:
+    lines = []
+    for row in record["differences"]:
+        lines.append(
+            f"{row['verdict']}: {row['figure']}, ours less {_title(row['other'])}: {row['mean']:+.4f}"
+            f" [{row['low']:+.4f}, {row['high']:+.4f}], spread over {row['seeds']} seeds {row['spread']:.4f}"
+        )
+    for row in record["curve_differences"]:
+        lines.append(
+            f"{row['verdict']}: loss by epoch, ours against {_title(row['other'])}: mean distance {row['mean']:.4f}, largest"
+            f" {row['largest']:.4f} (epoch {row['epoch']}), spread over {row['seeds']} seeds {row['spread']:.4f}"
+        )
+    first, enough = record["first_loss_difference"], FIRST_LOSS[record["settings"]["bf16"]]
+    if first is not None:
+        words = "reached" if first <= enough else "MISSED"
+        lines.append(f"{words}: the first step's loss on the same draws: differs by {first:.2g}, wanted at most {enough:g}")
+    if not lines:
+        lines.append("not measured: nothing that could be compared has run to its end with two seeds")
+    return lines + [f"{_title(name)}: {why}" for name, why in record["missing"].items()]
+
+
+def table(record: Record) -> tuple[list[str], list[list[str]]]:
+    """Mean and deviation over the seeds, a row for each contender."""
+    rows = []
+    for name, runs in record["runs"].items():
+        why = record["failed"].get(name)
+        cells = [_over_seeds(list(figures_of(record, name, figure).values()), 3) for figure in FIGURE_NAMES]
+        last = [curve[-1] for curve in curves_of(record, name).values()]
+        rows.append([f"{_title(name)} (FAILED: {why})" if why else _title(name), str(len(runs)), *cells, _over_seeds(last, 3)])
+    return ["", "seeds", *FIGURE_NAMES, "loss of the last epoch"], rows
+
+
+def curve_table(record: Record) -> tuple[list[str], list[list[str]]]:
+    """The mean loss of some epochs, mean and deviation over the seeds."""
+    names = [name for name in record["runs"] if curves_of(record, name)]
+    epochs = record["settings"]["epochs"]
+    shown = sorted({round(1 + place * (epochs - 1) / (_ROWS - 1)) for place in range(_ROWS)})
+    rows = [
+        [str(epoch), *(_over_seeds([c[epoch - 1] for c in curves_of(record, name).values()], 4) for name in names)]
+        for epoch in shown
+    ]
+    return ["epoch", *map(_title, names)], rows
+
+
+def _over_seeds(values: Sequence[float], digits: int) -> str:
+    if not values:
+        return "-"
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def _title(name: str) -> str:
+    return CONTENDERS[name].title
+
+
+def body(record: Record) -> list[str]:
+    """What follows the heading."""
+    s, learnt, judged = record["settings"], record["learnt_from"], record["judged_on"]
+    drawn = "drawn" if record["drawn"] else "real"
+    grouped = "are not" if judged["grouped"] else "may be"
+    return [
+        f"{s['backbone']} at {s['image_size']} px, recipe {s['recipe']}, {s['epochs']} epochs of {learnt['patches']:,} {drawn}"
+        f" training patches of {learnt['name']!r} in batches of {s['batch_size']} (an incomplete one is left out), {s['steps']:,}"
+        f" steps; Adam at 3e-4, warm-up for a tenth of them, then half a cosine; {'bf16' if s['bf16'] else 'float32'} on the"
+        f" {s['device']}; seeds {', '.join(map(str, s['seeds']))}.",
+        "",
+        "All start from the same backbone (and, but for lightly, head) of each seed and read the same patches of the same shards."
+        " lightly draws its own order and views. Plain torch has our order of the patches and draws its own views; it and lightly"
+        " put one view after the other through the network, so that batch norm sees them apart, and ours sees them together. On"
+        " our draws, torchvision makes the views that ours made, together in a batch: two curves of the same numbers, computed"
+        " twice, that rounding drives apart. Nobody blurs.",
+        "",
+        f"Judged by train/evaluate.py, with the seed of the pretraining, on the {judged['test']:,} test patches of"
+        f" {judged['name']!r}, whose groups {grouped} in its training split: mean ± standard deviation over the seeds.",
+        "",
+        *markdown_table(*table(record)),
+        "",
+        "Differences are means over seeds, with 95 % intervals paired by seed. The spread is the standard deviation over seeds."
+        " Within the spread: the difference is at most that. MISSED: it is more, and 0 is outside the interval. Not decided: it"
+        " is more, and 0 is inside. A curve is within the spread where its mean distance is, and the largest is at most"
+        f" {LARGEST:g} times that.",
+        "",
+        *(f"- {line}" for line in verdict_lines(record)),
+        *_for_scale(record),
+        "",
+        "Mean loss of an epoch (nothing learnt: "
+        f"{math.log(2 * s['batch_size'] - 1):.3f}), mean ± standard deviation over the seeds:",
+        "",
+        *markdown_table(*curve_table(record)),
+    ]
+
+
+def _for_scale(record: Record) -> list[str]:
+    """What pretraining does to the figures: were it nothing, equal figures would say nothing."""
+    found = []
+    for figure in FIGURE_NAMES:
+        if scale := difference(figures_of(record, "ours", figure), figures_of(record, "random", figure)):
+            found.append(f"{figure} {scale.mean:+.3f} [{scale.low:+.3f}, {scale.high:+.3f}]")
+    return [f"- for scale, ours less random weights: {', '.join(found)}"] if found else []
+
+
+def markdown(record: Record) -> str:
+    return "\n".join([*heading("Quality at equal work", record), *body(record), ""])

@@ -1,0 +1,310 @@
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path += [str(ROOT), str(ROOT / "benchmarks")]  # benchmarks/ is no installed package
+
+from equal_work_contenders import (  # noqa: E402
+    CONTENDERS,
+    WEIGHTS,
+    Images,
+    Task,
+    full_nt_xent,
+    lightly_arguments,
+    our_batches,
+    rate,
+)
+from equal_work_report import (  # noqa: E402
+    FIGURE_NAMES,
+    FIRST_LOSS,
+    curve_difference,
+    curve_table,
+    difference,
+    epoch_means,
+    table,
+)
+from measuring import RunFailed  # noqa: E402
+from step_peers import Environment  # noqa: E402
+
+import benchmarks.equal_work as command  # noqa: E402
+from models.backbones import build_backbone  # noqa: E402
+from models.ntxent import nt_xent  # noqa: E402
+from pipelines.loader import ViewLoader  # noqa: E402
+from pipelines.recipes import get_recipe  # noqa: E402
+from train.schedules import learning_rate  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def _task(**settings) -> Task:
+    usual = {"shards": "", "judged": "", "work": "", "recipe": "simclr", "backbone": "test_resnet", "image_size": 32}
+    usual |= {"batch_size": 16, "epochs": 3, "device": "cpu", "cores": 1, "seed": 5}
+    return Task(**(usual | settings))
+
+
+# The plain loop is the same work
+
+
+@given(patches=st.integers(2, 9), width=st.integers(2, 8), temperature=st.floats(0.1, 2), seed=st.integers(0, 99))
+def test_all_similarities_in_one_matrix_make_the_same_loss(patches, width, temperature, seed):
+    z_VBD = torch.randn(2, patches, width, generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(full_nt_xent(*z_VBD, temperature), nt_xent(z_VBD, temperature), rtol=1e-5, atol=1e-5)
+
+
+@given(steps=st.integers(1, 60), warmup=st.floats(0, 0.5))
+def test_the_rates_are_those_of_the_loop(steps, warmup):
+    warmup_steps = round(warmup * steps)
+    for step in range(steps):
+        theirs = learning_rate(step, peak=1.0, steps=steps, warmup_steps=warmup_steps)
+        assert rate(step, steps=steps, warmup_steps=warmup_steps) == pytest.approx(theirs)
+
+
+def test_the_batches_are_those_of_the_loader(small_set):
+    task = _task(shards=str(small_set))
+    images = Images(task)
+    loader = ViewLoader(small_set, images.ids, batch_size=16, image_size=32, recipe=get_recipe("simclr"), seed=5)
+    expected = []
+    for epoch in range(3):
+        loader.epoch = epoch
+        expected += [[(epoch, int(i)) for i in loader.batch_ids(step)] for step in range(len(loader))]
+    assert our_batches(task, images.ids) == expected
+    assert len(images) > 3 * 16 and expected[0] != expected[3]
+
+
+def test_others_see_the_training_patches_of_the_shards(small_set):
+    images = Images(_task(shards=str(small_set)))
+    splits = images.reader.manifest["split"].to_pylist()
+    assert images.ids.tolist() == [i for i, split in enumerate(splits) if split == "train"]
+    images.transform = lambda image: image
+    place = 3
+    image, label = images[place]
+    height, width = images.reader.sizes[images.ids[place]]
+    assert (image.mode, image.size, label) == ("RGB", (width, height), -1)
+
+
+def test_lightly_is_given_the_papers_augmentation():
+    mean_and_std = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    wanted = {"min_scale": 0.08, "hf_prob": 0.5, "cj_prob": 0.8, "cj_strength": 1.0, "cj_bright": 0.8, "cj_contrast": 0.8}
+    wanted |= {"cj_sat": 0.8, "cj_hue": 0.2, "random_gray_scale": 0.2, "normalize": mean_and_std}  # its own defaults
+    assert lightly_arguments("simclr") == wanted
+    assert lightly_arguments("simclr-mild")["min_scale"] == 0.3
+
+
+def _trained(name, tmp_path, small_set, **settings):
+    """The losses, and the backbone's weights."""
+    work = tmp_path / f"{name}-{len(list(tmp_path.iterdir()))}"
+    work.mkdir()
+    train = CONTENDERS[name].train
+    assert train is not None
+    losses = train(_task(shards=str(small_set), judged=str(small_set), work=str(work), epochs=2, **settings))
+    return losses, load_file(work / WEIGHTS)
+
+
+def test_losses_and_weights_are_the_same_on_the_same_draws(tmp_path, small_set):
+    ours, weights = _trained("ours", tmp_path, small_set)
+    replayed, replayed_weights = _trained("replayed", tmp_path, small_set)
+    assert len(ours) == 2 * 3
+    assert abs(ours[0] - replayed[0]) < FIRST_LOSS[False]
+    # Another order, rate or loss moves the later steps by more.
+    np.testing.assert_allclose(ours, replayed, atol=2e-3)
+    assert weights.keys() == replayed_weights.keys()
+    np.testing.assert_allclose(weights["conv1.0.weight"], replayed_weights["conv1.0.weight"], atol=1e-3)
+    other_seed, _ = _trained("replayed", tmp_path, small_set, seed=6)
+    assert abs(other_seed[0] - ours[0]) > 1e-2
+
+
+def test_the_plain_loop_draws_views_of_its_own_and_learns(tmp_path, small_set):
+    ours, _ = _trained("ours", tmp_path, small_set)
+    plain, weights = _trained("plain", tmp_path, small_set)
+    again, _ = _trained("plain", tmp_path, small_set)
+    assert len(plain) == len(ours) and plain == again
+    assert abs(plain[0] - ours[0]) > 1e-3
+    fresh = build_backbone("test_resnet", 32).state_dict()
+    assert not torch.equal(weights["bn1.running_mean"], fresh["bn1.running_mean"])
+    assert weights.keys() == fresh.keys()
+
+
+# What is made of the figures
+
+
+def test_a_difference_is_paired_by_seed():
+    found = difference({0: 0.5, 1: 0.6, 2: 0.7, 3: 0.9}, {2: 0.68, 1: 0.56, 0: 0.44, 7: 0.1})
+    assert found is not None and found.seeds == 3
+    assert found.mean == pytest.approx(0.04)  # of 0.06, 0.04 and 0.02
+    assert found.high - found.mean == pytest.approx(4.3027 * 0.02 / math.sqrt(3), rel=1e-4)  # t of 2 degrees of freedom
+    assert found.spread == pytest.approx(math.sqrt((0.1**2 + statistics.variance([0.44, 0.56, 0.68])) / 2))
+    assert difference({0: 0.5, 1: 0.6}, {1: 0.6}) is None
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=6),
+    st.floats(-1, 1),
+)
+def test_a_shift_of_one_side_shifts_the_difference_alone(pairs, shift):
+    ours, theirs = ({seed: pair[side] for seed, pair in enumerate(pairs)} for side in (0, 1))
+    before, after = difference(ours, theirs), difference({seed: value + shift for seed, value in ours.items()}, theirs)
+    swapped = difference(theirs, ours)
+    assert before and after and swapped
+    assert after.mean - before.mean == pytest.approx(shift, abs=1e-9)
+    assert (after.high - after.low, after.spread) == pytest.approx((before.high - before.low, before.spread), abs=1e-7)
+    assert (swapped.mean, swapped.low) == pytest.approx((-before.mean, -before.high), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("ours", "verdict"),
+    [
+        ((0.605, 0.618, 0.614), "within the spread"),
+        ((0.63, 0.651, 0.639), "MISSED"),
+        ((0.57, 0.589, 0.581), "MISSED"),
+        ((0.64, 0.62, 0.63), "not decided"),  # by 0.02 on average, with a spread of 0.01, and anything from -0.03 to 0.07
+    ],
+)
+def test_what_is_said_of_a_difference(ours, verdict):
+    found = difference(dict(enumerate(ours)), {0: 0.60, 1: 0.62, 2: 0.61})
+    assert found is not None and found.verdict == verdict
+
+
+def test_curves_are_compared_epoch_by_epoch():
+    theirs = {0: [5.0, 4.0, 3.0], 1: [5.2, 4.2, 3.2]}
+    ours = {0: [5.0, 4.1, 3.0], 1: [5.2, 4.3, 3.2]}
+    found = curve_difference(ours, theirs)
+    assert found is not None
+    assert found == pytest.approx((0.1 / 3, 0.1, 2, math.sqrt(0.02), 2))
+    assert found.verdict == "within the spread"
+    assert found._replace(largest=2.01 * found.spread).verdict == "MISSED"
+    assert found._replace(mean=1.01 * found.spread).verdict == "MISSED"
+    opposite = {0: [5.1, 4.0, 3.0], 1: [5.1, 4.2, 3.2]}  # what seeds do in both directions is no difference
+    assert curve_difference(opposite, theirs).mean == pytest.approx(0)
+    assert curve_difference(ours, {0: theirs[0]}) is None
+
+
+def test_a_curve_is_the_mean_of_each_epoch():
+    assert epoch_means([1.0, 2.0, 4.0, 8.0], 2) == [1.5, 6.0]
+
+
+# The command
+
+
+def _run(seed, value, curve=None):
+    run = {"seed": seed, "figures": dict.fromkeys(FIGURE_NAMES, value)}
+    return run if curve is None else run | {"curve": curve, "first_epoch": [2.0, *curve], "seconds": 3.0}
+
+
+def _main(tmp_path, monkeypatch, small_set, one_run, **settings):
+    """The record, the Markdown and the exit code of a run without processes."""
+    monkeypatch.setattr(command, "one_run", one_run)
+    monkeypatch.setattr(command, "environment_of", lambda *_: Environment("python", {"lightly": "1.6.0"}, {}))
+    usual = {"batch_size": 16, "epochs": 3, "seeds": 2}
+    code = 0
+    try:
+        command.main(command.Config(str(tmp_path), str(tmp_path / "out"), data=str(small_set), **(usual | settings)))
+    except SystemExit as error:
+        code = error.code
+    (path,) = (tmp_path / "out").glob("*-equal-work.json")
+    return json.loads(path.read_text()), path.with_suffix(".md").read_text(), code
+
+
+def test_contenders_are_interleaved_by_seed_and_a_failure_stands_in_the_table(tmp_path, monkeypatch, small_set):
+    calls = []
+
+    def one_run(name, task, peers, work, limit):
+        calls.append((task.seed, name))
+        if (task.seed, name) == (8, "plain"):
+            raise RunFailed("exit code 1: out of memory")
+        figure = {"ours": 0.9, "random": 0.5}.get(name, 0.7) + 0.01 * task.seed
+        curve = [4.0, 3.0, {"lightly": 1.0}.get(name, 2.0) + 0.01 * task.seed]
+        return _run(task.seed, figure, None if name == "random" else curve)
+
+    record, text, code = _main(tmp_path, monkeypatch, small_set, one_run, seed=7, seeds=3)
+    assert code == 1
+    names = list(CONTENDERS)
+    without = [name for name in names if name != "plain"]
+    assert calls == [(7, name) for name in names] + [(8, name) for name in names] + [(9, name) for name in without]
+    assert record["failed"] == {"plain": "exit code 1: out of memory"}
+    assert record["judged_on"]["grouped"] and record["settings"]["steps"] == 3 * (record["learnt_from"]["patches"] // 16)
+    rows = {row[0]: row[1:] for row in table(record)[1]}
+    assert rows["ours"] == ["3", *["0.980 ± 0.010"] * 4, "2.080 ± 0.010"]
+    assert rows["random weights"][-1] == "-"
+    assert "plain torch and torchvision (FAILED: exit code 1: out of memory)" in rows
+    assert "- MISSED: kNN accuracy, ours less lightly: +0.2000 [+0.2000, +0.2000], spread over 3 seeds 0.0100" in text
+    assert "- MISSED: loss by epoch, ours against lightly: mean distance 0.3333, largest 1.0000 (epoch 3)" in text
+    assert "- within the spread: loss by epoch, ours against the same on our draws: mean distance 0.0000" in text
+    assert "- reached: the first step's loss on the same draws: differs by 0, wanted at most 0.0001" in text
+    assert "for scale, ours less random weights: linear accuracy +0.400" in text
+    assert "less plain" not in text  # one seed is no spread
+    assert [row[0] for row in curve_table(record)[1]] == ["1", "2", "3"]
+
+
+def test_a_first_loss_that_differs_is_told(tmp_path, monkeypatch, small_set):
+    def one_run(name, task, peers, work, limit):
+        run = _run(task.seed, 0.5, [4.0, 3.0, 2.0])
+        return run | {"first_epoch": [2.0 + 0.001 * (name == "replayed") * task.seed]}
+
+    record, text, code = _main(tmp_path, monkeypatch, small_set, one_run, contenders=["replayed", "ours"])
+    assert (code, record["first_loss_difference"]) == (0, pytest.approx(0.001))
+    assert "- MISSED: the first step's loss on the same draws: differs by 0.001" in text
+
+
+@pytest.mark.parametrize("losses", [[3.0, None], [3.0, math.nan]])
+def test_a_loss_that_is_no_number_is_a_failure(tmp_path, monkeypatch, losses):
+    monkeypatch.setattr(command, "_process", lambda *_: {"losses": losses, "seconds": 1.0})
+    with pytest.raises(RunFailed, match="its loss is not a number"):
+        command.one_run("ours", _task(epochs=1), Environment("python", {}, {}), tmp_path, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"contenders": ["vissl"]}, "no contender 'vissl'"),
+        ({"seeds": 1}, "--seeds 1 is out of range: give at least 2"),
+        ({"epochs": 0}, "--epochs 0 is out of range"),
+        ({"batch_size": 90}, "its train split has 6. patches, fewer than --batch-size 90"),
+        ({"data": "no/such/set"}, "no/such/set: there is no such folder"),
+        ({"judged_on": "unlabelled"}, "cannot judge: give --judged-on a set with labels"),
+        ({"cores": 10_000}, "--cores 10000 is out of range"),
+    ],
+)
+def test_slips_are_told(tmp_path, monkeypatch, small_set, settings, words):
+    if "judged_on" in settings:
+        dataset = json.loads((small_set / "dataset.json").read_text()) | {"classes": []}
+        (tmp_path / "unlabelled").mkdir()
+        (tmp_path / "unlabelled" / "dataset.json").write_text(json.dumps(dataset))
+        (tmp_path / "unlabelled" / "manifest.parquet").symlink_to(small_set / "manifest.parquet")
+        settings = {"judged_on": str(tmp_path / "unlabelled")}
+    usual = {"work": str(tmp_path / "work"), "out": str(tmp_path / "results"), "data": str(small_set), "dry": True}
+    with pytest.raises(ValueError, match=words):
+        command.main(command.Config(**(usual | settings)))
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_dry_run_judges_by_the_command(tmp_path, small_set):
+    arguments = ["--work", tmp_path, "--out", tmp_path / "results", "--dry", "--data", small_set, "--cores", 1]
+    line = [sys.executable, "benchmarks/equal_work.py", *map(str, arguments), "--contenders", "random"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=220, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = (tmp_path / "results").glob("*-equal-work.json")
+    runs = json.loads(path.read_text())["runs"]["random"]
+    assert [run["seed"] for run in runs] == [0, 1]
+    for run in runs:
+        assert list(run["figures"]) == list(FIGURE_NAMES) and all(0 <= value <= 1 for value in run["figures"].values())
+    assert not list(tmp_path.glob("run-*"))  # runs come and go
+    assert "not measured: nothing that could be compared" in path.with_suffix(".md").read_text()
