@@ -324,7 +324,7 @@ def test_a_process_per_node_says_what_went_wrong(ray_here, monkeypatch):
         alone = found.ask(nodes.all_reduce, 0, 2, "127.0.0.1", port, "gloo", 1.0, seconds=30)[name]
         assert alone.error and "no answer" not in alone.error
         process = found.ask(os.getpid, seconds=20)[name].result
-    monkeypatch.setattr(workers, "Caller", only_here.Caller)  # a node where the project is not installed
+    monkeypatch.setattr(cluster, "Caller", only_here.Caller)  # a node where the project is not installed
     with cluster.Nodes() as found:
         assert found.ask(os.getpid, seconds=20)[name].error == "No module named 'only_here'"
     until = time.monotonic() + 20
@@ -433,8 +433,8 @@ def test_the_autoscaler_of_this_cluster_is_found_by_its_command_line(ray_here, t
         with subprocess.Popen(command, stdin=subprocess.PIPE) as monitor:
             assert len(cluster.possible_nodes()) == 1 + more
             if more:
-                assert workers.gpus_with_bf16(1) is bf16
+                assert cluster.gpus_with_bf16(1) is bf16
                 config.write_text(config.read_text().replace("T4", "A100"))
-                assert workers.gpus_with_bf16(1) is True
+                assert cluster.gpus_with_bf16(1) is True
             monitor.communicate(b"\n", timeout=20)
     assert cluster.possible_nodes() == alone
