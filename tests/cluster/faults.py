@@ -147,23 +147,21 @@ def kill_worker(course: Course) -> None:
 
 def cut_link(course: Course) -> None:
     """A machine's cable is pulled. The run goes on without it, and takes it in when the cable is back."""
-    began = time.time()
-    course.rig.cut(_LOST)
-    try:
-        course.until_it_goes_on(began, workers=1)
-    finally:
-        course.rig.mend(_LOST)
-    course.until_it_goes_on(began, workers=2)
+    _take(course, course.rig.cut, course.rig.mend)
 
 
 def lose_machine(course: Course) -> None:
     """A machine loses its power, and is switched on again after a while."""
+    _take(course, course.rig.power_off, course.rig.power_on)
+
+
+def _take(course: Course, away: Callable[[str], None], back: Callable[[str], None]) -> None:
     began = time.time()
-    course.rig.power_off(_LOST)
+    away(_LOST)
     try:
         course.until_it_goes_on(began, workers=1)
     finally:
-        course.rig.power_on(_LOST)
+        back(_LOST)
     course.until_it_goes_on(began, workers=2)
 
 
