@@ -41,7 +41,7 @@ def connect(name: str | None = None) -> None:
     job = ray.job_config.JobConfig(metadata={"job_name": name} if name else None)
     context = ray.init(job_config=job, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
     place = context.dashboard_url
-    nodes = len([node for node in ray.nodes() if node["Alive"]])
+    nodes = len(alive_nodes())
     resources = ray.cluster_resources()
     gpus = f", {resources['GPU']:.0f} GPUs" if resources.get("GPU") else ""
     print(f"Ray: {nodes} node{'s' * (nodes > 1)}, {resources['CPU']:.0f} CPUs{gpus}; dashboard http://{place}", flush=True)

@@ -39,7 +39,7 @@ from train.two_pass import check_micro_batch, two_pass_backward
 
 HEAD_NAME = "head.pt"
 OTHERS_END = 30.0  # seconds that a worker of a driver which was killed may still live
-_TRIES = 12  # of what is asked of the store while a run is trained: about two minutes of pauses
+TRIES = 12  # of what is asked of the store while a run is trained: about two minutes of pauses
 
 
 @dataclass(frozen=True)
@@ -369,7 +369,7 @@ def place_in(
     storage that fails.
     """
     checkpoints, background = folder / CHECKPOINTS, Background()
-    mirror = Mirror(url, tries=_TRIES) if url else None
+    mirror = Mirror(url, tries=TRIES) if url else None
     upkeep = Upkeep(mirror) if mirror and rank == 0 else None
 
     def write_one(step: int, write: Callable[[Path], None]) -> None:

@@ -23,7 +23,7 @@ from train.cluster import Nodes, alive_nodes, connect, possible_nodes
 from train.config import worker_range
 from train.gauges import meaning, readings, shown_name
 from train.lease import await_lease
-from train.loop import OTHERS_END, Job, fit, place_in, plain_place
+from train.loop import OTHERS_END, TRIES, Job, fit, place_in, plain_place
 from train.mirror import Mirror
 from train.patience import await_folder
 from train.provenance import RECORD_NAME
@@ -40,7 +40,6 @@ _LONGEST_PAUSE = 60.0
 _CUT_OFF_S = 15.0  # without the head, after which a worker ends
 _LOOK_S = 2.0  # between two looks for it
 _OTHERS_END = 120.0  # seconds that a worker of an attempt before may go on, where it is cut off (docs/cluster.md)
-_TRIES = 12  # of what is asked of the store between two attempts: about two minutes of pauses
 
 
 def run_job(job: Job, workers: str | int, gpus_per_worker: float | None = None, cpus_per_worker: int = 0) -> str:
@@ -196,7 +195,7 @@ def _attempt(job, least, most, share, *, again) -> BaseException | None:
 
 def _newest_checkpoint(job) -> str | None:
     if job.url:
-        return max(Mirror(job.url, tries=_TRIES).checkpoints(), default=None)
+        return max(Mirror(job.url, tries=TRIES).checkpoints(), default=None)
     return newest_in(job.folder / CHECKPOINTS)
 
 
