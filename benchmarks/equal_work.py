@@ -15,11 +15,12 @@ what seeds make is printed as MISSED; who could not run stands in the table with
 """
 
 import dataclasses
+import functools
 import json
-import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,7 +35,7 @@ sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the 
 import equal_work_contenders  # noqa: E402
 from equal_work_contenders import CONTENDERS, Task  # noqa: E402
 from equal_work_report import completed, curve_table, epoch_means, markdown, table, verdict_lines  # noqa: E402
-from measuring import RunFailed, chosen, conclude, machine, new_path, run_fresh, versions_of  # noqa: E402
+from measuring import RunFailed, chosen, conclude, machine, new_path, record_of, run_fresh, take, versions_of  # noqa: E402
 from step_peers import PEERS, Environment, environment_of  # noqa: E402
 
 from sharding.command import option, required, run_script  # noqa: E402
@@ -43,7 +44,6 @@ from sharding.packing import build_shards  # noqa: E402
 from sharding.synthetic import LAYOUTS, draw_set  # noqa: E402
 from sharding.synthetic import Config as DrawConfig  # noqa: E402
 from sharding.workers import available_cores  # noqa: E402
-from train.runs import code_commit, write_json  # noqa: E402
 
 _PACKAGES = ("torch", "torchvision", "timm", "pillow", "nvidia-dali-cuda130", "scikit-learn")
 _SLIDES = 24
@@ -115,12 +115,7 @@ def main(config: Config) -> None:
     seeds = list(range(config.seed, config.seed + sizes["seeds"]))
     path = new_path(Path(config.out), "equal-work")
     record: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"),
-        "time": time.strftime("%H:%M:%S%z"),
-        "machine": started,
-        "commit": config.commit or code_commit(),
-        "command": shlex.join(["python", *sys.argv]),
-        "versions": versions_of(_PACKAGES) | peers.versions,
+        **record_of(started, versions_of(_PACKAGES) | peers.versions, config.commit),
         "drawn": config.data is None,
         "learnt_from": learnt_from,
         "judged_on": judged_on,
@@ -134,18 +129,8 @@ def main(config: Config) -> None:
     }
     for seed in seeds:
         for name in names:
-            if name in record["failed"]:
-                continue
-            try:
-                run = one_run(name, dataclasses.replace(task, seed=seed), peers, work, config.limit)
-                record["runs"][name].append(run)
-                found = " | ".join(f"{figure} {value:.3f}" for figure, value in run["figures"].items())
-                last = f", loss {run['curve'][-1]:.4f}" if "curve" in run else ""
-                console.print(f"seed {seed}: {name}: {found}{last}", markup=False)
-            except RunFailed as error:  # the others' figures are worth having; the exit code tells
-                record["failed"][name] = str(error)
-                console.print(f"seed {seed}: {name}: FAILED: {error}", markup=False)
-            write_json(path, record)
+            measure = functools.partial(one_run, name, dataclasses.replace(task, seed=seed), peers, work, config.limit)
+            take(record, name, f"seed {seed}: {name}", path, console, measure, _shown)
     record = completed(record)
     conclude(
         record,
@@ -207,6 +192,11 @@ def one_run(name: str, task: Task, peers: Environment, work: Path, limit: float)
             found["first_epoch"] = losses[: len(losses) // task.epochs]
         found["figures"] = _process(sys.executable, "judge", name, task, limit)
     return found
+
+
+def _shown(run: Mapping[str, Any]) -> str:
+    found = " | ".join(f"{figure} {value:.3f}" for figure, value in run["figures"].items())
+    return found + (f", loss {run['curve'][-1]:.4f}" if "curve" in run else "")
 
 
 def _process(python: str, what: str, name: str, task: Task, limit: float) -> dict[str, Any]:

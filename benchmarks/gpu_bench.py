@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
 
 from gpu_bench_parts import NEED_NO_DATA, PARTS, Setting, markdown  # noqa: E402
-from measuring import heading, machine, new_path, versions_of  # noqa: E402
+from measuring import heading, machine, new_path, record_of, versions_of  # noqa: E402
 
 from sharding.command import option, required, run_script  # noqa: E402
 from sharding.workers import available_cores  # noqa: E402
@@ -69,14 +69,9 @@ def main(config: Config) -> None:
     path = new_path(Path(config.out).resolve(), f"gpu-bench-{short}")
     commit = config.commit or code_commit()
     record: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"),
-        "time": time.strftime("%H:%M:%S%z"),
+        **record_of(machine(available_cores()), versions_of(_PACKAGES), commit),
         "device": device,
         "dry": config.dry,
-        "machine": machine(available_cores()),
-        "commit": commit,
-        "command": shlex.join(["python", *sys.argv]),
-        "versions": versions_of(_PACKAGES),
         "parts": {},
     }
     # Whoever ends this process ends the parts with it: they are of other process groups.

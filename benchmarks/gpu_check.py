@@ -26,10 +26,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
 
 # The processes that draw patches import this file again. torch is nothing to them: it and the steps are imported in `main`.
-from measuring import new_path  # noqa: E402
+from measuring import machine, new_path, record_of  # noqa: E402
 
 from sharding.command import option, required, run_script  # noqa: E402
-from train.runs import code_commit, write_json, write_text  # noqa: E402
+from sharding.workers import available_cores  # noqa: E402
+from train.runs import write_json, write_text  # noqa: E402
 
 # In this order: functions of gpu_steps, and the seconds that must be left to begin with them
 STEPS = {
@@ -73,12 +74,9 @@ def main(config: Config) -> None:
     given = {name: value for name in FULL if (value := getattr(config, name, None)) is not None}
     sizes: dict[str, Any] = (DRY if config.dry else FULL) | given
     record = {
-        "date": time.strftime("%Y-%m-%d"),
-        "time": time.strftime("%H:%M:%S%z"),
+        **record_of(machine(available_cores()), {}, config.commit),
         "device": device,
         "dry": config.dry,
-        "commit": config.commit or code_commit(),
-        "command": " ".join(["python", *sys.argv]),
         "backbone": sizes["backbone"],
         "image_size": sizes["image_size"],
         "batch_size": sizes["batch_size"],

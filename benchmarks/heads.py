@@ -13,7 +13,6 @@ was not reached is printed as MISSED; where a process failed, the exit code is 1
 
 import dataclasses
 import json
-import shlex
 import statistics
 import sys
 import tempfile
@@ -37,6 +36,7 @@ from measuring import (  # noqa: E402
     machine,
     markdown_table,
     new_path,
+    record_of,
     run_fresh,
     target_lines,
     versions_of,
@@ -47,7 +47,7 @@ from sharding.command import option, run_script  # noqa: E402
 from sharding.workers import available_cores  # noqa: E402
 from train import heads_train  # noqa: E402
 from train.heads_train import PROTOCOLS, HeadTask, Protocol, train_heads  # noqa: E402
-from train.runs import code_commit, write_json  # noqa: E402
+from train.runs import write_json  # noqa: E402
 
 Record = dict[str, Any]
 SCENARIOS = {"one": "1 head on all rows", "grid": "4 fractions (5, 25, 50, 100 %) x 5 seeds"}
@@ -202,12 +202,7 @@ def main(config: Config) -> None:
     console = Console(highlight=False, soft_wrap=True)
     path = new_path(Path(config.out), "heads")
     record: Record = {
-        "date": time.strftime("%Y-%m-%d"),
-        "time": time.strftime("%H:%M:%S%z"),
-        "machine": machine(cores),
-        "commit": code_commit(),
-        "command": shlex.join(["python", *sys.argv]),
-        "versions": versions_of(["torch", "numba", "numpy", "scikit-learn"]),
+        **record_of(machine(cores), versions_of(["torch", "numba", "numpy", "scikit-learn"])),
         "timed": {name: getattr(config, name) for name in ("protocol", "rows", "features", "classes", "epochs", "rounds")},
         "runs": {scenario: {name: [] for name in names} for scenario in SCENARIOS},
         "failed": {},

@@ -19,10 +19,9 @@ and then the exit code is 1.
 """
 
 import dataclasses
+import functools
 import json
-import shlex
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,14 +39,13 @@ import loader_peers  # noqa: E402
 from loader_contenders import Task  # noqa: E402
 from loader_peers import ALL, NOT_TO_BE_HAD, PEER_CONTENDERS, PEERS  # noqa: E402
 from loader_report import completed, markdown, tables, target_lines  # noqa: E402
-from measuring import RunFailed, absent, chosen, conclude, machine, new_path, run_fresh, versions_of  # noqa: E402
+from measuring import absent, chosen, conclude, machine, new_path, record_of, run_fresh, take, versions_of  # noqa: E402
 from patch_set import patch_set  # noqa: E402
 from step_peers import Environment, environment_of  # noqa: E402
 
 from pipelines.shards import ShardReader  # noqa: E402
 from sharding.command import option, required, run_script  # noqa: E402
 from sharding.workers import available_cores  # noqa: E402
-from train.runs import code_commit, write_json  # noqa: E402
 
 NAMES = (*ALL, "parts", "memory")
 _WARM = 2  # batches that are not timed, at least
@@ -109,12 +107,7 @@ def main(config: Config) -> None:
     task = the_task(config, reader, cores)
     path = new_path(Path(config.out), "loader-cuda" if config.device == "cuda" else "loader")
     record: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"),
-        "time": time.strftime("%H:%M:%S%z"),
-        "machine": started,
-        "commit": code_commit(),
-        "command": shlex.join(["python", *sys.argv]),
-        "versions": versions_of(_PACKAGES) | {name: v for each in peers.values() for name, v in each.versions.items()},
+        **record_of(started, versions_of(_PACKAGES) | {name: v for each in peers.values() for name, v in each.versions.items()}),
         "images": data.described,
         "timed": dataclasses.asdict(task),
         "runs": {},
@@ -122,16 +115,9 @@ def main(config: Config) -> None:
         "failed": {},
     }
     for job in jobs(config, names, task):
-        runs = record["runs"].setdefault(job.key, [])
-        if job.key in record["failed"]:
-            continue
-        try:
-            runs.append(one_run(job, work, peers[job.name].python if job.name in peers else sys.executable))
-            console.print(f"{job.title}: {_shown(job, runs[-1])}", markup=False)
-        except RunFailed as error:  # the others' figures are worth having; the exit code tells
-            record["failed"][job.key] = str(error)
-            console.print(f"{job.title}: FAILED: {error}", markup=False)
-        write_json(path, record)
+        python = peers[job.name].python if job.name in peers else sys.executable
+        measure = functools.partial(one_run, job, work, python)
+        take(record, job.key, job.title, path, console, measure, functools.partial(_shown, job))
     record = completed(record)
     conclude(
         record,

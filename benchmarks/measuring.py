@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sharding.workers import available_cores
-from train.runs import write_json, write_text
+from train.runs import code_commit, write_json, write_text
 
 _POLL_S = 0.02  # between two looks at the memory of the processes
 
@@ -84,6 +85,33 @@ def versions_of(packages: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def record_of(at: Mapping[str, Any], versions: Mapping[str, str], commit: str | None = None) -> dict[str, Any]:
+    """The first entries of every result. at: machine() as it was before the work began. commit: where the host has the files
+    without their history."""
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "time": time.strftime("%H:%M:%S%z"),
+        "machine": at,
+        "commit": commit or code_commit(),
+        "command": typed(sys.argv),
+        "versions": versions,
+    }
+
+
+def typed(arguments: Sequence[str]) -> str:
+    """The command as it is to be typed again, in the repository: of a path elsewhere only the last part, since a result is read
+    on other machines."""
+    here = Path(__file__).resolve().parents[1]
+
+    def shown(argument: str) -> str:
+        path = Path(argument)
+        if not path.is_absolute():
+            return argument
+        return str(path.relative_to(here)) if path.is_relative_to(here) else path.name
+
+    return shlex.join(["python", *map(shown, arguments)])
+
+
 def heading(title: str, record: dict[str, Any]) -> list[str]:
     """The first lines of a result in Markdown: what was measured, when, on what, by which command."""
     m = record["machine"]
@@ -140,6 +168,30 @@ def absent(packages: Mapping[str, Iterable[str]], names: Iterable[str]) -> dict[
         if lacking := [package for package in packages.get(name, ()) if importlib.util.find_spec(package) is None]:
             found[name] = f"not installed: {', '.join(lacking)}"
     return found
+
+
+def take(
+    record: dict[str, Any],
+    name: str,
+    title: str,
+    path: Path,
+    console: Console,
+    measure: Callable[[], dict[str, Any]],
+    shown: Callable[[dict[str, Any]], str],
+) -> None:
+    """Measure a contender once and add what is found to its runs in the record, which is written. One that failed is not tried
+    again: its reason is said and kept, since the others' figures are worth having, and the exit code tells."""
+    runs = record["runs"].setdefault(name, [])
+    if name in record["failed"]:
+        return
+    try:
+        found = measure()
+        runs.append(found)
+        console.print(f"{title}: {shown(found)}", markup=False)
+    except RunFailed as error:
+        record["failed"][name] = str(error)
+        console.print(f"{title}: FAILED: {error}", markup=False)
+    write_json(path, record)
 
 
 def conclude(

@@ -15,7 +15,6 @@ target that was not reached is printed as MISSED; where a process failed, the ex
 
 import dataclasses
 import json
-import shlex
 import sys
 import tempfile
 import time
@@ -29,14 +28,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
 
 import ntxent_contenders  # noqa: E402
-from measuring import RunFailed, chosen, conclude, machine, new_path, run_fresh, versions_of  # noqa: E402
+from measuring import RunFailed, chosen, conclude, machine, new_path, record_of, run_fresh, versions_of  # noqa: E402
 from ntxent_contenders import CONTENDERS, Task  # noqa: E402
 from ntxent_report import completed, markdown, other_loss, refusal, tables, target_lines  # noqa: E402
 from step_peers import PEERS, Environment, environment_of  # noqa: E402
 
 from sharding.command import option, run_script  # noqa: E402
 from sharding.workers import available_cores  # noqa: E402
-from train.runs import code_commit, write_json  # noqa: E402
+from train.runs import write_json  # noqa: E402
 
 _START_S = 120  # for a process to import what it needs, on a busy machine
 
@@ -84,12 +83,7 @@ def main(config: Config) -> None:
     names = [name for name in names if name not in peers.missing]
     path = new_path(Path(config.out), f"ntxent-{config.device}")
     record: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"),
-        "time": time.strftime("%H:%M:%S%z"),
-        "machine": started,
-        "commit": code_commit(),
-        "command": shlex.join(["python", *sys.argv]),
-        "versions": versions_of(["torch"]) | peers.versions,
+        **record_of(started, versions_of(["torch"]) | peers.versions),
         "timed": {
             "device": config.device,
             "dim": config.dim,

@@ -12,8 +12,8 @@ Results go to <out>/<date>-packing.json, written after every run, and at the end
 that was not reached is printed as MISSED.
 """
 
+import functools
 import importlib.util
-import shlex
 import shutil
 import sys
 import time
@@ -27,7 +27,7 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
 
-from measuring import RunFailed, chosen, machine, new_path, print_table  # noqa: E402
+from measuring import RunFailed, chosen, machine, new_path, print_table, record_of, take  # noqa: E402
 from packing_contenders import CONTENDERS, Task  # noqa: E402
 from packing_images import LAYOUT, draw_images, image_files  # noqa: E402
 from packing_report import (  # noqa: E402
@@ -44,7 +44,7 @@ from packing_runs import note_peaks, one_run, output_folder, run_process  # noqa
 
 from sharding.command import option, required, run_script  # noqa: E402
 from sharding.workers import available_cores  # noqa: E402
-from train.runs import code_commit, write_json, write_text  # noqa: E402
+from train.runs import write_json, write_text  # noqa: E402
 
 _QUALITY = {"speed": 85, "memory": 100}  # of the drawn JPEGs: 15 to 19 KB at 224 px, and 0.9 KB at 16 px
 _TINY = 16  # pixels, side of the images for --memory
@@ -76,11 +76,7 @@ def main(config: Config) -> None:
     Path(config.work).mkdir(parents=True, exist_ok=True)
     path = new_path(Path(config.out), "packing-memory" if config.memory else "packing")
     record: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"),
-        "time": time.strftime("%H:%M:%S%z"),
-        "machine": machine(workers),
-        "commit": code_commit(),
-        "command": shlex.join(["python", *sys.argv]),
+        **record_of(machine(workers), {}),
         "failed": {},
     }
     console = Console(highlight=False, soft_wrap=True)
@@ -123,17 +119,16 @@ def measure_speed(config: Config, workers: int, record: dict[str, Any], path: Pa
     console.print(f"{patches:,} images of {size / patches / 1e3:.1f} KB", markup=False)
     for number in range(1, config.rounds + 1):
         for name in names:
-            if name in record["failed"]:
-                continue
-            try:
-                with output_folder(config.work) as out:
-                    run = one_run(name, Task(str(images.resolve()), str(out), workers, config.layout), patches, size)
-                record["runs"][name].append(run)
-                console.print(f"round {number}: {name}: {run['patches_per_s']:,.0f} patches/s", markup=False)
-            except RunFailed as error:  # the others' figures are worth having; the exit code tells
-                record["failed"][name] = str(error)
-                console.print(f"round {number}: {name}: FAILED: {error}", markup=False)
-            write_json(path, record)
+            measure = functools.partial(_one_speed, name, images.resolve(), config, workers, patches, size)
+            take(
+                record,
+                name,
+                f"round {number}: {name}",
+                path,
+                console,
+                measure,
+                lambda run: f"{run['patches_per_s']:,.0f} patches/s",
+            )
     record["summary"] = summarise(record["runs"])
     record["targets"] = judge(record["summary"])
     write_json(path, record)
@@ -173,6 +168,11 @@ def read_once(images: Path) -> tuple[int, int]:
     if not patches:
         raise ValueError(f"{images} holds no image in a folder of a class: give a folder that holds a folder for each class")
     return patches, size
+
+
+def _one_speed(name: str, images: Path, config: Config, workers: int, patches: int, size: int) -> dict[str, float]:
+    with output_folder(config.work) as out:
+        return one_run(name, Task(str(images), str(out), workers, config.layout), patches, size)
 
 
 # ---- Memory ----

@@ -11,9 +11,7 @@ bottleneck. The formulas are in scale_model.py, the constants in scale_constants
 Results go to <out>/<date>-scale.json, its tables to .md and a plot to .png; of the check to <date>-scale-check.json and .md.
 """
 
-import shlex
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +23,14 @@ sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the 
 
 import scale_check  # noqa: E402
 import scale_report  # noqa: E402
-from measuring import conclude, machine, new_path, versions_of  # noqa: E402
+from measuring import conclude, machine, new_path, record_of, versions_of  # noqa: E402
 from scale_constants import MACHINES, all_sources, packing, part_of, workload  # noqa: E402
 from scale_constants import machine as described  # noqa: E402
 from scale_model import predict  # noqa: E402
 
 from sharding.command import option, run_script  # noqa: E402
 from sharding.workers import available_cores  # noqa: E402
-from train.runs import code_commit, write_json  # noqa: E402
+from train.runs import write_json  # noqa: E402
 
 GPUS = [1, 2, 4, 8, 16, 64, 256, 1024]
 PATCHES = [150_000, 1_500_000, 100_000_000, 1_000_000_000]
@@ -61,12 +59,7 @@ def main(config: Config) -> None:
     _check_numbers(config)
     console = Console(highlight=False, soft_wrap=True)
     record: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"),
-        "time": time.strftime("%H:%M:%S%z"),
-        "machine": machine(available_cores()),
-        "commit": code_commit(),
-        "command": shlex.join(["python", *sys.argv]),
-        "versions": versions_of(["torch", "ray", "timm"]),
+        **record_of(machine(available_cores()), versions_of(["torch", "ray", "timm"])),
         "failed": {},
     }
     if config.check:

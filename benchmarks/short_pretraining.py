@@ -12,7 +12,6 @@ command failed, the exit code is 1.
 """
 
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
 
-from measuring import RunFailed, conclude, heading, machine, markdown_table, new_path, run_fresh, versions_of  # noqa: E402
+from measuring import RunFailed, conclude, heading, machine, markdown_table, new_path, record_of, run_fresh, versions_of  # noqa: E402
 
 from sharding.command import option, required, run_script  # noqa: E402
 from sharding.manifest import read_dataset  # noqa: E402
@@ -33,7 +32,7 @@ from sharding.packing import build_shards  # noqa: E402
 from sharding.synthetic import LAYOUTS, draw_set  # noqa: E402
 from sharding.synthetic import Config as DrawConfig  # noqa: E402
 from sharding.workers import available_cores  # noqa: E402
-from train.runs import Run, code_commit, write_json  # noqa: E402
+from train.runs import Run, write_json  # noqa: E402
 
 _PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130")
 _PILOT_EPOCHS = 2  # of which the first one holds what is done once
@@ -71,12 +70,7 @@ def main(config: Config) -> None:
     described = read_dataset(data)
     path = new_path(Path(config.out), "short-pretraining")
     record: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"),
-        "time": time.strftime("%H:%M:%S%z"),
-        "machine": started,
-        "commit": code_commit(),
-        "command": shlex.join(["python", *sys.argv]),
-        "versions": versions_of(_PACKAGES),
+        **record_of(started, versions_of(_PACKAGES)),
         "set": {"name": described["name"], "drawn": config.data is None},
         "settings": {
             name: getattr(config, name) for name in ("backbone", "image_size", "batch_size", "optimizer", "seconds", "seed")

@@ -16,7 +16,6 @@ than ours do, so that ratios rise by up to a sixth.
 
 import dataclasses
 import json
-import shlex
 import sys
 import tempfile
 import time
@@ -31,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
 
 import smoke_sides  # noqa: E402
-from measuring import RunFailed, machine, new_path, print_table, run_fresh, versions_of  # noqa: E402
+from measuring import RunFailed, machine, new_path, print_table, record_of, run_fresh, versions_of  # noqa: E402
 from packing_images import draw_images  # noqa: E402
 from smoke_report import Verdict, committed_form, compare, falls, markdown, of_rounds, summarise, table  # noqa: E402
 from smoke_sides import DISTINCT, PATCHES, QUALITY, RATIOS, SIZE, Ratio, Task  # noqa: E402
@@ -39,7 +38,7 @@ from smoke_sides import DISTINCT, PATCHES, QUALITY, RATIOS, SIZE, Ratio, Task  #
 from sharding.command import option, run_script  # noqa: E402
 from sharding.packing import build_shards  # noqa: E402
 from sharding.workers import available_cores  # noqa: E402
-from train.runs import code_commit, read_json, write_json, write_text  # noqa: E402
+from train.runs import read_json, write_json, write_text  # noqa: E402
 
 COMMITTED = ROOT / "benchmarks" / "smoke.json"
 _LIMIT_S = 900  # of a group: one that hangs, not a busy machine
@@ -67,12 +66,7 @@ def main(config: Config) -> None:
     console = Console(highlight=False, soft_wrap=True)
     path = new_path(Path(config.out), "smoke") if config.out else None
     record: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"),
-        "time": time.strftime("%H:%M:%S%z"),
-        "machine": machine(1),
-        "commit": code_commit(),
-        "command": shlex.join(["python", *sys.argv]),
-        "versions": versions_of(_PACKAGES),
+        **record_of(machine(1), versions_of(_PACKAGES)),
         "seconds": config.seconds,
         "runs": [],
         "wall_s": [],

@@ -13,7 +13,6 @@ process failed, the exit code is 1.
 """
 
 import os
-import shlex
 import signal
 import statistics
 import subprocess
@@ -28,13 +27,13 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
 
-from measuring import RunFailed, conclude, heading, machine, markdown_table, new_path, versions_of  # noqa: E402
+from measuring import RunFailed, conclude, heading, machine, markdown_table, new_path, record_of, versions_of  # noqa: E402
 from patch_set import patch_set  # noqa: E402
 
 from sharding.command import option, required, run_script  # noqa: E402
 from sharding.workers import available_cores  # noqa: E402
 from train.progress import Tail  # noqa: E402
-from train.runs import code_commit, write_json  # noqa: E402
+from train.runs import write_json  # noqa: E402
 
 Record = dict[str, Any]
 CONTENDERS = {"plain": ("without Ray", 0), "ray": ("one Ray worker", 1)}
@@ -124,12 +123,7 @@ def main(config: Config) -> None:
     storage = work / "starting" / f"{int(time.time())}-{os.getpid()}"
     storage.mkdir(parents=True)
     record: Record = {
-        "date": time.strftime("%Y-%m-%d"),
-        "time": time.strftime("%H:%M:%S%z"),
-        "machine": machine(available_cores()),
-        "commit": code_commit(),
-        "command": shlex.join(["python", *sys.argv]),
-        "versions": versions_of(["torch", "timm", "ray", "nvidia-dali-cuda130"]),
+        **record_of(machine(available_cores()), versions_of(["torch", "timm", "ray", "nvidia-dali-cuda130"])),
         "timed": {"backbone": config.backbone, **sizes},
         "rounds": {name: [] for name in CONTENDERS},
         "failed": {},

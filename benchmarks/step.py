@@ -15,9 +15,9 @@ that was not reached is printed as MISSED; who could not run stands in the table
 """
 
 import dataclasses
+import functools
 import json
 import math
-import shlex
 import sys
 import tempfile
 import time
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
 
 import step_contenders  # noqa: E402
-from measuring import RunFailed, absent, chosen, conclude, machine, new_path, run_fresh, versions_of  # noqa: E402
+from measuring import RunFailed, absent, chosen, conclude, machine, new_path, record_of, run_fresh, take, versions_of  # noqa: E402
 from patch_set import patch_set  # noqa: E402
 from step_contenders import CONTENDERS, Task  # noqa: E402
 from step_peers import PEERS, Environment, environment_of  # noqa: E402
@@ -39,7 +39,6 @@ from step_report import completed, markdown, model_lines, table, target_lines  #
 
 from sharding.command import option, required, run_script  # noqa: E402
 from sharding.workers import available_cores  # noqa: E402
-from train.runs import code_commit, write_json  # noqa: E402
 
 _PILOT_S = 2.0  # of the run that tells how long a step takes, at least
 _PACKAGES = ("torch", "torchvision", "timm", "pillow", "nvidia-dali-cuda130", "ray")
@@ -123,12 +122,7 @@ def main(config: Config) -> None:
     console.print(f"a step of the model alone takes about {1000 * step_s:,.0f} ms", markup=False)
     task = dataclasses.replace(task, seconds=sizes["seconds"], steps=max(3, math.ceil(sizes["seconds"] / step_s)))
     record: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"),
-        "time": time.strftime("%H:%M:%S%z"),
-        "machine": started,
-        "commit": code_commit(),
-        "command": shlex.join(["python", *sys.argv]),
-        "versions": versions_of(_PACKAGES) | peers.versions,
+        **record_of(started, versions_of(_PACKAGES) | peers.versions),
         "images": data.described,
         "timed": dataclasses.asdict(task) | {"rounds": sizes["rounds"]},
         "runs": {name: [] for name in names},
@@ -137,16 +131,8 @@ def main(config: Config) -> None:
     }
     for number in range(1, sizes["rounds"] + 1):
         for name in names:
-            if name in record["failed"]:
-                continue
-            try:
-                run = one_run(name, task, peers, work, config.limit)
-                record["runs"][name].append(run)
-                console.print(f"round {number}: {name}: {run['img_per_s']:,.1f} img/s", markup=False)
-            except RunFailed as error:  # the others' figures are worth having; the exit code tells
-                record["failed"][name] = str(error)
-                console.print(f"round {number}: {name}: FAILED: {error}", markup=False)
-            write_json(path, record)
+            measure = functools.partial(one_run, name, task, peers, work, config.limit)
+            take(record, name, f"round {number}: {name}", path, console, measure, lambda run: f"{run['img_per_s']:,.1f} img/s")
     record = completed(record)
     conclude(
         record,

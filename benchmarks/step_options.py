@@ -18,7 +18,6 @@ import dataclasses
 import gc
 import itertools
 import math
-import shlex
 import sys
 import tempfile
 import time
@@ -32,13 +31,13 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
 
-from measuring import chosen, conclude, heading, machine, markdown_table, new_path, versions_of  # noqa: E402
+from measuring import chosen, conclude, heading, machine, markdown_table, new_path, record_of, versions_of  # noqa: E402
 from patch_set import patch_set  # noqa: E402
 from step_contenders import Task, fresh_memory, peak_gib, pretrained, timed  # noqa: E402
 
 from sharding.command import option, required, run_script  # noqa: E402
 from sharding.workers import available_cores  # noqa: E402
-from train.runs import code_commit, write_json  # noqa: E402
+from train.runs import write_json  # noqa: E402
 
 _PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130")
 SIZES: dict[str, dict[str, Any]] = {
@@ -143,12 +142,7 @@ def main(config: Config) -> None:
         steps=0,
     )
     record: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"),
-        "time": time.strftime("%H:%M:%S%z"),
-        "machine": started,
-        "commit": code_commit(),
-        "command": shlex.join(["python", *sys.argv]),
-        "versions": versions_of(_PACKAGES),
+        **record_of(started, versions_of(_PACKAGES)),
         "timed": dataclasses.asdict(task),
         "runs": {group: [] for group in groups},
         "failed": {},

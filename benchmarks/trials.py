@@ -17,7 +17,6 @@ was not reached is printed as MISSED; where a process failed, the exit code is 1
 
 import json
 import os
-import shlex
 import statistics
 import sys
 import time
@@ -37,6 +36,7 @@ from measuring import (  # noqa: E402
     machine,
     markdown_table,
     new_path,
+    record_of,
     run_fresh,
     target_lines,
     versions_of,
@@ -47,7 +47,7 @@ from sharding import synthetic  # noqa: E402
 from sharding.command import option, required, run_script  # noqa: E402
 from sharding.packing import build_shards  # noqa: E402
 from sharding.workers import available_cores  # noqa: E402
-from train.runs import Run, code_commit, write_json  # noqa: E402
+from train.runs import Run, write_json  # noqa: E402
 
 Record = dict[str, Any]
 MOST_PACKED = 1.15  # of the times alone, shared out
@@ -157,13 +157,9 @@ def main(config: Config) -> None:
     }
     place = work / "trials" / f"{int(time.time())}-{os.getpid()}"
     place.mkdir(parents=True)
+    at = machine(cores) | {"gpu": torch.cuda.get_device_name() if gpu else None}
     record: Record = {
-        "date": time.strftime("%Y-%m-%d"),
-        "time": time.strftime("%H:%M:%S%z"),
-        "machine": machine(cores) | {"gpu": torch.cuda.get_device_name() if gpu else None},
-        "commit": code_commit(),
-        "command": shlex.join(["python", *sys.argv]),
-        "versions": versions_of(["torch", "ray", "timm"]),
+        **record_of(at, versions_of(["torch", "ray", "timm"])),
         "timed": fields | {"trials": config.trials, "fit": fit, "cpus": cpus, "patches": config.patches, "rounds": config.rounds},
         "rounds": [],
         "tiny": [],
