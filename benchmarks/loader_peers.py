@@ -1,8 +1,8 @@
 """Other packages' loaders, for the loader benchmark: each reads its own format as its guide shows, and all make the same views.
 
 These are the ones of the contender `torchvision`: its transforms on Pillow's images, without blur, so what differs is how patches
-are stored, read and handed over. Each is in an environment of its own (see step_peers), for they want different versions of the
-same packages. What it stores is written beforehand.
+are stored, read and handed over. FFCV alone comes with operators of its own. Each is in an environment of its own (see
+step_peers), for they want different versions of the same packages. What it stores is written beforehand.
 """
 
 import functools
@@ -41,11 +41,11 @@ PEERS = {
     "mosaicml": Peer("mosaicml-streaming", ("streaming",)),
     "spdl": Peer("spdl", ("spdl.pipeline",)),
     "ray-data": Peer("ray", ("ray.data",)),
+    "ffcv": Peer("ffcv", ("ffcv", "ffcv.loader", "ffcv.writer")),
 }
 # What the index has of others that were to be measured, and why it does not install
 NOT_TO_BE_HAD = {
     "solo-learn": "not installed: the newest release on the index, 1.0.2, wants torch 1.9.1, which Python 3.11 does not have",
-    "ffcv": "not installed: its releases are source alone, which wants the headers of OpenCV and libjpeg-turbo",
 }
 
 
@@ -191,13 +191,68 @@ def ray_data(task: Task) -> Iterator[Batch]:
         ray.init(num_cpus=task.cores, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR),
     ):
         ray.data.DataContext.get_current().enable_progress_bars = False
-        data = ray.data.read_webdataset(_write_tars(task, folder), decoder=False, shuffle="files").map(both)
+        data = ray.data.read_webdataset(_write_tars(task, folder), decoder=None, shuffle="files").map(both)
 
         def epoch() -> Iterator[Batch]:
             for batch in data.iter_torch_batches(batch_size=task.batch_size, drop_last=True):
                 yield [batch["first"], batch["second"]]
 
         yield from whole_epochs(epoch, task)
+
+
+def ffcv(task: Task) -> Iterator[Batch]:
+    """Its own operators, of which none changes hue and none makes grey. A field has one view, so that patches are stored twice.
+
+    It is built from source: Debian's libopencv-dev, libturbojpeg0-dev, pkg-config and g++ have to be there.
+    """
+    import numpy as np
+    from ffcv import transforms
+    from ffcv.fields import RGBImageField
+    from ffcv.fields.decoders import RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.writer import DatasetWriter
+
+    def view() -> list[Any]:
+        jitter = transforms.RandomBrightness, transforms.RandomContrast, transforms.RandomSaturation
+        return [
+            RandomResizedCropRGBImageDecoder((task.image_size, task.image_size)),
+            transforms.RandomHorizontalFlip(),
+            *(each(0.8, p=0.8) for each in jitter),
+            transforms.NormalizeImage(np.zeros(3), np.full(3, 255.0), np.float32),
+            transforms.ToTensor(),
+            transforms.ToTorchImage(),
+        ]
+
+    with tempfile.TemporaryDirectory() as folder:
+        fields = {name: RGBImageField(write_mode="jpg", jpeg_quality=90) for name in ("first", "second")}
+        DatasetWriter(f"{folder}/patches.beton", fields, num_workers=1).from_indexed_dataset(_Twice(_files(task)))
+        loader = Loader(
+            f"{folder}/patches.beton",
+            batch_size=task.batch_size,
+            num_workers=task.cores,
+            order=OrderOption.RANDOM,
+            seed=SEED,
+            pipelines={"first": view(), "second": view()},
+        )
+        yield from whole_epochs(lambda: loader, task)
+
+
+class _Twice:
+    """Each image's pixels, for two fields."""
+
+    def __init__(self, files: list[str]) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, place: int) -> tuple[Any, Any]:
+        import numpy as np
+        from PIL import Image
+
+        with Image.open(self.files[place]) as file:
+            pixels = np.asarray(file.convert("RGB"))
+        return pixels, pixels
 
 
 # In the order of the rounds, after the others
@@ -207,6 +262,7 @@ PEER_CONTENDERS = {
     "mosaicml": Contender("mosaicml-streaming, torchvision on Pillow, a process per core", mosaicml, devices=()),
     "spdl": Contender("SPDL, torchvision on Pillow, a thread per core", spdl, devices=()),
     "ray-data": Contender("Ray Data, torchvision on Pillow, a task per core", ray_data, devices=()),
+    "ffcv": Contender("FFCV, its own operators without hue and grey, a thread per core", ffcv, devices=()),
 }
 ALL = CONTENDERS | PEER_CONTENDERS
 
