@@ -17,7 +17,6 @@ import contextlib
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -32,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
 
 from gpu_bench_parts import NEED_NO_DATA, PARTS, Setting, markdown  # noqa: E402
-from measuring import heading, machine, new_path, record_of, versions_of  # noqa: E402
+from measuring import heading, machine, new_path, record_of, typed, versions_of  # noqa: E402
 
 from sharding.command import option, required, run_script  # noqa: E402
 from sharding.workers import available_cores  # noqa: E402
@@ -127,7 +126,7 @@ def run_part(name: str, setting: Setting, record: dict[str, Any], path: Path, lo
     script, *arguments = map(str, part.arguments(setting, seconds))
     if name != "data":
         arguments += ["--out", str(results)]
-    shown = shlex.join(["python", f"benchmarks/{script}", *arguments])
+    shown = typed([f"benchmarks/{script}", *arguments])
     _note(record, path, name, {"status": "running", "command": shown})  # what stands there if this process is killed
     began, place = time.monotonic(), log.tell()
     ended = ended_in_time([sys.executable, str(ROOT / "benchmarks" / script), *arguments], setting, log, seconds)
