@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the 
 import equal_work_contenders  # noqa: E402
 from equal_work_contenders import CONTENDERS, Task  # noqa: E402
 from equal_work_report import completed, curve_table, epoch_means, markdown, table, verdict_lines  # noqa: E402
-from measuring import RunFailed, chosen, conclude, machine, new_path, record_of, run_fresh, take, versions_of  # noqa: E402
+from measuring import RunFailed, chosen, conclude, machine, new_path, record_of, run_fresh, settings_of, take, versions_of  # noqa: E402
 from step_peers import PEERS, Environment, environment_of  # noqa: E402
 
 from sharding.command import option, required, run_script  # noqa: E402
@@ -119,9 +119,7 @@ def main(config: Config) -> None:
         "drawn": config.data is None,
         "learnt_from": learnt_from,
         "judged_on": judged_on,
-        "settings": {
-            name: value for name, value in dataclasses.asdict(task).items() if name not in ("shards", "judged", "work", "seed")
-        }
+        "settings": {name: value for name, value in settings_of(task).items() if name != "seed"}
         | {"bf16": task.bf16, "seeds": seeds, "steps": task.epochs * (learnt_from["patches"] // task.batch_size)},
         "runs": {name: [] for name in names},
         "missing": peers.missing,

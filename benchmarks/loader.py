@@ -39,7 +39,7 @@ import loader_peers  # noqa: E402
 from loader_contenders import Task  # noqa: E402
 from loader_peers import ALL, NOT_TO_BE_HAD, PEER_CONTENDERS, PEERS  # noqa: E402
 from loader_report import completed, markdown, tables, target_lines  # noqa: E402
-from measuring import absent, chosen, conclude, machine, new_path, record_of, run_fresh, take, versions_of  # noqa: E402
+from measuring import absent, chosen, conclude, machine, new_path, record_of, run_fresh, settings_of, take, versions_of  # noqa: E402
 from patch_set import patch_set  # noqa: E402
 from step_peers import Environment, environment_of  # noqa: E402
 
@@ -109,7 +109,7 @@ def main(config: Config) -> None:
     record: dict[str, Any] = {
         **record_of(started, versions_of(_PACKAGES) | {name: v for each in peers.values() for name, v in each.versions.items()}),
         "images": data.described,
-        "timed": dataclasses.asdict(task),
+        "timed": settings_of(task),
         "runs": {},
         "missing": missing | (NOT_TO_BE_HAD if config.peers else {}),
         "failed": {},

@@ -1,5 +1,6 @@
 """What the benchmarks that run in rounds share: fresh processes, files of results, and what a result says of itself."""
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import itertools
@@ -96,6 +97,11 @@ def record_of(at: Mapping[str, Any], versions: Mapping[str, str], commit: str | 
         "command": typed(sys.argv),
         "versions": versions,
     }
+
+
+def settings_of(task: Any) -> dict[str, Any]:
+    """The fields of what a contender is given, but for folders, which are this machine's."""
+    return {name: value for name, value in dataclasses.asdict(task).items() if name not in ("shards", "judged", "images", "work")}
 
 
 def typed(arguments: Sequence[str]) -> str:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
 
+import equal_work_contenders  # noqa: E402
 import heads  # noqa: E402
 import loader_peers  # noqa: E402
 import ntxent_contenders  # noqa: E402
@@ -48,12 +49,13 @@ class Bars(NamedTuple):
 
 
 class Lines(NamedTuple):
-    """lines: points by name, on axes that both grow by powers."""
+    """lines: points by name. powers: whether both axes grow by powers."""
 
     title: str
     x: str
     y: str
     lines: dict[str, list[tuple[float, float]]]
+    powers: bool
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def loss(record: Record) -> Iterator[Lines]:
             for name, row in found.items():
                 points = lines.setdefault(ntxent_contenders.CONTENDERS[name].title, [])
                 points.append((int(anchors), row[figure] * scale))
-        yield Lines(title, "anchors, 2N", unit, lines)
+        yield Lines(title, "anchors, 2N", unit, lines, powers=True)
 
 
 def linear(record: Record) -> Iterator[Bars]:
@@ -155,6 +157,19 @@ def starts(record: Record) -> Iterator[Bars]:
         yield Bars(f"Starting: {title}", "s", bars)
 
 
+def curves(record: Record) -> Iterator[Lines]:
+    """The mean loss of each epoch, averaged over the seeds."""
+    lines = {}
+    for name, runs in record["runs"].items():
+        if found := [run["curve"] for run in runs if "curve" in run]:
+            means = map(statistics.fmean, zip(*found, strict=True))
+            lines[equal_work_contenders.CONTENDERS[name].title] = [
+                (float(epoch), loss) for epoch, loss in enumerate(means, start=1)
+            ]
+    seeds = len(record["settings"]["seeds"])
+    yield Lines(f"SimCLR at equal work: loss, mean over {seeds} seeds", "epoch", "NT-Xent, nats", lines, powers=False)
+
+
 # By the kind of a result, as its file's name tells it.
 PANELS: dict[str, Callable[[Record], Iterator[Bars | Lines]]] = {
     "packing": packing,
@@ -165,6 +180,7 @@ PANELS: dict[str, Callable[[Record], Iterator[Bars | Lines]]] = {
     "ntxent-cpu": loss,
     "ntxent-cuda": loss,
     "heads": linear,
+    "equal-work": curves,
     "smoke": ratios,
     "starting": starts,
 }
@@ -215,11 +231,13 @@ def _draw_lines(axes: Any, panel: Lines) -> None:
         colour, width = (_OURS, 2.2) if ours else (next(colours), 1.2)
         axes.plot(*zip(*points, strict=True), marker=".", linewidth=width, color=colour, label=name)
     x = sorted({point[0] for points in panel.lines.values() for point in points})
-    axes.set(xscale="log", yscale="log", xlabel=panel.x, ylabel=panel.y)
-    axes.set_xticks(x, [f"{value:,.0f}" for value in x], rotation=30)
+    axes.set(xlabel=panel.x, ylabel=panel.y)
+    if panel.powers:
+        axes.set(xscale="log", yscale="log")
+    axes.set_xticks(x, [f"{value:,.0f}" for value in x], rotation=30 if panel.powers else 0)
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="lower right")
+    axes.legend(fontsize=7, loc="lower right" if panel.powers else "upper right")
 
 
 if __name__ == "__main__":

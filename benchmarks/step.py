@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
 
 import step_contenders  # noqa: E402
-from measuring import RunFailed, absent, chosen, conclude, machine, new_path, record_of, run_fresh, take, versions_of  # noqa: E402
+from measuring import RunFailed, absent, chosen, conclude, machine, new_path, record_of, run_fresh, settings_of, take, versions_of  # noqa: E402
 from patch_set import patch_set  # noqa: E402
 from step_contenders import CONTENDERS, Task  # noqa: E402
 from step_peers import PEERS, Environment, environment_of  # noqa: E402
@@ -124,7 +124,7 @@ def main(config: Config) -> None:
     record: dict[str, Any] = {
         **record_of(started, versions_of(_PACKAGES) | peers.versions),
         "images": data.described,
-        "timed": dataclasses.asdict(task) | {"rounds": sizes["rounds"]},
+        "timed": settings_of(task) | {"rounds": sizes["rounds"]},
         "runs": {name: [] for name in names},
         "missing": missing,
         "failed": {},

@@ -31,7 +31,7 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
 
-from measuring import chosen, conclude, heading, machine, markdown_table, new_path, record_of, versions_of  # noqa: E402
+from measuring import chosen, conclude, heading, machine, markdown_table, new_path, record_of, settings_of, versions_of  # noqa: E402
 from patch_set import patch_set  # noqa: E402
 from step_contenders import Task, fresh_memory, peak_gib, pretrained, timed  # noqa: E402
 
@@ -143,7 +143,7 @@ def main(config: Config) -> None:
     )
     record: dict[str, Any] = {
         **record_of(started, versions_of(_PACKAGES)),
-        "timed": dataclasses.asdict(task),
+        "timed": settings_of(task),
         "runs": {group: [] for group in groups},
         "failed": {},
     }

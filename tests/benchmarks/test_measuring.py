@@ -10,7 +10,8 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from measuring import RunFailed, machine, record_of, take, typed  # noqa: E402
+from loader_contenders import Task  # noqa: E402
+from measuring import RunFailed, machine, record_of, settings_of, take, typed  # noqa: E402
 
 
 def test_command_names_no_folder_of_the_machine(tmp_path):
@@ -19,6 +20,20 @@ def test_command_names_no_folder_of_the_machine(tmp_path):
         "python benchmarks/loader.py --work 'my work' --out benchmarks/results --batch-size 8"
     )
     assert typed(["benchmarks/loader.py", "--images", "data/oral"]) == "python benchmarks/loader.py --images data/oral"
+
+
+def test_settings_name_no_folder_either(tmp_path):
+    task = Task(shards=str(tmp_path), cores=2, batch_size=8, image_size=64, warm=1, lap=2, seconds=1.0, rounds=3, device="cpu")
+    assert settings_of(task) == {
+        "cores": 2,
+        "batch_size": 8,
+        "image_size": 64,
+        "warm": 1,
+        "lap": 2,
+        "seconds": 1.0,
+        "rounds": 3,
+        "device": "cpu",
+    }
 
 
 def test_record_has_the_commit_that_is_given_where_the_files_have_no_history():

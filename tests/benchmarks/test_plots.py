@@ -63,6 +63,12 @@ def test_runs_of_the_smoke_test_are_shares_of_their_median():
     assert [bar.values for bar in panel.bars] == [[1.0, 0.5, 1.5]]
 
 
+def test_losses_are_averaged_over_seeds_and_who_does_not_train_has_no_curve():
+    runs = {"ours": [{"curve": [5.0, 3.0]}, {"curve": [4.0, 2.0]}], "random": [{"figures": {}}]}
+    (panel,) = plots.curves(HEAD | {"runs": runs, "settings": {"seeds": [0, 1]}})
+    assert list(panel.lines.values()) == [[(1, 4.5), (2, 2.5)]] and "2 seeds" in panel.title
+
+
 def test_every_kind_of_committed_result_can_be_drawn(tmp_path):
     files = []
     for kind in plots.PANELS:
