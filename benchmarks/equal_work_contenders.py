@@ -149,6 +149,23 @@ def lightly_arguments(recipe: str) -> dict[str, Any]:
 def plain(task: Task) -> list[float]:
     """torchvision on Pillow, DataLoader, one view after the other through the network, all similarities in one matrix; in our
     order of the patches, with torch's random numbers for the views."""
+    net, images = _plain_net(task), Images(task)
+    return _train(task, net, _plain_batches(task, images), lambda views: full_nt_xent(*map(net, views)), patches=len(images))
+
+
+def plain_joint(task: Task) -> list[float]:
+    """As plain, but both views of a batch go through the network together, so that batch norm sees them as one batch."""
+    net, images = _plain_net(task), Images(task)
+    return _train(task, net, _plain_batches(task, images), functools.partial(_joint_loss, net), patches=len(images))
+
+
+def _joint_loss(net: Any, views: list[Any]) -> Any:
+    import torch
+
+    return full_nt_xent(*net(torch.cat(views)).chunk(2))
+
+
+def _plain_batches(task: Task, images: "Images") -> Iterable:
     from torchvision import transforms
 
     from pipelines.recipes import get_recipe
@@ -167,21 +184,17 @@ def plain(task: Task) -> list[float]:
             transforms.Normalize(recipe.mean, recipe.std),
         ]
     )
-    images = Images(task)
-    net = _plain_net(task)
 
     def two_views(key: tuple[int, int]) -> list[Any]:
         image = images.image(key[1])
         return [transform(image), transform(image)]
 
-    batches = _in_our_order(task, images, two_views)
-    return _train(task, net, batches, lambda views: full_nt_xent(*map(net, views)), patches=len(images))
+    return _in_our_order(task, images, two_views)
 
 
 def replayed(task: Task) -> list[float]:
     """The plain loop, but torchvision makes the views that we drew, and both views of a batch are normalised together."""
     import numpy as np
-    import torch
 
     from pipelines.recipes import get_recipe
     from pipelines.reference import reference_views
@@ -197,7 +210,7 @@ def replayed(task: Task) -> list[float]:
         return list(reference_views(images.reader.read(ids), parameters, recipe=recipe, image_size=task.image_size)[:, 0])
 
     batches = _in_our_order(task, images, two_views)
-    return _train(task, net, batches, lambda views: full_nt_xent(*net(torch.cat(views)).chunk(2)), patches=len(images))
+    return _train(task, net, batches, functools.partial(_joint_loss, net), patches=len(images))
 
 
 class Images:
@@ -335,6 +348,7 @@ CONTENDERS = {
     "ours": Contender("ours", ours),
     "lightly": Contender("lightly", lightly),
     "plain": Contender("plain torch and torchvision", plain),
+    "plain-joint": Contender("plain, both views as one batch", plain_joint),
     "replayed": Contender("the same on our draws", replayed),
     "random": Contender("random weights", None),
 }

@@ -10,7 +10,7 @@ from measuring import heading, markdown_table
 from scipy.stats import t as student
 
 Record = dict[str, Any]
-OTHERS = ("lightly", "plain", "replayed")  # whom ours is held against
+OTHERS = ("lightly", "plain", "plain-joint", "replayed")  # whom ours is held against
 FIGURE_NAMES = tuple(f"{title} {words}" for title in MODES.values() for words in FIGURES.values())
 LARGEST = 2.0  # times the spread: of a curve's many points one is far off by chance
 FIRST_LOSS = {False: 1e-4, True: 1e-2}  # on the very same views and weights, at most: in float32 and in bf16 (True)
@@ -186,9 +186,9 @@ def body(record: Record) -> list[str]:
         "",
         "All start from the same backbone (and, but for lightly, head) of each seed and read the same patches of the same shards."
         " lightly draws its own order and views. Plain torch has our order of the patches and draws its own views; it and lightly"
-        " put one view after the other through the network, so that batch norm sees them apart, and ours sees them together. On"
-        " our draws, torchvision makes the views that ours made, together in a batch: two curves of the same numbers, computed"
-        " twice, that rounding drives apart. Nobody blurs.",
+        " put one view after the other through the network, so that batch norm sees them apart. Ours puts them through together,"
+        " and so does plain torch with both views as one batch. On our draws, torchvision makes the views that ours made, both as"
+        " one batch: two curves of the same numbers, computed twice, that rounding drives apart. Nobody blurs.",
         "",
         f"Judged by train/evaluate.py, with the seed of the pretraining, on the {judged['test']:,} test patches of"
         f" {judged['name']!r}, whose groups {grouped} in its training split: mean ± standard deviation over the seeds.",

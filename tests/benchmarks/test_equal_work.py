@@ -135,7 +135,9 @@ def test_the_plain_loop_draws_views_of_its_own_and_learns(tmp_path, small_set):
     ours, _ = _trained("ours", tmp_path, small_set)
     plain, weights = _trained("plain", tmp_path, small_set)
     again, _ = _trained("plain", tmp_path, small_set)
+    together, _ = _trained("plain-joint", tmp_path, small_set)
     assert len(plain) == len(ours) and plain == again
+    assert 1e-6 < abs(plain[0] - together[0]) < 0.5  # the same views and weights, normalised together
     assert abs(plain[0] - ours[0]) > 1e-3
     fresh = build_backbone("test_resnet", 32).state_dict()
     assert not torch.equal(weights["bn1.running_mean"], fresh["bn1.running_mean"])
@@ -249,7 +251,7 @@ def test_contenders_are_interleaved_by_seed_and_a_failure_stands_in_the_table(tm
     assert "- within the spread: loss by epoch, ours against the same on our draws: mean distance 0.0000" in text
     assert "- reached: the first step's loss on the same draws: differs by 0, wanted at most 0.0001" in text
     assert "for scale, ours less random weights: linear accuracy +0.400" in text
-    assert "less plain" not in text  # one seed is no spread
+    assert "less plain torch" not in text  # one seed is no spread
     assert [row[0] for row in curve_table(record)[1]] == ["1", "2", "3"]
 
 
