@@ -102,15 +102,16 @@ def examine(
     yield from check_rooms(cluster, storage, cached=is_url(data) or is_url(storage))
 
 
-def preflight(cluster: Cluster, *, sets: Iterable[tuple[str, str]], storage: str, packages: Sequence[str]) -> None:
+def preflight(cluster: Cluster, *, sets: Iterable[tuple[str, str]], storage: str | None, packages: Sequence[str]) -> None:
     """What would otherwise be found out by a run that has begun: versions, storage, shards. Says nothing where all is well.
 
-    sets: folder or URL, and fingerprint, of each shard set; storage: the run's own folder or URL.
+    sets: folder or URL, and fingerprint, of each shard set; storage: the run's own folder or URL; None: nothing
+    is written by workers.
     Raises ValueError with the first finding that fails.
     """
     checks: list[Callable[[], Finding]] = [
         functools.partial(check_versions, cluster, packages),
-        functools.partial(check_storage, cluster, storage),
+        *([functools.partial(check_storage, cluster, storage)] if storage is not None else []),
         *(functools.partial(_same_shards, cluster, *each) for each in sets),
     ]
     for check in checks:

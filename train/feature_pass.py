@@ -78,6 +78,7 @@ def compute_parts(what: FeaturePass, parts: list[np.ndarray], on: On, *, title: 
         _one_part,
         what,
         items,
+        sets=[(what.shards, what.fingerprint)],
         workers=on.workers,
         gpus_per_worker=on.gpus_per_worker,
         cpus_per_worker=on.cpus_per_worker,

@@ -28,7 +28,7 @@ from train.mirror import Mirror
 from train.patience import await_folder
 from train.provenance import RECORD_NAME
 from train.runs import versions
-from train.shares import share_of
+from train.shares import Share, share_of
 
 Common = TypeVar("Common")
 Item = TypeVar("Item")
@@ -78,6 +78,7 @@ def map_on_workers(
     common: Common,
     items: Sequence[Item],
     *,
+    sets: Sequence[tuple[str, str]],
     workers: str | int,
     gpus_per_worker: float | None = None,
     cpus_per_worker: int = 0,
@@ -85,7 +86,8 @@ def map_on_workers(
 ) -> Iterator[tuple[int, Result]]:
     """Call function(common, item, device, threads) for each item, each exactly once, on as many workers at a time.
 
-    workers: as for a job; 0 is this process, without Ray. common goes to a node once. Yields each item's place and result, as
+    sets: folder or URL, and fingerprint, of each shard set that it reads. workers: as for a job; 0 is this process, without Ray.
+    common goes to a node once. Yields each item's place and result, as
     they come. What a worker was at when it died is done again by another.
     Raises ValueError when the function did, with its sentence, and where the cluster has not so many.
     """
@@ -99,6 +101,7 @@ def map_on_workers(
     import ray
 
     share = share_of(possible_nodes(), least, most, gpus_per_worker, cpus_per_worker, said=str(workers))
+    _preflight(function.__name__, share, sets)
     call = ray.remote(_called).options(name=function.__name__, num_cpus=share.cpus, num_gpus=share.gpus, max_retries=3)
     device = "cuda" if share.gpus else "cpu"
     shared, left = ray.put(common), iter(enumerate(items))
@@ -132,7 +135,8 @@ def _run_on_ray(job, workers, gpus_per_worker, cpus_per_worker):
     connect(shown_name(job.folder))
     least, most = worker_range(workers)
     share = share_of(possible_nodes(), least, most, gpus_per_worker, cpus_per_worker, said=str(workers))
-    _preflight(job, share)
+    sets = [(each.shards, each.fingerprint) for each in job.input.sets]
+    _preflight(job.folder.name, share, sets, storage=job.url or str(job.folder))
     job.folder.mkdir(parents=True, exist_ok=True)
     _to_the_end(job, lambda again: _attempt(job, least, most, share, again=again))
     return f"{workers} x {'GPU' if share.gpus else 'CPU'}"
@@ -211,18 +215,17 @@ def _reason(error) -> str:
     return f"a worker failed ({(texts or [str(error)])[0].strip().splitlines()[0][:200]})"
 
 
-def _preflight(job, share) -> None:
-    """Among several nodes, what is wrong between them shows in seconds, and not as a worker's death."""
-    sets = [(each.shards, each.fingerprint) for each in job.input.sets]
+def _preflight(name: str, share: Share, sets: Sequence[tuple[str, str]], storage: str | None = None) -> None:
+    """Among several nodes, what is wrong between them shows in seconds, and not as a worker's death. storage: where it writes."""
     while len(before := {node["NodeID"] for node in alive_nodes()}) > 1:
         try:
             with Nodes(share) as nodes:
-                preflight(nodes, sets=sets, storage=job.url or str(job.folder), packages=tuple(versions()))
+                preflight(nodes, sets=sets, storage=storage, packages=tuple(versions()))
             return
         except ValueError:
             if before == {node["NodeID"] for node in alive_nodes()}:
                 raise
-            print(f"{job.folder.name}: nodes came or went while they were looked at; looking again", flush=True)
+            print(f"{name}: nodes came or went while they were looked at; looking again", flush=True)
 
 
 def _cause(error) -> BaseException:

@@ -18,7 +18,6 @@ import yaml
 from sharding.command import describe
 from sharding.manifest import fingerprint
 from tests.helpers import ROOT
-from tests.train.test_workers import make_job
 from train import cluster, nodes, workers
 from train.checkup import (
     check_all_reduce,
@@ -301,6 +300,10 @@ def test_before_a_run_the_first_thing_that_is_wrong_is_told(small_set, tmp_path)
         preflight(on_b(nodes.leave_mark, raising("read-only")), **given)
     with pytest.raises(ValueError, match=r"^shards: b: gone"):
         preflight(on_b(nodes.look_at_shards, raising("gone")), **given)
+    without_storage = given | {"storage": None}
+    preflight(on_b(nodes.leave_mark, raising("read-only")), **without_storage)
+    with pytest.raises(ValueError, match=r"^shards: b: gone"):
+        preflight(on_b(nodes.look_at_shards, raising("gone")), **without_storage)
     with pytest.raises(ValueError, match=r"^shards: .*0000 \(the run\)"):
         preflight(Pretended(), **given | {"sets": [(str(small_set), "0" * 64)]})
 
@@ -355,17 +358,16 @@ def test_the_doctor_s_exit_code_is_1_where_anything_failed(ray_here, tmp_path, c
     assert err == "doctor.py: FAILED: workers, storage\n"
 
 
-def test_one_node_is_not_looked_at_before_a_run(ray_here, small_set, tmp_path, monkeypatch):
+def test_one_node_is_not_looked_at_before_a_run(ray_here, monkeypatch):
     def nobody(*_):
         raise AssertionError
 
     monkeypatch.setattr(workers, "Nodes", nobody)
-    job = make_job(tmp_path / "run", small_set)
-    workers._preflight(job, share_of([Node(3, 0)], 1, 1, None, said="1"))
+    workers._preflight("run", share_of([Node(3, 0)], 1, 1, None, said="1"), sets=[])
 
 
 def test_two_nodes(small_set, tmp_path):
-    """A checkup of both, and a run that is refused before it starts."""
+    """A checkup of both; a run and a feature pass that are refused before they start."""
     # As in test_faults: short names for sockets, and where other clusters of this machine do not look.
     with tempfile.TemporaryDirectory(dir="/tmp") as ray_folder:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -379,13 +381,14 @@ def test_two_nodes(small_set, tmp_path):
             check=False,
         )
     assert done.returncode == 0, done.stdout + done.stderr
-    findings, refused = done.stdout.splitlines()[-2:]
+    findings, refused, not_passed = done.stdout.splitlines()[-3:]
     found = {what: (verdict, text) for what, verdict, text in json.loads(findings)}
     assert not [each for each in found.items() if each[1][0] == "FAILED"], found
     assert found["ports"][1].startswith("2 connections between 2 nodes")
     assert found["gloo"][1].startswith("a sum over 2 processes")
     assert refused.startswith("shards: ") and "ffffffffffff (the run)" in refused
     assert not (tmp_path / "run" / "engine.json").exists()
+    assert not_passed.startswith("shards: ") and "eeeeeeeeeeee (the run)" in not_passed
 
 
 # Nodes that are not there yet

@@ -1,6 +1,7 @@
-"""A cluster of two nodes, on which a checkup finds all well; and a run whose shards are not the ones that it began with.
+"""A cluster of two nodes, on which a checkup finds all well; a run whose shards are not those that it began with, and a feature
+pass over such shards.
 
-python tests/train/two_nodes_checked.py SHARDS FOLDER     # prints the findings as JSON, and then what the run says
+python tests/train/two_nodes_checked.py SHARDS FOLDER     # prints the findings as JSON, and then what run and pass say
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from sharding.manifest import fingerprint
 from tests.train.test_workers import make_job
 from train.checkup import examine
 from train.cluster import Nodes, connect, possible_nodes
-from train.workers import run_job
+from train.workers import map_on_workers, run_job
 
 
 def main(shards: Path, folder: Path) -> None:
@@ -31,6 +32,11 @@ def main(shards: Path, folder: Path) -> None:
     other = dataclasses.replace(job.input.sets[0], fingerprint="f" * 64)
     try:
         run_job(dataclasses.replace(job, input=dataclasses.replace(job.input, sets=(other,))), workers=2)
+    except ValueError as error:
+        print(error)
+    try:
+        for _ in map_on_workers(divmod, None, [1], sets=[(str(shards), "e" * 64)], workers=2):
+            raise AssertionError("it was called")
     except ValueError as error:
         print(error)
     ray.shutdown()
