@@ -3,7 +3,7 @@
 # make watch   Prometheus on localhost:9090, of the Ray that runs here (docs/monitoring.md)
 # make test   every test                          make lint   format, lint and types
 # make soak   24 faults to a run on two machines of namespaces, figures to benchmarks/results (about 35 minutes)
-# make bench-smoke   is something of ours slower than it was? Ratios against benchmarks/smoke.json (3 minutes, ARGS=--update writes it)
+# make bench-smoke   is something of ours slower than it was? Ratios against benchmarks/smoke.json (a minute, ARGS=--update writes it)
 # make gpu-check   one command for a host with a GPU (DRY=1 for the same on a CPU)
 # make gpu-bench   every figure that only a GPU shows, in 8 minutes (DRY=1 on a CPU, DATA=shards/oral to pretrain on a set of yours)
 # The first of them makes the virtual environment (about 5 minutes, 5 GB); the others find it made.
