@@ -25,6 +25,7 @@ import packing_contenders  # noqa: E402
 import smoke_sides  # noqa: E402
 import starting  # noqa: E402
 import step_contenders  # noqa: E402
+from smoke_report import FALL  # noqa: E402
 
 from sharding.command import positional, run_script  # noqa: E402
 from train.runs import read_json  # noqa: E402
@@ -145,7 +146,7 @@ def ratios(record: Record) -> Iterator[Bars]:
         if values:
             middle = statistics.median(values)
             bars.append(Bar(name, [value / middle for value in values], True))
-    yield Bars("What a regression is judged by: each run's ratio, as a share of the median", "(fails below 0.8)", bars)
+    yield Bars("What a regression is judged by: each run's ratio, as a share of the median", f"(fails below {1 - FALL:g})", bars)
 
 
 def starts(record: Record) -> Iterator[Bars]:
@@ -194,7 +195,7 @@ def draw(panels: list[Bars | Lines], foot: str, path: Path) -> None:
 
     beside = isinstance(panels[0], Lines)  # bars have long names, and stand one above the other
     rows = [1.0] if beside else [0.9 + 0.27 * len(panel.bars) for panel in panels if isinstance(panel, Bars)]
-    size = (5.0 * len(panels), 3.8) if beside else (8.2, sum(rows))
+    size = (max(6.6, 5.0 * len(panels)), 3.8) if beside else (8.2, sum(rows))
     figure = Figure(figsize=size, layout="constrained")
     grid = {"ncols": len(panels)} if beside else {"nrows": len(panels), "height_ratios": rows}
     for axes, panel in zip(figure.subplots(squeeze=False, **grid).flat, panels, strict=True):

@@ -101,7 +101,7 @@ def map_on_workers(
     import ray
 
     share = share_of(possible_nodes(), least, most, gpus_per_worker, cpus_per_worker, said=str(workers))
-    _preflight(function.__name__, share, sets)
+    _preflight("workers", share, sets)
     call = ray.remote(_called).options(name=function.__name__, num_cpus=share.cpus, num_gpus=share.gpus, max_retries=3)
     device = "cuda" if share.gpus else "cpu"
     shared, left = ray.put(common), iter(enumerate(items))

@@ -80,7 +80,7 @@ def test_every_kind_of_committed_result_can_be_drawn(tmp_path):
     assert done.returncode == 0, done.stderr
     for path in files:
         with Image.open(path.with_suffix(".png")) as image:
-            assert image.width > 500 and len(image.convert("L").getcolors()) > 20  # more than an empty frame
+            assert image.width > 700 and len(image.convert("L").getcolors()) > 20  # more than an empty frame
 
 
 def test_a_file_without_a_picture_is_refused_and_nothing_is_drawn(tmp_path):
