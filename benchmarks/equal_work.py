@@ -8,19 +8,21 @@
 Ours is the stage of `train/pretrain.py`. lightly has its own views, order, head and loss, with equal parameters. The plain loop
 is torchvision's views, a DataLoader, and all similarities in one matrix. All have the same backbone, initial weights, patches,
 batch size, steps, optimiser and rates, and one command judges them: the linear protocol and kNN, on a labelled set's test split.
-Seed by seed all run in turn (A B C A B C), each in a fresh process.
+Seed by seed all run in turn (A B C A B C), each in a fresh process; with --at-once 2, the next beside it.
 
 Results go to <out>/<date>-equal-work.json, written after every run, and at the end to the same name's .md. A difference beyond
 what seeds make is printed as MISSED; who could not run stands in the table with the reason, and then the exit code is 1.
 """
 
 import dataclasses
-import functools
+import itertools
 import json
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -75,6 +77,7 @@ class Config:
     patches: int | None = option(None, "patches to draw; default: 1800, for a GPU 8192 (dry: 96)")
     limit: float = option(3600.0, "seconds after which a pretraining is given up")
     cores: int = option(0, "cores that every contender may use (0: all)")
+    at_once: int = option(1, "so many contenders run at the same time; their seconds are then no measure of speed")
     commit: str | None = option(None, "the code's commit, where the host has the files without their history")
     dry: bool = option(False, "tiny sizes")
 
@@ -89,6 +92,8 @@ def main(config: Config) -> None:
     cores = config.cores or available_cores()
     if not 0 < cores <= available_cores():
         raise ValueError(f"--cores {cores} is out of range: this process may use {available_cores()}")
+    if config.at_once < 1:
+        raise ValueError(f"--at-once {config.at_once} is out of range: give at least 1")
     console = Console(highlight=False, soft_wrap=True)
     work = Path(config.work).resolve()
     started = machine(cores)
@@ -120,15 +125,27 @@ def main(config: Config) -> None:
         "learnt_from": learnt_from,
         "judged_on": judged_on,
         "settings": {name: value for name, value in settings_of(task).items() if name != "seed"}
-        | {"bf16": task.bf16, "seeds": seeds, "steps": task.epochs * (learnt_from["patches"] // task.batch_size)},
+        | {"bf16": task.bf16, "at_once": config.at_once, "seeds": seeds}
+        | {"steps": task.epochs * (learnt_from["patches"] // task.batch_size)},
         "runs": {name: [] for name in names},
         "missing": peers.missing,
         "failed": {},
     }
-    for seed in seeds:
-        for name in names:
-            measure = functools.partial(one_run, name, dataclasses.replace(task, seed=seed), peers, work, config.limit)
-            take(record, name, f"seed {seed}: {name}", path, console, measure, _shown)
+    running: deque[tuple[int, str, Future]] = deque()
+
+    def take_oldest() -> None:
+        seed, name, future = running.popleft()
+        take(record, name, f"seed {seed}: {name}", path, console, future.result, _shown)
+
+    with ThreadPoolExecutor(config.at_once) as pool:  # of threads that each wait for a process
+        for seed, name in itertools.product(seeds, names):
+            if len(running) == config.at_once:
+                take_oldest()
+            if name not in record["failed"]:
+                run = pool.submit(one_run, name, dataclasses.replace(task, seed=seed), peers, work, config.limit)
+                running.append((seed, name, run))
+        while running:
+            take_oldest()
     record = completed(record)
     conclude(
         record,

@@ -37,18 +37,23 @@ class Difference(NamedTuple):
 
 
 class CurveDifference(NamedTuple):
-    """Of two curves of the mean loss of each epoch, each a mean over the same seeds: the mean of their distances, and the largest
-    and its epoch (1 for the first). spread: as of a difference, over all epochs (the root of the mean variance)."""
+    """Of two curves of the mean loss of each epoch, over the same seeds: the mean of their distances, and where they are furthest
+    apart the epoch (1 for the first), the distance there (largest), and the interval of ours less the other's, as of a difference
+    (low, high). spread: as of a difference, over all epochs (the root of the mean variance)."""
 
     mean: float
     largest: float
     epoch: int
+    low: float
+    high: float
     spread: float
     seeds: int
 
     @property
     def verdict(self) -> str:
-        return "within the spread" if self.mean <= self.spread and self.largest <= LARGEST * self.spread else "MISSED"
+        if self.mean <= self.spread and self.largest <= LARGEST * self.spread:
+            return "within the spread"
+        return "not decided" if self.low <= 0 <= self.high else "MISSED"
 
 
 def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference | None:
@@ -65,15 +70,22 @@ def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Differ
 
 def curve_difference(ours: Mapping[int, Sequence[float]], theirs: Mapping[int, Sequence[float]]) -> CurveDifference | None:
     """Of curves of the same length by seed. None for fewer than two seeds in common."""
-    seeds = sorted(ours.keys() & theirs.keys())
-    if len(seeds) < 2:
+    by_epoch = []
+    for epoch in range(len(next(iter(ours.values()), ()))):
+        sides = ({seed: curve[epoch] for seed, curve in curves.items()} for curves in (ours, theirs))
+        if found := difference(*sides):
+            by_epoch.append(found)
+    if not by_epoch:
         return None
-    columns = list(zip(*(zip(ours[seed], theirs[seed], strict=True) for seed in seeds), strict=True))  # by epoch, of pairs
-    distances = [abs(statistics.fmean(mine - other for mine, other in column)) for column in columns]
-    variances = [statistics.variance(values) for column in columns for values in zip(*column, strict=True)]
-    largest = max(distances)
+    furthest = max(by_epoch, key=lambda found: abs(found.mean))
     return CurveDifference(
-        statistics.fmean(distances), largest, distances.index(largest) + 1, math.sqrt(statistics.fmean(variances)), len(seeds)
+        mean=statistics.fmean(abs(found.mean) for found in by_epoch),
+        largest=abs(furthest.mean),
+        epoch=by_epoch.index(furthest) + 1,
+        low=furthest.low,
+        high=furthest.high,
+        spread=math.sqrt(statistics.fmean(found.spread**2 for found in by_epoch)),
+        seeds=furthest.seeds,
     )
 
 
@@ -128,7 +140,8 @@ def verdict_lines(record: Record) -> list[str]:
     for row in record["curve_differences"]:
         lines.append(
             f"{row['verdict']}: loss by epoch, ours against {_title(row['other'])}: mean distance {row['mean']:.4f}, largest"
-            f" {row['largest']:.4f} (epoch {row['epoch']}), spread over {row['seeds']} seeds {row['spread']:.4f}"
+            f" {row['largest']:.4f} (epoch {row['epoch']}: [{row['low']:+.4f}, {row['high']:+.4f}]),"
+            f" spread over {row['seeds']} seeds {row['spread']:.4f}"
         )
     first, enough = record["first_loss_difference"], FIRST_LOSS[record["settings"]["bf16"]]
     if first is not None:
@@ -198,7 +211,7 @@ def body(record: Record) -> list[str]:
         "Differences are means over seeds, with 95 % intervals paired by seed. The spread is the standard deviation over seeds."
         " Within the spread: the difference is at most that. MISSED: it is more, and 0 is outside the interval. Not decided: it"
         " is more, and 0 is inside. A curve is within the spread where its mean distance is, and the largest is at most"
-        f" {LARGEST:g} times that.",
+        f" {LARGEST:g} times that; otherwise the interval where it is largest decides.",
         "",
         *(f"- {line}" for line in verdict_lines(record)),
         *_for_scale(record),

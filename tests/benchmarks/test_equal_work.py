@@ -4,6 +4,7 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -189,13 +190,18 @@ def test_curves_are_compared_epoch_by_epoch():
     ours = {0: [5.0, 4.1, 3.0], 1: [5.2, 4.3, 3.2]}
     found = curve_difference(ours, theirs)
     assert found is not None
-    assert found == pytest.approx((0.1 / 3, 0.1, 2, math.sqrt(0.02), 2))
+    assert found == pytest.approx((0.1 / 3, 0.1, 2, 0.1, 0.1, math.sqrt(0.02), 2))
     assert found.verdict == "within the spread"
     assert found._replace(largest=2.01 * found.spread).verdict == "MISSED"
     assert found._replace(mean=1.01 * found.spread).verdict == "MISSED"
+    assert found._replace(mean=1.01 * found.spread, low=-0.1).verdict == "not decided"
+    below = curve_difference({0: [5.0, 4.0, 2.7], 1: [5.2, 4.2, 3.0]}, theirs)
+    assert (below.largest, below.epoch) == (pytest.approx(0.25), 3)
+    assert (below.low + below.high) / 2 == pytest.approx(-0.25)  # the sign is that of ours less theirs
+    assert below.high - below.low == pytest.approx(2 * 12.7062 * 0.05, rel=1e-4)  # t of 1 degree of freedom
     opposite = {0: [5.1, 4.0, 3.0], 1: [5.1, 4.2, 3.2]}  # what seeds do in both directions is no difference
     assert curve_difference(opposite, theirs).mean == pytest.approx(0)
-    assert curve_difference(ours, {0: theirs[0]}) is None
+    assert curve_difference(ours, {0: theirs[0]}) is None and curve_difference({}, theirs) is None
 
 
 def test_a_curve_is_the_mean_of_each_epoch():
@@ -247,12 +253,31 @@ def test_contenders_are_interleaved_by_seed_and_a_failure_stands_in_the_table(tm
     assert rows["random weights"][-1] == "-"
     assert "plain torch and torchvision (FAILED: exit code 1: out of memory)" in rows
     assert "- MISSED: kNN accuracy, ours less lightly: +0.2000 [+0.2000, +0.2000], spread over 3 seeds 0.0100" in text
-    assert "- MISSED: loss by epoch, ours against lightly: mean distance 0.3333, largest 1.0000 (epoch 3)" in text
+    assert (
+        "- MISSED: loss by epoch, ours against lightly: mean distance 0.3333, largest 1.0000 (epoch 3: [+1.0000, +1.0000])"
+        in text
+    )
     assert "- within the spread: loss by epoch, ours against the same on our draws: mean distance 0.0000" in text
     assert "- reached: the first step's loss on the same draws: differs by 0, wanted at most 0.0001" in text
     assert "for scale, ours less random weights: linear accuracy +0.400" in text
     assert "less plain torch" not in text  # one seed is no spread
     assert [row[0] for row in curve_table(record)[1]] == ["1", "2", "3"]
+
+
+def test_two_run_beside_each_other_and_are_told_in_order(tmp_path, monkeypatch, small_set):
+    both = threading.Barrier(2, timeout=60)  # nobody is done before the next has begun
+
+    def one_run(name, task, peers, work, limit):
+        both.wait()
+        return _run(task.seed, 0.5 + 0.1 * (name == "ours"), [4.0, 3.0, 2.0])
+
+    record, text, code = _main(tmp_path, monkeypatch, small_set, one_run, contenders=["ours", "plain"], at_once=2, seeds=3)
+    assert (code, record["settings"]["at_once"]) == (0, 2)
+    assert {name: [run["seed"] for run in runs] for name, runs in record["runs"].items()} == {
+        "ours": [0, 1, 2],
+        "plain": [0, 1, 2],
+    }
+    assert "- MISSED: kNN accuracy, ours less plain torch and torchvision: +0.1000" in text
 
 
 def test_a_first_loss_that_differs_is_told(tmp_path, monkeypatch, small_set):
@@ -282,6 +307,7 @@ def test_a_loss_that_is_no_number_is_a_failure(tmp_path, monkeypatch, losses):
         ({"data": "no/such/set"}, "no/such/set: there is no such folder"),
         ({"judged_on": "unlabelled"}, "cannot judge: give --judged-on a set with labels"),
         ({"cores": 10_000}, "--cores 10000 is out of range"),
+        ({"at_once": 0}, "--at-once 0 is out of range: give at least 1"),
     ],
 )
 def test_slips_are_told(tmp_path, monkeypatch, small_set, settings, words):
