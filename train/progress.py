@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import json
 import os
 import threading
 import time
@@ -14,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from train.alarms import Alarms
-from train.runs import Run
+from train.runs import Run, parse_row
 
 _EVERY_SECONDS = 0.3
 _PLAIN_EVERY_SECONDS = 20  # where the console is a file or a pipe: a line now and then
@@ -29,7 +28,9 @@ def follow(run: Run, *, steps: int, title: str, starting: str, alarms: Alarms | 
     console = Console()
     stop = threading.Event()
     show = _bar if console.is_terminal else _lines
-    watcher = threading.Thread(target=show, args=(run, steps, title, starting, alarms, console, stop), daemon=True)
+    tail = Tail(run.folder / "metrics.jsonl")
+    tail.read()  # rows of an earlier start: those that stand come again
+    watcher = threading.Thread(target=show, args=(tail, steps, title, starting, alarms, console, stop), daemon=True)
     watcher.start()
     try:
         with run.mirror.followed() if run.mirror else contextlib.nullcontext():
@@ -39,8 +40,8 @@ def follow(run: Run, *, steps: int, title: str, starting: str, alarms: Alarms | 
         watcher.join()
 
 
-def _bar(run, steps, title, starting, alarms, console, stop):
-    tail, pace = Tail(run.folder / "metrics.jsonl"), Pace(steps)
+def _bar(tail, steps, title, starting, alarms, console, stop):
+    pace = Pace(steps)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(title, total=steps, note=starting)
@@ -55,8 +56,8 @@ def _bar(run, steps, title, starting, alarms, console, stop):
             last = stop.wait(_EVERY_SECONDS)
 
 
-def _lines(run, steps, title, starting, alarms, console, stop):
-    tail, pace = Tail(run.folder / "metrics.jsonl"), Pace(steps)
+def _lines(tail, steps, title, starting, alarms, console, stop):
+    pace = Pace(steps)
     console.print(f"{title}: {starting}", highlight=False, markup=False, soft_wrap=True)
     row, shown, quiet_until = None, 0, 0.0
     last = False
@@ -89,7 +90,8 @@ def _note(row, steps, seconds_left):
 
 
 class Tail:
-    """The rows of metrics.jsonl as they are written. One that is being written is left for the next look."""
+    """The rows of metrics.jsonl as they are written. What is no row yet is left for the next look, and all that follows it: it is
+    being written, or, over NFS, reads as zeros until another node's bytes are there."""
 
     def __init__(self, path: Path):
         self._path, self._inode, self._at = path, 0, 0
@@ -102,12 +104,17 @@ class Tail:
                 if inode != self._inode:
                     self._inode, self._at = inode, 0
                 file.seek(self._at)
-                text = file.read()
+                lines = file.readlines()
         except OSError:  # not there yet, or on storage that fails for now
             return []
-        whole = text[: text.rfind(b"\n") + 1]
-        self._at += len(whole)
-        return [json.loads(line) for line in whole.splitlines()]
+        rows = []
+        for line in lines:
+            row = parse_row(line) if line.endswith(b"\n") else None
+            if row is None:
+                break
+            rows.append(row)
+            self._at += len(line)
+        return rows
 
 
 class Pace:

@@ -35,9 +35,8 @@ class Recorder:
         path = run.folder / "metrics.jsonl"
 
         def begin() -> None:
-            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            write_text(path, "".join(kept))
+            kept = [row for row in run.metrics() if row["step"] <= step]
+            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
             write_json(run.folder / "init.json", init_lines)
             write_json(run.folder / "engine.json", engine)
 

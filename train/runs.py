@@ -106,10 +106,17 @@ class Run:
         return (self.folder / RESULT_NAME).exists()
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl so far; one that is being written is left out."""
+        """The rows of metrics.jsonl so far; one that is being written is left out. Raises ValueError for a damaged one."""
         path = self.folder / "metrics.jsonl"
-        text = path.read_text() if path.exists() else ""
-        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        text = path.read_bytes() if path.exists() else b""
+        rows = []
+        for line in text[: text.rfind(b"\n") + 1].splitlines():
+            row = parse_row(line)
+            if row is None:
+                shown = line[:40].decode(errors="backslashreplace")
+                raise ValueError(f"{path}: the row that begins with {shown!r} is damaged: remove that line, and the others stand")
+            rows.append(row)
+        return rows
 
     @property
     def final(self) -> dict[str, Any]:
@@ -215,6 +222,15 @@ def runs_of(storage: str) -> list[Run]:
     else:
         names = sorted(path.parent.name for path in Path(storage).glob("*/run.json"))
     return [open_run(storage, name) for name in names]
+
+
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """A row of metrics.jsonl; None for what is none."""
+    try:
+        row = json.loads(line)
+    except ValueError:  # neither JSON nor, it may be, text
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def read_json(path: Path, hint: str) -> dict[str, Any]:

@@ -80,6 +80,20 @@ def test_rows_are_read_as_they_are_written(tmp_path):
     assert [row["step"] for row in tail.read()] == [2, 3]
 
 
+def test_bytes_that_are_not_there_yet_are_waited_for(tmp_path):
+    """Over NFS, what another node has written reads as zeros for a moment."""
+    path = tmp_path / "metrics.jsonl"
+    tail = Tail(path)
+    lines = line_of(1) + line_of(2) + line_of(3)
+    zeros = len(line_of(2)) * "\0"
+    path.write_text(lines.replace(line_of(2), zeros))
+    assert [row["step"] for row in tail.read()] == [1]
+    assert tail.read() == []
+    with path.open("r+") as file:
+        file.write(lines)
+    assert [row["step"] for row in tail.read()] == [2, 3]
+
+
 def test_a_file_that_lost_rows_is_read_anew(tmp_path):
     """As the recorder does it when a run goes on from an earlier step."""
     path = tmp_path / "metrics.jsonl"
@@ -119,28 +133,29 @@ def test_what_is_shown(tmp_path, monkeypatch, capsys, terminal):
 
     def reading(self):
         rows = read(self)
-        if rows:
+        if [row["step"] for row in rows] == [10]:
             looked.set()
         return rows
 
     monkeypatch.setattr(Tail, "read", reading)
     run = Run(tmp_path)
     path = tmp_path / "metrics.jsonl"
-    path.write_text(line_of(10))
+    path.write_text(line_of(10) + line_of(17))  # of an earlier start, whose checkpoint was at step 10
     with follow(run, steps=40, title="tiny [x]", starting="starting", alarms=Alarms(chance_loss=CHANCE, patience=10)):
+        write_text(path, line_of(10))
         assert looked.wait(20)
         with path.open("a") as file:
             file.write(line_of(20, epoch=1, loss=CHANCE))
     text = capsys.readouterr().out
     assert "step 20/40 · epoch 2 · loss 5.541 · top1 25% · 512 img/s · data wait 2% · 0:00:" in text.replace("\n", "")
     assert "left" in text
+    assert "step 17/40" not in text
     assert text.count("warning: at step 20 the loss is 5.541") == 1
 
 
 def test_rows_of_an_earlier_version_are_shown(tmp_path, capsys):
     row = row_of(3, loss=None)
     del row["images_per_s"], row["top1"]
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     with follow(Run(tmp_path), steps=4, title="tiny", starting="starting"):
-        pass
+        (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     assert "step 3/4 · epoch 1 · loss not a number · data wait 2%" in capsys.readouterr().out

@@ -232,6 +232,17 @@ def test_metrics_leave_out_a_row_that_is_being_written(tmp_path):
     assert run.metrics() == [{"step": 1}, {"step": 2}]
 
 
+@pytest.mark.parametrize("row", [b'{"step": ', b"\x00\x00", b"", b"7", b'{"loss": 4.5}'])
+def test_a_damaged_row_is_one_sentence(tmp_path, row):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + row + b'\n{"step": 3}\n')
+    with pytest.raises(ValueError, match="is damaged: remove that line, and the others stand") as error:
+        Run(tmp_path).metrics()
+    assert str(path) in str(error.value) and "\n" not in str(error.value) and "\0" not in str(error.value)
+    path.write_bytes(b'{"step": 1}\n{"step": 3}\n')
+    assert [row["step"] for row in Run(tmp_path).metrics()] == [1, 3]
+
+
 def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "file.json"
     write_json(path, {"이름": "종양"})
