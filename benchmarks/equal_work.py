@@ -35,7 +35,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
 
 import equal_work_contenders  # noqa: E402
-from equal_work_contenders import CONTENDERS, Task  # noqa: E402
+from equal_work_contenders import CONTENDERS  # noqa: E402
+from equal_work_loop import Task  # noqa: E402
 from equal_work_report import completed, curve_table, epoch_means, markdown, table, verdict_lines  # noqa: E402
 from measuring import RunFailed, chosen, conclude, machine, new_path, record_of, run_fresh, settings_of, take, versions_of  # noqa: E402
 from step_peers import PEERS, Environment, environment_of  # noqa: E402

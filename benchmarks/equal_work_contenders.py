@@ -4,10 +4,8 @@ Each runs in a process of its own, on the same patches of the same shard set, fr
 as many steps of the same optimiser, and leaves the loss of every step and the backbone. A further process judges that.
 """
 
-import dataclasses
 import functools
 import json
-import math
 import os
 import shutil
 import sys
@@ -19,36 +17,25 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
 
-WEIGHTS = "backbone.safetensors"
+from equal_work_loop import (  # noqa: E402
+    DECAY,
+    PEAK,
+    PROJECTION,
+    TEMPERATURE,
+    WARMUP,
+    WEIGHTS,
+    Images,
+    Task,
+    full_nt_xent,
+    in_our_order,
+    initial_backbone,
+    plain_net,
+    processes,
+    run_loop,
+)
+
 FIGURES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy"}
 MODES = {"linear": "linear", "knn": "kNN"}
-_PROJECTION, _TEMPERATURE = 128, 0.5
-_PEAK, _DECAY, _WARMUP = 3e-4, 1e-6, 0.1  # of Adam: the rate at its peak, the decay of weights; the share of the epochs before it
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """What is learnt from what, and who judges it.
-
-    shards: folder of the set to learn from, of which the train split is used; judged: of the labelled one; work: an empty folder
-    of this run; image_size: side of the views, pixels; cores: threads of whatever has threads.
-    """
-
-    shards: str
-    judged: str
-    work: str
-    recipe: str
-    backbone: str
-    image_size: int
-    batch_size: int
-    epochs: int
-    device: str
-    cores: int
-    seed: int
-
-    @property
-    def bf16(self) -> bool:
-        return self.device == "cuda"
 
 
 class Contender(NamedTuple):
@@ -78,13 +65,13 @@ def ours(task: Task) -> list[float]:
         backbone=task.backbone,
         image_size=task.image_size,
         batch_size=task.batch_size,
-        projection_dim=_PROJECTION,
-        temperature=_TEMPERATURE,
+        projection_dim=PROJECTION,
+        temperature=TEMPERATURE,
         optimizer="adam",
-        learning_rate=_PEAK,
-        weight_decay=_DECAY,
+        learning_rate=PEAK,
+        weight_decay=DECAY,
         epochs=task.epochs,
-        warmup_epochs=_WARMUP * task.epochs,
+        warmup_epochs=WARMUP * task.epochs,
         precision="bf16" if task.bf16 else "fp32",
         seed=task.seed,
         workers=0,
@@ -111,19 +98,19 @@ def lightly(task: Task) -> list[float]:
     from lightly.transforms import SimCLRTransform
     from torch.utils.data import DataLoader
 
-    images, backbone = Images(task), _backbone(task)
+    images, backbone = Images(task), initial_backbone(task)
     width = backbone.num_features
-    head = ProjectionHead([(width, width, None, torch.nn.ReLU(), False), (width, _PROJECTION, None, None, False)])
+    head = ProjectionHead([(width, width, None, torch.nn.ReLU(), False), (width, PROJECTION, None, None, False)])
     net = torch.nn.Sequential(backbone, head)
     transform = SimCLRTransform(input_size=task.image_size, gaussian_blur=0.0, **lightly_arguments(task.recipe))
     dataset = LightlyDataset.from_torch_dataset(images, transform=transform)
-    workers = _processes(task)
+    workers = processes(task)
     loader: Iterable = DataLoader(
         dataset, task.batch_size, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0
     )
-    criterion = NTXentLoss(temperature=_TEMPERATURE)
+    criterion = NTXentLoss(temperature=TEMPERATURE)
     batches = (views for _ in range(task.epochs) for views, _, _ in loader)
-    return _train(task, net, batches, lambda views: criterion(*map(net, views)), patches=len(images))
+    return run_loop(task, net, batches, lambda views: criterion(*map(net, views)), patches=len(images))
 
 
 def lightly_arguments(recipe: str) -> dict[str, Any]:
@@ -149,14 +136,14 @@ def lightly_arguments(recipe: str) -> dict[str, Any]:
 def plain(task: Task) -> list[float]:
     """torchvision on Pillow, DataLoader, one view after the other through the network, all similarities in one matrix; in our
     order of the patches, with torch's random numbers for the views."""
-    net, images = _plain_net(task), Images(task)
-    return _train(task, net, _plain_batches(task, images), lambda views: full_nt_xent(*map(net, views)), patches=len(images))
+    net, images = plain_net(task), Images(task)
+    return run_loop(task, net, _plain_batches(task, images), lambda views: full_nt_xent(*map(net, views)), patches=len(images))
 
 
 def plain_joint(task: Task) -> list[float]:
     """As plain, but both views of a batch go through the network together, so that batch norm sees them as one batch."""
-    net, images = _plain_net(task), Images(task)
-    return _train(task, net, _plain_batches(task, images), functools.partial(_joint_loss, net), patches=len(images))
+    net, images = plain_net(task), Images(task)
+    return run_loop(task, net, _plain_batches(task, images), functools.partial(_joint_loss, net), patches=len(images))
 
 
 def _joint_loss(net: Any, views: list[Any]) -> Any:
@@ -165,7 +152,7 @@ def _joint_loss(net: Any, views: list[Any]) -> Any:
     return full_nt_xent(*net(torch.cat(views)).chunk(2))
 
 
-def _plain_batches(task: Task, images: "Images") -> Iterable:
+def _plain_batches(task: Task, images: Images) -> Iterable:
     from torchvision import transforms
 
     from pipelines.recipes import get_recipe
@@ -189,7 +176,7 @@ def _plain_batches(task: Task, images: "Images") -> Iterable:
         image = images.image(key[1])
         return [transform(image), transform(image)]
 
-    return _in_our_order(task, images, two_views)
+    return in_our_order(task, images, two_views)
 
 
 def replayed(task: Task) -> list[float]:
@@ -201,7 +188,7 @@ def replayed(task: Task) -> list[float]:
     from pipelines.views import draw_views
 
     recipe, images = get_recipe(task.recipe), Images(task)
-    net = _plain_net(task)
+    net = plain_net(task)
 
     def two_views(key: tuple[int, int]) -> list[Any]:
         epoch, ids = key[0], np.array(key[1:])
@@ -209,138 +196,8 @@ def replayed(task: Task) -> list[float]:
         parameters = draw_views(images.reader.draw_keys(ids), seed=task.seed, epoch=epoch, recipe=recipe, sizes=sizes)
         return list(reference_views(images.reader.read(ids), parameters, recipe=recipe, image_size=task.image_size)[:, 0])
 
-    batches = _in_our_order(task, images, two_views)
-    return _train(task, net, batches, functools.partial(_joint_loss, net), patches=len(images))
-
-
-class Images:
-    """The train split's patches of the shard set as a dataset of Pillow images without labels. ids: (n,) int64."""
-
-    def __init__(self, task: Task):
-        from pipelines.shards import ShardReader
-        from sharding.selection import select
-
-        self.reader = ShardReader(task.shards)
-        self.ids = select(self.reader.manifest, split="train")
-        self.transform: Callable | None = None  # lightly sets it
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, place: int) -> tuple[Any, int]:
-        assert self.transform is not None
-        return self.transform(self.image(int(self.ids[place]))), -1
-
-    def image(self, i: int) -> Any:
-        import io
-
-        import numpy as np
-        from PIL import Image
-
-        (encoded,) = self.reader.read(np.array([i]))
-        return Image.open(io.BytesIO(encoded.tobytes())).convert("RGB")
-
-
-class _Views:
-    """A dataset that makes the two views of each key."""
-
-    def __init__(self, make: Callable[[tuple[int, int]], list[Any]]):
-        self.make = make
-
-    def __getitem__(self, key: tuple[int, int]) -> list[Any]:
-        return self.make(key)
-
-
-def _in_our_order(task: Task, images: Images, make: Callable[[tuple[int, int]], list[Any]]) -> Iterable:
-    from torch.utils.data import DataLoader
-
-    return DataLoader(_Views(make), batch_sampler=our_batches(task, images.ids), num_workers=_processes(task))  # type: ignore
-
-
-def our_batches(task: Task, ids: Any) -> list[list[tuple[int, int]]]:
-    """The (epoch, patch id) of each step of all epochs, as our loader has them."""
-    from pipelines.order import epoch_order, rank_slice
-
-    found = []
-    for epoch in range(task.epochs):
-        order = epoch_order(ids, seed=task.seed, epoch=epoch)
-        for step in range(len(ids) // task.batch_size):
-            batch = rank_slice(order, step, task.batch_size, rank=0, world_size=1)
-            found.append([(epoch, int(i)) for i in batch])
-    return found
-
-
-def full_nt_xent(z0_BD: Any, z1_BD: Any, temperature: float = _TEMPERATURE) -> Any:
-    """Equation 1 of Chen et al. 2020 (SimCLR), over both views as anchors: a scalar."""
-    import torch
-    from torch.nn import functional as F
-
-    u_MD = F.normalize(torch.cat([z0_BD, z1_BD]).float(), dim=1)
-    s_MM = u_MD @ u_MD.T / temperature
-    itself_MM = torch.eye(len(u_MD), dtype=torch.bool, device=u_MD.device)
-    other_view_M = torch.arange(len(u_MD), device=u_MD.device).roll(len(z0_BD))
-    return F.cross_entropy(s_MM.masked_fill(itself_MM, -torch.inf), other_view_M)
-
-
-def rate(step: int, *, steps: int, warmup_steps: int) -> float:
-    """The learning rate as a share of its peak: up a line, down half a cosine. step: 0 for the first one."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (steps - warmup_steps)))
-
-
-def _backbone(task: Task) -> Any:
-    """What all begin with: the seed decides the weights."""
-    import torch
-
-    from models.backbones import build_backbone
-
-    torch.manual_seed(task.seed)
-    return build_backbone(task.backbone, task.image_size)
-
-
-def _plain_net(task: Task) -> Any:
-    from torch import nn
-
-    backbone = _backbone(task)
-    width = backbone.num_features
-    # Made in this order, the head's weights too are those of ours.
-    return nn.Sequential(
-        backbone,
-        nn.Sequential(nn.Linear(width, width, bias=False), nn.ReLU(), nn.Linear(width, _PROJECTION, bias=False)),
-    )
-
-
-def _processes(task: Task) -> int:
-    """Of a DataLoader: on a single core it works in the process that trains."""
-    return task.cores if task.cores > 1 else 0
-
-
-def _train(task: Task, net: Any, batches: Iterable, loss_of: Callable[[list[Any]], Any], *, patches: int) -> list[float]:
-    """The loss of every step. net: the backbone and the head, in this order; batches: of lists of two views."""
-    import torch
-    from safetensors.torch import save_file
-
-    net.to(task.device).train()
-    steps_per_epoch = patches // task.batch_size
-    warmup_steps = round(_WARMUP * task.epochs * steps_per_epoch)
-    weights = [p for p in net.parameters() if p.ndim > 1]
-    rest = [p for p in net.parameters() if p.ndim <= 1]
-    groups = [{"params": weights, "weight_decay": _DECAY}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.Adam(groups, lr=_PEAK)
-    share = functools.partial(rate, steps=task.epochs * steps_per_epoch, warmup_steps=warmup_steps)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
-    losses = []
-    for views in batches:
-        optimizer.zero_grad()
-        with torch.autocast(task.device, torch.bfloat16, enabled=task.bf16):
-            loss = loss_of([view.to(task.device) for view in views])
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
-        losses.append(loss.item())
-    save_file({name: tensor.cpu().contiguous() for name, tensor in net[0].state_dict().items()}, Path(task.work) / WEIGHTS)
-    return losses
+    batches = in_our_order(task, images, two_views)
+    return run_loop(task, net, batches, functools.partial(_joint_loss, net), patches=len(images))
 
 
 # In the order in which they run: what is compared stands side by side

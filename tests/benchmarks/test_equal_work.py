@@ -17,16 +17,8 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT), str(ROOT / "benchmarks")]  # benchmarks/ is no installed package
 
-from equal_work_contenders import (  # noqa: E402
-    CONTENDERS,
-    WEIGHTS,
-    Images,
-    Task,
-    full_nt_xent,
-    lightly_arguments,
-    our_batches,
-    rate,
-)
+from equal_work_contenders import CONTENDERS, lightly_arguments  # noqa: E402
+from equal_work_loop import WEIGHTS, Images, Task, full_nt_xent, our_batches, rate  # noqa: E402
 from equal_work_report import (  # noqa: E402
     FIGURE_NAMES,
     FIRST_LOSS,
