@@ -38,7 +38,7 @@ import equal_work_contenders  # noqa: E402
 from equal_work_contenders import CONTENDERS  # noqa: E402
 from equal_work_loop import Task  # noqa: E402
 from equal_work_report import completed, curve_table, epoch_means, markdown, table, verdict_lines  # noqa: E402
-from measuring import RunFailed, chosen, conclude, machine, new_path, record_of, run_fresh, settings_of, take, versions_of  # noqa: E402
+from measuring import RunFailed, chosen, conclude, machine, new_path, record_of, run_fresh, set_of, settings_of, take, versions_of  # noqa: E402
 from step_peers import PEERS, Environment, environment_of  # noqa: E402
 
 from sharding.command import option, required, run_script  # noqa: E402
@@ -170,13 +170,12 @@ def drawn(work: Path, patches: int, size: int, cores: int) -> Path:
 
 def learnt(shards: Path, batch_size: int) -> dict[str, Any]:
     """What a result says of the set that is learnt from. Raises ValueError for one with fewer training patches than a batch."""
-    name = read_dataset(shards)["name"]
     patches = pc.sum(pc.equal(read_manifest(shards, columns=["split"])["split"], "train")).as_py() or 0
     if patches < batch_size:
         raise ValueError(
             f"{shards}: its train split has {patches:,} patches, fewer than --batch-size {batch_size}: make that smaller"
         )
-    return {"name": name, "patches": patches}
+    return {**set_of(shards), "patches": patches}
 
 
 def labelled(shards: Path) -> dict[str, Any]:
@@ -188,7 +187,7 @@ def labelled(shards: Path) -> dict[str, Any]:
         raise ValueError(f"{shards} cannot judge: give --judged-on a set with labels, and with a train and a test split")
     test = pc.sum(pc.equal(rows["split"], "test")).as_py()
     grouped = None not in groups["train"] | groups["test"] and not groups["train"] & groups["test"]
-    return {"name": dataset["name"], "test": test, "test_groups": len(groups["test"]), "grouped": grouped}
+    return {**set_of(shards), "test": test, "test_groups": len(groups["test"]), "grouped": grouped}
 
 
 def one_run(name: str, task: Task, peers: Environment, work: Path, limit: float) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from equal_work_contenders import CONTENDERS, FIGURES, MODES
-from measuring import heading, markdown_table
+from measuring import heading, markdown_table, packed
 from scipy.stats import t as student
 
 Record = dict[str, Any]
@@ -196,6 +196,8 @@ def body(record: Record) -> list[str]:
         f" training patches of {learnt['name']!r} in batches of {s['batch_size']} (an incomplete one is left out), {s['steps']:,}"
         f" steps; Adam at 3e-4, warm-up for a tenth of them, then half a cosine; {'bf16' if s['bf16'] else 'float32'} on the"
         f" {s['device']}; seeds {', '.join(map(str, s['seeds']))}.",
+        "",
+        " ".join(dict.fromkeys([packed(learnt), packed(judged)])),
         "",
         "All start from the same backbone (and, but for lightly, head) of each seed and read the same patches of the same shards."
         " lightly draws its own order and views. Plain torch has our order of the patches and draws its own views; it and lightly"

@@ -26,12 +26,13 @@ from gpu_pixels import (
     levels,
     with_halved_colour,
 )
+from measuring import set_of
 from step_model import METHOD, WEIGHT_DECAY, model_step
 
 from pipelines.loader import ViewLoader
 from pipelines.recipes import get_recipe
 from pipelines.shards import ShardReader
-from sharding.manifest import fingerprint, read_dataset
+from sharding.manifest import fingerprint
 from sharding.packing import build_shards
 from sharding.synthetic import LAYOUTS, draw_set
 from sharding.synthetic import Config as DrawConfig
@@ -106,7 +107,7 @@ def data(s: Setting, found: Result) -> None:
         found["draw_and_build_seconds"] = round(time.monotonic() - started, 1)
     reader = s.sets["stored"] = ShardReader(stored)
     found |= {
-        "set": read_dataset(stored)["name"],
+        "set": set_of(stored),
         "patches": len(reader),
         "mean_kilobytes": round(float(reader.manifest["size"].to_numpy().mean()) / 1e3, 1),
         "side": reader.sizes[0].tolist(),

@@ -17,6 +17,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from sharding.build import commands_of
+from sharding.manifest import fingerprint, read_dataset
 from sharding.workers import available_cores
 from train.runs import code_commit, write_json, write_text
 
@@ -116,6 +118,19 @@ def typed(arguments: Sequence[str]) -> str:
         return str(path.relative_to(here)) if path.is_relative_to(here) else path.name
 
     return shlex.join(["python", *map(shown, arguments)])
+
+
+def set_of(shards: Path) -> dict[str, Any]:
+    """What a result says of a shard set: its name, its fingerprint, and the commands that pack it, with sources by their last
+    part. How patches were stored decides figures as much as which ones they are."""
+    commands = [typed(["sharding/build.py", *command]) for command in commands_of(shards)]
+    return {"name": read_dataset(shards)["name"], "fingerprint": fingerprint(shards), "packed_by": commands}
+
+
+def packed(described: Mapping[str, Any]) -> str:
+    """That of `set_of`, as a sentence."""
+    commands = ", then ".join(f"`{command}`" for command in described["packed_by"])
+    return f"{described['name']!r} was packed by {commands} (fingerprint {described['fingerprint'][:12]})."
 
 
 def heading(title: str, record: dict[str, Any]) -> list[str]:

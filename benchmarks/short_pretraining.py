@@ -24,10 +24,21 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
 
-from measuring import RunFailed, conclude, heading, machine, markdown_table, new_path, record_of, run_fresh, versions_of  # noqa: E402
+from measuring import (  # noqa: E402
+    RunFailed,
+    conclude,
+    heading,
+    machine,
+    markdown_table,
+    new_path,
+    packed,
+    record_of,
+    run_fresh,
+    set_of,
+    versions_of,
+)
 
 from sharding.command import option, required, run_script  # noqa: E402
-from sharding.manifest import read_dataset  # noqa: E402
 from sharding.packing import build_shards  # noqa: E402
 from sharding.synthetic import LAYOUTS, draw_set  # noqa: E402
 from sharding.synthetic import Config as DrawConfig  # noqa: E402
@@ -67,11 +78,11 @@ def main(config: Config) -> None:
     work.mkdir(parents=True, exist_ok=True)
     started = machine(available_cores())
     data = Path(config.data).resolve() if config.data is not None else drawn(config, work)
-    described = read_dataset(data)
+    described = set_of(data)
     path = new_path(Path(config.out), "short-pretraining")
     record: dict[str, Any] = {
         **record_of(started, versions_of(_PACKAGES)),
-        "set": {"name": described["name"], "drawn": config.data is None},
+        "set": {**described, "drawn": config.data is None},
         "settings": {
             name: getattr(config, name) for name in ("backbone", "image_size", "batch_size", "optimizer", "seconds", "seed")
         },
@@ -210,6 +221,8 @@ def body(record: dict[str, Any]) -> list[str]:
     lines = [
         f"{s['backbone']} at {s['image_size']} px, batch {s['batch_size']}, {s['optimizer']}, on the set {of['name']!r}"
         f" ({'drawn' if of['drawn'] else 'real'} patches), seed {s['seed']}.",
+        "",
+        packed(of),
         "",
     ]
     if found := record["runs"].get("pretraining"):

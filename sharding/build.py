@@ -8,13 +8,16 @@ is fully decoded on the way; what cannot be decoded is left out and listed in qu
 """
 
 import sys
-from dataclasses import asdict, dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 
 from sharding.command import option, positional, required, run_script
+from sharding.manifest import read_dataset
 from sharding.packing import Summary, build_shards
 
 
@@ -87,6 +90,33 @@ def report(summary: Summary) -> None:
     if summary.added and summary.added < summary.packed:
         console.print(f"{summary.added:,} patches were added")
     console.print(f"{summary.name}: {summary.packed:,} patches in {shards}: {summary.out}")
+
+
+def commands_of(shards: str | Path) -> list[list[str]]:
+    """The arguments of the commands that pack this set: of the build, then of each that made it grow.
+
+    The same sources, as they were then, give the same fingerprint. Raises ValueError for what is no shard set.
+    """
+    dataset, folder = read_dataset(shards), Path(shards)
+    named = [] if dataset["name"] == folder.name else ["--name", dataset["name"]]
+    end = ["--out", str(shards), *named]
+    grown = [[*_arguments(growth["arguments"]), "--append", *end] for growth in dataset["appended"]]
+    return [[*_arguments(dataset["arguments"]), *end], *grown]
+
+
+def _arguments(settled: Mapping[str, Any]) -> list[str]:
+    """What is to be typed for arguments as dataset.json has them, without what goes without saying."""
+    by_column = (settled["split"] or "").startswith("column:")
+    usual = {each.name: each.default if each.default is not MISSING else [] for each in fields(BuildConfig)}
+    usual["split_by"] = "group" if settled["group_by"] and not by_column else "patch"  # what auto comes to
+    words = list(settled["sources"])
+    for name, value in settled.items():
+        if name == "sources" or value == usual[name]:
+            continue
+        words.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            words += map(str, value if isinstance(value, list) else [value])
+    return words
 
 
 DESCRIPTION = (

@@ -6,6 +6,7 @@ Without --verify only dataset.json, manifest.parquet and quarantine.parquet are 
 sharding.verifying.
 """
 
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import pyarrow.compute as pc
 from rich.console import Console
 from rich.table import Table
 
+from sharding.build import commands_of
 from sharding.command import option, positional, run_script
 from sharding.decoders import decoder_path
 from sharding.manifest import decoded, fingerprint, read_dataset, read_manifest, read_quarantine, source_digests
@@ -47,6 +49,8 @@ def main(config: InspectConfig) -> None:
         f"{dataset['name']}: {len(manifest):,} patches, {size / 1e6:,.1f} MB in {shards}, {dataset['quarantined']:,} quarantined"
     )
     console.print(f"fingerprint {fingerprint(config.shards)}")
+    for command in commands_of(config.shards):
+        console.print(f"packed by: python sharding/build.py {shlex.join(command)}")
     for growth in dataset["appended"]:
         console.print(f"grown by {growth['patches']:,} patches, from id {growth['first_id']:,}")
     console.print(_classes_table(manifest))

@@ -240,6 +240,7 @@ def test_contenders_are_interleaved_by_seed_and_a_failure_stands_in_the_table(tm
     assert calls == [(7, name) for name in names] + [(8, name) for name in names] + [(9, name) for name in without]
     assert record["failed"] == {"plain": "exit code 1: out of memory"}
     assert record["judged_on"]["grouped"] and record["settings"]["steps"] == 3 * (record["learnt_from"]["patches"] // 16)
+    assert text.count("was packed by `python sharding/build.py ") == 1  # of one set for both, once
     rows = {row[0]: row[1:] for row in table(record)[1]}
     assert rows["ours"] == ["3", *["0.980 ± 0.010"] * 4, "2.080 ± 0.010"]
     assert rows["random weights"][-1] == "-"

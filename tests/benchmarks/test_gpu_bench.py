@@ -205,7 +205,8 @@ def _pretraining(tmp_path, monkeypatch, failing=(), **settings):
 
     monkeypatch.setattr(short_pretraining, "pretrained", pretrained)
     monkeypatch.setattr(short_pretraining, "judged", judged)
-    monkeypatch.setattr(short_pretraining, "read_dataset", lambda data: {"name": "oral"})
+    described = {"name": "oral", "fingerprint": "c0ffee", "packed_by": ["python sharding/build.py oral --unlabelled"]}
+    monkeypatch.setattr(short_pretraining, "set_of", lambda data: described)
     code = 0
     try:
         short_pretraining.main(short_pretraining.Config(str(tmp_path), str(tmp_path / "out"), data=str(tmp_path), **settings))
@@ -227,6 +228,7 @@ def test_as_many_epochs_as_fit(tmp_path, monkeypatch):
 def test_weights_that_are_not_there_are_said_and_are_no_failure(tmp_path, monkeypatch):
     _, record, code = _pretraining(tmp_path, monkeypatch, failing={"imagenet"})
     assert code == 0
+    assert "'oral' was packed by `python sharding/build.py oral --unlabelled` (fingerprint c0ffee)." in body(record)
     assert "| ImageNet (not there: exit code 2: it cannot be had) | - | - | - |" in body(record)
     _, record, code = _pretraining(tmp_path / "other", monkeypatch, failing={"scratch"})
     assert code == 1

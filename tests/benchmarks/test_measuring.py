@@ -11,7 +11,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from loader_contenders import Task  # noqa: E402
-from measuring import RunFailed, machine, record_of, settings_of, take, typed  # noqa: E402
+from measuring import RunFailed, machine, packed, record_of, set_of, settings_of, take, typed  # noqa: E402
+
+from sharding.manifest import fingerprint  # noqa: E402
+from sharding.packing import build_shards  # noqa: E402
+from tests.helpers import BREAST_LAYOUT, breast_files, write_tree  # noqa: E402
 
 
 def test_command_names_no_folder_of_the_machine(tmp_path):
@@ -20,6 +24,15 @@ def test_command_names_no_folder_of_the_machine(tmp_path):
         "python benchmarks/loader.py --work 'my work' --out benchmarks/results --batch-size 8"
     )
     assert typed(["benchmarks/loader.py", "--images", "data/oral"]) == "python benchmarks/loader.py --images data/oral"
+
+
+def test_set_is_described_by_the_command_that_packs_it(tmp_path):
+    tree = write_tree(tmp_path / "유방 (breast)", breast_files({"Benign": 4}))
+    build_shards([tree], tmp_path / "set", layout=BREAST_LAYOUT, encode="jpeg:95", resize=10, workers=1)
+    described = set_of(tmp_path / "set")
+    command = f"python sharding/build.py '유방 (breast)' --layout '{BREAST_LAYOUT}' --encode jpeg:95 --resize 10 --out set"
+    assert described == {"name": "set", "fingerprint": fingerprint(tmp_path / "set"), "packed_by": [command]}
+    assert packed(described) == f"'set' was packed by `{command}` (fingerprint {described['fingerprint'][:12]})."
 
 
 def test_settings_name_no_folder_either(tmp_path):
