@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sharding.build import commands_of
+from sharding.build import packed_by
 from sharding.manifest import fingerprint, read_dataset
 from sharding.workers import available_cores
 from train.runs import code_commit, write_json, write_text
@@ -121,10 +121,9 @@ def typed(arguments: Sequence[str]) -> str:
 
 
 def set_of(shards: Path) -> dict[str, Any]:
-    """What a result says of a shard set: its name, its fingerprint, and the commands that pack it, with sources by their last
-    part. How patches were stored decides figures as much as which ones they are."""
-    commands = [typed(["sharding/build.py", *command]) for command in commands_of(shards)]
-    return {"name": read_dataset(shards)["name"], "fingerprint": fingerprint(shards), "packed_by": commands}
+    """What a result says of a shard set: its name, its fingerprint, and the commands that pack it, since how patches were stored
+    decides figures too."""
+    return {"name": read_dataset(shards)["name"], "fingerprint": fingerprint(shards), "packed_by": packed_by(shards)}
 
 
 def packed(described: Mapping[str, Any]) -> str:

@@ -7,10 +7,11 @@ The set is ready when the command ends: tars that WebDataset and DALI read, and 
 is fully decoded on the way; what cannot be decoded is left out and listed in quarantine.parquet.
 """
 
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from rich.console import Console
@@ -97,10 +98,29 @@ def commands_of(shards: str | Path) -> list[list[str]]:
 
     The same sources, as they were then, give the same fingerprint. Raises ValueError for what is no shard set.
     """
-    dataset, folder = read_dataset(shards), Path(shards)
-    named = [] if dataset["name"] == folder.name else ["--name", dataset["name"]]
-    end = ["--out", str(shards), *named]
-    grown = [[*_arguments(growth["arguments"]), "--append", *end] for growth in dataset["appended"]]
+    return _commands(shards, str(shards))
+
+
+def packed_by(shards: str | Path, place: str | None = None) -> list[str]:
+    """These commands for readers elsewhere: of an absolute path the last part alone is said.
+
+    place: folder or URL of the set, of which `shards` may be a copy; None: it is no copy.
+    """
+
+    def shown(word: str) -> str:
+        return Path(word).name if Path(word).is_absolute() else word
+
+    out = PurePosixPath(place or str(shards)).name
+    return [shlex.join(["python", "sharding/build.py", *map(shown, command)]) for command in _commands(shards, out)]
+
+
+def _commands(shards, out):
+    dataset = read_dataset(shards)
+    if "arguments" not in dataset:  # of another packer
+        return []
+    named = [] if dataset["name"] == PurePosixPath(out).name else ["--name", dataset["name"]]
+    end = ["--out", out, *named]
+    grown = [[*_arguments(growth["arguments"]), "--append", *end] for growth in dataset.get("appended", ())]
     return [[*_arguments(dataset["arguments"]), *end], *grown]
 
 

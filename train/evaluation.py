@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from train.exhibits import leave_exhibits
 from train.feature_pass import FeaturePass, On
 from train.finetuning import Start, batch_size_of, check_training, train_cell
 from train.frozen import built_backbone, features_of, judge_frozen
-from train.inputs import Input, SetInput, gib, open_set, place_of
+from train.inputs import Input, SetInput, gib, open_set
 from train.intervals import FEW_UNITS
 from train.judging import Cell, judged, summary_lines, write_predictions
 from train.labels import LabelledSet, Labels, choose_labels, labelled_set, split_rule, validation_split, warnings_of
@@ -64,7 +65,7 @@ def _evaluate(config: EvaluateConfig, reader: ShardReader) -> Run:
         for seed in range(config.seed, config.seed + config.seeds)
     ]
     start = _start(config)
-    data = SetInput(place_of(config.data), fingerprint(reader.folder), np.arange(len(reader)))
+    data = SetInput.of(config.data, reader, np.arange(len(reader)))
     run = open_run(config.storage, config.name or _default_name(config, start))
     stage = _stage(config, start, data.fingerprint)
     if not run.begin(stage, config, _reads(config, data, start, chosen[0][2])):
@@ -159,7 +160,7 @@ def _default_name(config, start):
 
 def _reads(config, data, start, chosen: Labels) -> dict[str, Any]:
     """What run.json says of the first cell's input."""
-    learnt = Input((SetInput(data.shards, data.fingerprint, chosen.learnt),), cache_bytes=gib(config.cache_gib))
+    learnt = Input((replace(data, ids=chosen.learnt),), cache_bytes=gib(config.cache_gib))
     trains = config.mode in TRAINED
     return learnt.describe(
         selection=chosen.selection,

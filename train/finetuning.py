@@ -1,7 +1,7 @@
 """Judging by training all weights: fine-tuning, and the supervised baseline. A run of its own for each fraction and seed."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -99,7 +99,7 @@ def train_cell(
 
 
 def _some(data: SetInput, ids: np.ndarray, config: EvaluateConfig) -> Input:
-    return Input((SetInput(data.shards, data.fingerprint, ids),), cache_bytes=gib(config.cache_gib))
+    return Input((replace(data, ids=ids),), cache_bytes=gib(config.cache_gib))
 
 
 def _job(config, seed, chosen, learnt, *, run, data, known, start, key) -> Job:

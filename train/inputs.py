@@ -12,18 +12,26 @@ from pipelines.mixture import Mixture, Part
 from pipelines.recipes import describe_recipe, get_recipe
 from pipelines.remote import RemoteSet, is_remote
 from pipelines.shards import ShardReader
+from sharding.build import packed_by
 from sharding.manifest import fingerprint
 
 
 @dataclass(frozen=True)
 class SetInput:
     """Patches of one shard set. shards: its absolute folder or URL; fingerprint: of its content; ids: (n,) int64; weight:
-    beside the other sets'."""
+    beside the other sets'; packed_by: the commands that pack it."""
 
     shards: str
     fingerprint: str
     ids: np.ndarray = field(repr=False)
     weight: float = 1.0
+    packed_by: tuple[str, ...] = field(default=(), repr=False)
+
+    @classmethod
+    def of(cls, shards: str, reader: ShardReader, ids: np.ndarray, weight: float = 1.0) -> "SetInput":
+        """shards: as a user gave it; reader: that has it, or a copy of it, open."""
+        place = place_of(shards)
+        return cls(place, fingerprint(reader.folder), ids, weight, tuple(packed_by(reader.folder, place)))
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,15 @@ class Input:
         batch, None where there are no steps of training.
         """
         described = {
-            "sets": [{"shards": each.shards, "weight": each.weight, "fingerprint": each.fingerprint} for each in self.sets],
+            "sets": [
+                {
+                    "shards": each.shards,
+                    "weight": each.weight,
+                    "fingerprint": each.fingerprint,
+                    "packed_by": list(each.packed_by),
+                }
+                for each in self.sets
+            ],
             "selection": selection,
             "recipe": recipe,
             "recipe_fields": describe_recipe(get_recipe(recipe)),

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 
 from pipelines.recipes import describe_recipe
-from sharding.manifest import fingerprint
 from sharding.selection import select
 from train.alarms import Alarms
 from train.cluster import gpus_with_bf16
 from train.config import PretrainConfig, worker_range
-from train.inputs import Input, SetInput, gib, open_set, parse_mix, place_of
+from train.inputs import Input, SetInput, gib, open_set, parse_mix
 from train.loop import Job
 from train.methods import Pretext, build_method
 from train.parents import Parent, resolve_init
@@ -147,7 +146,7 @@ def _choose(config: PretrainConfig, selection: dict[str, Any]) -> Input:
                 ids = select(reader.manifest, **selection)
             except ValueError as error:
                 raise ValueError(f"{shards}: {error}") from None
-            sets.append(SetInput(place_of(shards), fingerprint(reader.folder), ids, weight))
+            sets.append(SetInput.of(shards, reader, ids, weight))
     return Input(tuple(sets), config.shuffle_window, cache_bytes)
 
 

@@ -13,12 +13,12 @@ import pyarrow as pa
 from torch import nn
 
 from pipelines.recipes import get_recipe
-from sharding.manifest import class_names, fingerprint, read_manifest
+from sharding.manifest import class_names, read_manifest
 from sharding.selection import select
 from train.config import PretrainConfig
 from train.features import compute_features
 from train.heads_fit import principal
-from train.inputs import Input, SetInput, gib, open_set, place_of
+from train.inputs import Input, SetInput, gib, open_set
 from train.metrics import accuracies
 from train.neighbours import knn_probabilities
 
@@ -108,7 +108,7 @@ def _plan(shards: str, config: PretrainConfig) -> Probe:
         judged, by_group = _set_aside(looked_at, _JUDGED)
         tuning = np.zeros(len(ids), bool)
         tuning[~judged], _ = _set_aside(looked_at.filter(pa.array(~judged)), _TUNING)
-        chosen = Input((SetInput(place_of(shards), fingerprint(reader.folder), ids),), window=1, cache_bytes=cache_bytes)
+        chosen = Input((SetInput.of(shards, reader, ids),), window=1, cache_bytes=cache_bytes)
     return Probe(config.probe_every, chosen, labels, judged, tuning, classes, by_group)
 
 

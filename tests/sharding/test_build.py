@@ -1,10 +1,11 @@
 """The commands that pack a set again."""
 
+import json
 import shutil
 
 import pytest
 
-from sharding.build import BuildConfig, commands_of, main
+from sharding.build import BuildConfig, commands_of, main, packed_by
 from sharding.command import parse
 from sharding.manifest import fingerprint
 from tests.helpers import BREAST_LAYOUT, breast_files, encoded, run_python, write_tree
@@ -54,6 +55,24 @@ def test_set_that_was_moved_keeps_its_name(breast, tmp_path):
     moved = shutil.copytree(tmp_path / "breast set", tmp_path / "copy")
     (command,) = commands_of(moved)
     assert command[-4:] == ["--out", str(moved), "--name", "breast set"]
+
+
+def test_readers_elsewhere_see_no_folder_of_this_machine(breast, tmp_path):
+    pack([breast, "--layout", BREAST_LAYOUT, "--where", "magnification=x40", "--out", tmp_path / "breast set"])
+    assert packed_by(tmp_path / "breast set") == [
+        f"python sharding/build.py breast --layout '{BREAST_LAYOUT}' --where magnification=x40 --out 'breast set'"
+    ]
+    copy = shutil.copytree(tmp_path / "breast set", tmp_path / "cache" / "5f3a")
+    assert packed_by(copy, "s3://bucket/breast set") == packed_by(tmp_path / "breast set")
+    assert packed_by(copy)[0].endswith(" --out 5f3a --name 'breast set'")
+
+
+def test_a_set_of_another_packer_has_no_command(breast, tmp_path):
+    pack([breast, "--layout", BREAST_LAYOUT, "--out", tmp_path / "set"])
+    described = json.loads((tmp_path / "set/dataset.json").read_bytes())
+    del described["arguments"], described["appended"]
+    (tmp_path / "set/dataset.json").write_text(json.dumps(described))
+    assert (commands_of(tmp_path / "set"), packed_by(tmp_path / "set")) == ([], [])
 
 
 def test_each_growth_has_its_command(breast, tmp_path):

@@ -25,7 +25,8 @@ def run_of(storage: Path, name: str, kind: str, result: dict, rows=(), *, data: 
     shards = str(storage / "no shards")
     run = Run(storage / name)
     settings = {"method": "simclr", "recipe": "simclr", "image_size": 64, "seed": 7, "backbone": "resnet18", "epochs": 3}
-    sets = [{"shards": shards, "weight": 1.0, "fingerprint": data}]
+    command = "python sharding/build.py '신장 <1>' --group-by slide --out 'no shards'"
+    sets = [{"shards": shards, "weight": 1.0, "fingerprint": data, "packed_by": [command]}]
     recipe = "simclr" if kind == "pretrain" else "eval"
     reads = {"sets": sets, "recipe": recipe, "recipe_fields": describe_recipe(get_recipe(recipe)), "image_size": 64, "seed": 7}
     run.begin(Stage(kind, settings, data, "scratch"), PretrainConfig(data=shards, name=name, seed=7), reads)

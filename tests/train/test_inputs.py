@@ -18,6 +18,7 @@ from pipelines.mixture import Mixture
 from pipelines.recipes import describe_recipe, get_recipe
 from pipelines.remote import RemoteSet
 from pipelines.shards import ShardReader
+from sharding.build import packed_by
 from sharding.manifest import fingerprint, read_manifest
 from sharding.selection import select
 from tests.helpers import assert_refused, open_files, run_python
@@ -286,14 +287,20 @@ def test_mix_on_the_command_line(tmp_path, small_set, other_set):
 
 # What the record says
 
+PACKED_BY = (
+    "python sharding/build.py images --layout '{class}/{slide}/{magnification}/{name}' --split train=0.7,test=0.3"
+    " --group-by slide --shard-patches 30 --out shards"
+)
+
+
+def described(folder, weight=1.0, packed_by=PACKED_BY):
+    return {"shards": str(folder), "weight": weight, "fingerprint": fingerprint(folder), "packed_by": [packed_by]}
+
 
 def test_the_record_of_pretraining(settings, small_set, other_set):
     run = pretrain(dataclasses.replace(settings, mix=[f"{other_set}=0.5"], fraction=0.5, seed=7, recipe="pathology", epochs=1))
     assert run.record["input"] == {
-        "sets": [
-            {"shards": str(small_set), "weight": 1.0, "fingerprint": fingerprint(small_set)},
-            {"shards": str(other_set), "weight": 0.5, "fingerprint": fingerprint(other_set)},
-        ],
+        "sets": [described(small_set), described(other_set, 0.5, *packed_by(other_set))],
         "selection": {"split": "train", "fraction": 0.5, "seed": 7},
         "recipe": "pathology",
         "recipe_fields": json.loads(json.dumps(describe_recipe(get_recipe("pathology")))),
@@ -355,7 +362,7 @@ def test_the_record_of_judging(settings, small_set, monkeypatch, mode):
     assert found.pop("recipe_fields") == json.loads(json.dumps(describe_recipe(get_recipe(recipe))))
     training = {} if mode == "linear" else {"batch_size": len(ids), "shuffle_window": None}
     assert found == {
-        "sets": [{"shards": str(small_set), "weight": 1.0, "fingerprint": fingerprint(small_set)}],
+        "sets": [described(small_set)],
         "selection": {
             "split": "train",
             "fraction": 0.5,

@@ -220,6 +220,7 @@ def test_what_was_trained_on_what(full):
     shown = " ".join(" ".join(page.text).split())
     for part in (
         "dddddddddd",
+        "python sharding/build.py '신장 <1>' --group-by slide --out 'no shards'",
         "100 (5 %), 2,000 (100 %)",
         "learnt from 'train', judged on 'test'",
         "42, 43",

@@ -41,6 +41,7 @@ def _facts(run: Shown) -> dict[str, Content]:
     record, result, config = run.record, run.result, run.record["stage"]["config"]
     machine, versions = record["machine"], record["versions"]
     named: dict[str, Content] = {"Data": joined((_set(each, len(run.sets)) for each in run.sets), "; ")}
+    named["Packed by"] = joined((element("code", each) for one in run.sets for each in one.get("packed_by", ())), "; ")
     if run.is_judged:
         labels = ", ".join(f"{each['labels']:,} ({share(each['fraction'])})" for each in result["summary"])
         tested = f"{run.cells[0]['test_patches']:,} patches"

@@ -57,7 +57,7 @@ ol.steps li + li { margin-left: 1.7rem; position: relative }
 ol.steps li + li::before { content: "→"; position: absolute; left: -1.4rem; color: var(--soft) }
 ol.steps li:last-child { border-color: var(--accent); color: var(--accent); font-weight: 600 }
 dl { display: grid; grid-template-columns: 5.2rem 1fr; gap: .25rem .8rem; margin: 0; font-size: .9rem }
-dt { color: var(--soft) } dd { margin: 0 }
+dt { color: var(--soft) } dd { margin: 0; overflow-wrap: anywhere }
 
 ul.short { padding-left: 1.1rem; margin: 0 0 1.1rem }
 .wide { overflow-x: auto; max-width: 100%; margin-bottom: .8rem }
