@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sharding.build import packed_by
+from sharding.build_command import packed_by
 from sharding.manifest import fingerprint, read_dataset
 from sharding.workers import available_cores
 from train.runs import code_commit, write_json, write_text

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from rich.console import Console
 from rich.table import Table
 
-from sharding.build import commands_of
+from sharding.build_command import commands_of
 from sharding.command import option, positional, run_script
 from sharding.decoders import decoder_path
 from sharding.manifest import decoded, fingerprint, read_dataset, read_manifest, read_quarantine, source_digests

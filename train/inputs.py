@@ -12,7 +12,7 @@ from pipelines.mixture import Mixture, Part
 from pipelines.recipes import describe_recipe, get_recipe
 from pipelines.remote import RemoteSet, is_remote
 from pipelines.shards import ShardReader
-from sharding.build import packed_by
+from sharding.build_command import packed_by
 from sharding.manifest import fingerprint
 
 

@@ -18,7 +18,7 @@ from pipelines.mixture import Mixture
 from pipelines.recipes import describe_recipe, get_recipe
 from pipelines.remote import RemoteSet
 from pipelines.shards import ShardReader
-from sharding.build import packed_by
+from sharding.build_command import packed_by
 from sharding.manifest import fingerprint, read_manifest
 from sharding.selection import select
 from tests.helpers import assert_refused, open_files, run_python

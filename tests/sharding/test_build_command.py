@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from sharding.build import BuildConfig, commands_of, main, packed_by
+from sharding.build import main
+from sharding.build_command import BuildConfig, commands_of, packed_by
 from sharding.command import parse
 from sharding.manifest import fingerprint
 from tests.helpers import BREAST_LAYOUT, breast_files, encoded, run_python, write_tree
