@@ -1,19 +1,33 @@
-"""What the benchmark of equal work says: figures and curves over seeds, their differences, and whether seeds make as much."""
+"""What the benchmark of equal work says: figures and curves over seeds, their differences, and whether seeds make as much.
 
+    python benchmarks/equal_work_report.py RESULT.json RESULT.json      # of other seeds: what all of them say
+
+writes the result of all their seeds as one, under today's date.
+"""
+
+import json
 import math
 import statistics
+import sys
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from equal_work_contenders import CONTENDERS, FIGURES, MODES
-from measuring import heading, markdown_table, packed
+from measuring import conclude, heading, markdown_table, new_path, packed, typed
+from rich.console import Console
 from scipy.stats import t as student
+
+from sharding.command import option, positional, run_script
 
 Record = dict[str, Any]
 OTHERS = ("lightly", "plain", "plain-joint", "replayed")  # whom ours is held against
 FIGURE_NAMES = tuple(f"{title} {words}" for title in MODES.values() for words in FIGURES.values())
 LARGEST = 2.0  # times the spread: of a curve's many points one is far off by chance
 FIRST_LOSS = {False: 1e-4, True: 1e-2}  # on the very same views and weights, at most: in float32 and in bf16 (True)
+_SETS = ("learnt_from", "judged_on")
 _ROWS = 12  # of the table of losses, about
 
 
@@ -127,6 +141,31 @@ def completed(record: Record) -> Record:
     return record | {"differences": judged, "curve_differences": curved, "first_loss_difference": first_losses(record)}
 
 
+def pooled(results: Mapping[str, Record]) -> Record:
+    """The record of all seeds of several results, by their names. Raises ValueError where they are not of the same task, but for
+    the seeds, or share one."""
+    (first_name, first), *others = results.items()
+    runs = {name: list(found) for name, found in first["runs"].items()}
+    seeds = list(first["settings"]["seeds"])
+    for place, record in others:
+        if unlike := [each for each, value in _task(first).items() if _task(record)[each] != value]:
+            raise ValueError(f"{place} and {first_name} differ in {', '.join(unlike)}: only results of the same task add up")
+        if shared := sorted(set(seeds) & set(record["settings"]["seeds"])):
+            raise ValueError(f"{place} has seed {shared[0]}, which another has too: each seed counts once")
+        seeds += record["settings"]["seeds"]
+        for name in runs:
+            runs[name] += record["runs"][name]
+    commits = dict.fromkeys(record["commit"] for record in results.values())
+    return first | {"settings": first["settings"] | {"seeds": seeds}, "runs": runs, "commit": ", ".join(commits)}
+
+
+def _task(record: Record) -> dict[str, Any]:
+    """What must be the same where results are put together."""
+    sets = {name: {key: record[name][key] for key in ("name", "patches", "test") if key in record[name]} for name in _SETS}
+    settings = {name: value for name, value in record["settings"].items() if name not in ("seeds", "cores", "at_once")}
+    return {**settings, **sets} | {name: record[name] for name in ("versions", "failed")} | {"contenders": sorted(record["runs"])}
+
+
 # ---- Tables ----
 
 
@@ -197,8 +236,7 @@ def body(record: Record) -> list[str]:
         f" steps; Adam at 3e-4, warm-up for a tenth of them, then half a cosine; {'bf16' if s['bf16'] else 'float32'} on the"
         f" {s['device']}; seeds {', '.join(map(str, s['seeds']))}.",
         "",
-        " ".join(dict.fromkeys([packed(learnt), packed(judged)])),
-        "",
+        *_packed(learnt, judged),
         "All start from the same backbone (and, but for lightly, head) of each seed and read the same patches of the same shards."
         " lightly draws its own order and views. Plain torch has our order of the patches and draws its own views; it and lightly"
         " put one view after the other through the network, so that batch norm sees them apart. Ours puts them through together,"
@@ -216,6 +254,7 @@ def body(record: Record) -> list[str]:
         f" {LARGEST:g} times that; otherwise the interval where it is largest decides.",
         "",
         *(f"- {line}" for line in verdict_lines(record)),
+        *_batch_norm(record),
         *_for_scale(record),
         "",
         "Mean loss of an epoch (nothing learnt: "
@@ -223,6 +262,25 @@ def body(record: Record) -> list[str]:
         "",
         *markdown_table(*curve_table(record)),
     ]
+
+
+def _packed(*sets: Mapping[str, Any]) -> list[str]:
+    """Results of before the 24th of November 2026 do not say it."""
+    sentences = dict.fromkeys(packed(each) for each in sets if "packed_by" in each)
+    return [" ".join(sentences), ""] if sentences else []
+
+
+def _batch_norm(record: Record) -> list[str]:
+    """What it alone does: the two plain loops have the same order, views and weights."""
+    joint, apart = curves_of(record, "plain-joint"), curves_of(record, "plain")
+    found = []
+    for epoch in range(record["settings"]["epochs"]):
+        sides = ({seed: curve[epoch] for seed, curve in curves.items()} for curves in (joint, apart))
+        if each := difference(*sides):
+            found.append(f"{each.mean:+.4f} [{each.low:+.4f}, {each.high:+.4f}]")
+    if not found:
+        return []
+    return [f"- batch norm alone, loss of each epoch, {_title('plain-joint')}, less {_title('plain')}: {', '.join(found)}"]
 
 
 def _for_scale(record: Record) -> list[str]:
@@ -236,3 +294,34 @@ def _for_scale(record: Record) -> list[str]:
 
 def markdown(record: Record) -> str:
     return "\n".join([*heading("Quality at equal work", record), *body(record), ""])
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is put together."""
+
+    results: list[str] = positional("JSON files of equal_work.py, of the same task and other seeds")
+    out: str = option("benchmarks/results", "folder for the result of all of them")
+
+
+def main(config: Config) -> None:
+    results = {}
+    for place in config.results:
+        try:
+            results[place] = json.loads(Path(place).read_bytes())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{place} is no result of equal_work.py: {error}") from error
+    today = {"date": time.strftime("%Y-%m-%d"), "command": typed(sys.argv)}
+    record = completed(pooled(results)) | today
+    conclude(
+        record,
+        new_path(Path(config.out), "equal-work"),
+        Console(highlight=False, soft_wrap=True),
+        markdown=markdown(record),
+        tables=[table(record), curve_table(record)],
+        lines=verdict_lines(record),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, Config, prog="equal_work_report.py", description=(__doc__ or "").splitlines()[0]))

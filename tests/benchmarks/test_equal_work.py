@@ -22,10 +22,13 @@ from equal_work_loop import WEIGHTS, Images, Task, full_nt_xent, our_batches, ra
 from equal_work_report import (  # noqa: E402
     FIGURE_NAMES,
     FIRST_LOSS,
+    body,
+    completed,
     curve_difference,
     curve_table,
     difference,
     epoch_means,
+    pooled,
     table,
 )
 from measuring import RunFailed  # noqa: E402
@@ -329,3 +332,71 @@ def test_a_dry_run_judges_by_the_command(tmp_path, small_set):
         assert list(run["figures"]) == list(FIGURE_NAMES) and all(0 <= value <= 1 for value in run["figures"].values())
     assert not list(tmp_path.glob("run-*"))  # runs come and go
     assert "not measured: nothing that could be compared" in path.with_suffix(".md").read_text()
+
+
+# ---- Several results as one ----
+
+
+def _result(seeds, **settings):
+    usual = {"recipe": "simclr", "epochs": 2, "bf16": False, "at_once": 1, "seeds": list(seeds)} | settings
+    runs = {
+        name: [
+            {
+                "seed": seed,
+                "figures": dict.fromkeys(FIGURE_NAMES, 0.5 + 0.01 * seed),
+                "curve": [4.0 + above, 3.0 + above + 0.1 * seed],
+            }
+            for seed in seeds
+        ]
+        for name, above in (("ours", 0.2), ("plain", 0.0), ("plain-joint", 0.2))
+    }
+    sets = {"learnt_from": {"name": "oral", "patches": 9}, "judged_on": {"name": "cervix", "test": 5, "grouped": True}}
+    return {"settings": usual, "runs": runs, "missing": {}, "failed": {}, "versions": {"torch": "2"}, "commit": "c0ffee", **sets}
+
+
+def test_results_of_other_seeds_are_one():
+    whole = completed(_result(range(5)))
+    parts = {"one.json": _result([0, 1]), "two.json": _result([2, 3, 4], at_once=2) | {"commit": "beef"}}
+    found = completed(pooled(parts))
+    assert found["settings"]["seeds"] == [0, 1, 2, 3, 4] and found["commit"] == "c0ffee, beef"
+    for what in ("runs", "differences", "curve_differences"):
+        assert found[what] == whole[what]
+    assert parts["one.json"] == _result([0, 1])  # left as it was
+
+
+@pytest.mark.parametrize(
+    ("second", "sentence"),
+    [
+        (_result([2, 3], recipe="simclr-mild"), "b.json and a.json differ in recipe: only results of the same task"),
+        (_result([2, 3]) | {"versions": {"torch": "3"}}, "differ in versions"),
+        (_result([2, 3]) | {"judged_on": {"name": "oral", "test": 5, "grouped": True}}, "differ in judged_on"),
+        (_result([2, 3]) | {"failed": {"plain": "exit code 1"}}, "differ in failed"),
+        (_result([1, 2]), "b.json has seed 1, which another has too"),
+    ],
+)
+def test_results_that_do_not_add_up(second, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        pooled({"a.json": _result([0, 1]), "b.json": second})
+
+
+def test_batch_norm_alone_is_told_by_the_plain_loops():
+    record = _result(range(3)) | {"drawn": False}
+    record["settings"] |= {"backbone": "b", "image_size": 32, "batch_size": 16, "steps": 8, "device": "cpu"}
+    (line,) = [line for line in body(completed(record)) if line.startswith("- batch norm alone")]
+    assert line.endswith("less plain torch and torchvision: +0.2000 [+0.2000, +0.2000], +0.2000 [+0.2000, +0.2000]")
+    del record["runs"]["plain-joint"]
+    assert not [line for line in body(completed(record)) if line.startswith("- batch norm alone")]
+
+
+def test_results_are_put_together_by_a_command(tmp_path):
+    line = [sys.executable, str(ROOT / "benchmarks/equal_work_report.py"), str(tmp_path / "none.json")]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False)
+    assert done.returncode == 2 and "none.json is no result of equal_work.py" in done.stderr
+    committed = sorted((ROOT / "benchmarks/results").glob("2026-11-2[34]-equal-work-[24].json"))
+    names = ["2026-11-23-equal-work-4.json", "2026-11-24-equal-work-2.json"]
+    line[2:] = [str(path) for path in committed if path.name in names]
+    done = subprocess.run([*line, "--out", str(tmp_path)], capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    (text,) = (path.read_text() for path in tmp_path.glob("*-equal-work.md"))
+    assert "| ours | 20 |" in text and "spread over 20 seeds" in text
+    assert "`python benchmarks/equal_work_report.py benchmarks/results/2026-11-23-equal-work-4.json" in text
