@@ -188,8 +188,9 @@ class Mirror:
         return {name: each for name, each in found if re.fullmatch(_checkpoint(r"step-\d+"), name)}
 
     def _files(self) -> list[str]:
-        found = [path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()]
-        return list(_its_own(dict.fromkeys(found)))
+        walked = os.walk(self.folder, onerror=_unless_gone)
+        paths = (Path(folder, name) for folder, _, names in walked for name in names)
+        return list(_its_own({path.relative_to(self.folder).as_posix(): None for path in paths if path.is_file()}))
 
     def _fetch(self, name: str, stored: Stored) -> None:
         path = self._incoming / name
@@ -234,6 +235,12 @@ def on_this_node(source: str) -> str:
     mirror = Mirror(source)
     mirror.pull(whole=True)
     return str(mirror.folder)
+
+
+def _unless_gone(error: OSError) -> None:
+    """A checkpoint's folder may be removed while all are looked through."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _its_own(files: dict[str, Any]) -> dict[str, Any]:

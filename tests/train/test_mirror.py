@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -123,6 +124,37 @@ def test_what_one_node_pushes_the_other_pulls(url, tmp_path, monkeypatch):
         there.pull(whole=True)
         assert left(there.folder) == {"run.json", "metrics.jsonl", "head.pt"}
         assert (there.folder / "head.pt").read_bytes() == files["head.pt"]
+
+
+def test_a_checkpoint_may_be_removed_while_the_files_are_looked_through(url, monkeypatch):
+    """By the trainer, whose files another thread puts at the URL meanwhile."""
+    here, list_folder = Mirror(url), os.scandir
+    fill(here.folder, {"run.json": b"{}", "checkpoints/step-1/checkpoint.pt": b"c", "tensorboard/events": b"e"})
+
+    def list_late(path):
+        if Path(path).name == "step-1":
+            monkeypatch.setattr(os, "scandir", list_folder)
+            shutil.rmtree(path)
+        return list_folder(path)
+
+    monkeypatch.setattr(os, "scandir", list_late)
+    here.push()
+    assert not (here.folder / "checkpoints/step-1").exists()
+    assert at_store(url) == {"run.json", "tensorboard/events"}
+
+
+def test_a_folder_that_cannot_be_looked_through_is_not_passed_over(url, monkeypatch):
+    here, list_folder = Mirror(url), os.scandir
+    fill(here.folder, {"run.json": b"{}", "tensorboard/events": b"e"})
+
+    def refuse(path):
+        if Path(path).name == "tensorboard":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return list_folder(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(OSError, match="Input/output error"):
+        here.push()
 
 
 def counted(monkeypatch, method) -> list[str]:
