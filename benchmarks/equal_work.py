@@ -37,8 +37,8 @@ sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the 
 import equal_work_contenders  # noqa: E402
 from equal_work_contenders import CONTENDERS  # noqa: E402
 from equal_work_loop import Task  # noqa: E402
-from equal_work_report import completed, curve_table, epoch_means, markdown, table, verdict_lines  # noqa: E402
-from measuring import RunFailed, chosen, conclude, machine, new_path, record_of, run_fresh, set_of, settings_of, take, versions_of  # noqa: E402
+from equal_work_report import epoch_means, finish  # noqa: E402
+from measuring import RunFailed, chosen, machine, new_path, record_of, run_fresh, set_of, settings_of, take, versions_of  # noqa: E402
 from step_peers import PEERS, Environment, environment_of  # noqa: E402
 
 from sharding.command import option, required, run_script  # noqa: E402
@@ -147,15 +147,7 @@ def main(config: Config) -> None:
                 running.append((seed, name, run))
         while running:
             take_oldest()
-    record = completed(record)
-    conclude(
-        record,
-        path,
-        console,
-        markdown=markdown(record),
-        tables=[table(record), curve_table(record)],
-        lines=verdict_lines(record),
-    )
+    finish(record, path, console)
 
 
 def drawn(work: Path, patches: int, size: int, cores: int) -> Path:

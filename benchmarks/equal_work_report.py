@@ -82,13 +82,19 @@ def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Differ
     return Difference(mean, mean - half, mean + half, math.sqrt(statistics.fmean(variances)), len(seeds))
 
 
-def curve_difference(ours: Mapping[int, Sequence[float]], theirs: Mapping[int, Sequence[float]]) -> CurveDifference | None:
-    """Of curves of the same length by seed. None for fewer than two seeds in common."""
-    by_epoch = []
+def epoch_differences(ours: Mapping[int, Sequence[float]], theirs: Mapping[int, Sequence[float]]) -> list[Difference]:
+    """Of each epoch, of curves of the same length by seed. Empty for fewer than two seeds in common."""
+    found = []
     for epoch in range(len(next(iter(ours.values()), ()))):
         sides = ({seed: curve[epoch] for seed, curve in curves.items()} for curves in (ours, theirs))
-        if found := difference(*sides):
-            by_epoch.append(found)
+        if each := difference(*sides):
+            found.append(each)
+    return found
+
+
+def curve_difference(ours: Mapping[int, Sequence[float]], theirs: Mapping[int, Sequence[float]]) -> CurveDifference | None:
+    """Of curves of the same length by seed. None for fewer than two seeds in common."""
+    by_epoch = epoch_differences(ours, theirs)
     if not by_epoch:
         return None
     furthest = max(by_epoch, key=lambda found: abs(found.mean))
@@ -272,12 +278,8 @@ def _packed(*sets: Mapping[str, Any]) -> list[str]:
 
 def _batch_norm(record: Record) -> list[str]:
     """What it alone does: the two plain loops have the same order, views and weights."""
-    joint, apart = curves_of(record, "plain-joint"), curves_of(record, "plain")
-    found = []
-    for epoch in range(record["settings"]["epochs"]):
-        sides = ({seed: curve[epoch] for seed, curve in curves.items()} for curves in (joint, apart))
-        if each := difference(*sides):
-            found.append(f"{each.mean:+.4f} [{each.low:+.4f}, {each.high:+.4f}]")
+    by_epoch = epoch_differences(curves_of(record, "plain-joint"), curves_of(record, "plain"))
+    found = [f"{each.mean:+.4f} [{each.low:+.4f}, {each.high:+.4f}]" for each in by_epoch]
     if not found:
         return []
     return [f"- batch norm alone, loss of each epoch, {_title('plain-joint')}, less {_title('plain')}: {', '.join(found)}"]
@@ -296,6 +298,13 @@ def markdown(record: Record) -> str:
     return "\n".join([*heading("Quality at equal work", record), *body(record), ""])
 
 
+def finish(record: Record, path: Path, console: Console) -> None:
+    """Complete the record, write and show it. Exits with 1 where something failed."""
+    record = completed(record)
+    tables = [table(record), curve_table(record)]
+    conclude(record, path, console, markdown=markdown(record), tables=tables, lines=verdict_lines(record))
+
+
 @dataclass(frozen=True)
 class Config:
     """What is put together."""
@@ -312,15 +321,7 @@ def main(config: Config) -> None:
         except (OSError, ValueError) as error:
             raise ValueError(f"{place} is no result of equal_work.py: {error}") from error
     today = {"date": time.strftime("%Y-%m-%d"), "command": typed(sys.argv)}
-    record = completed(pooled(results)) | today
-    conclude(
-        record,
-        new_path(Path(config.out), "equal-work"),
-        Console(highlight=False, soft_wrap=True),
-        markdown=markdown(record),
-        tables=[table(record), curve_table(record)],
-        lines=verdict_lines(record),
-    )
+    finish(pooled(results) | today, new_path(Path(config.out), "equal-work"), Console(highlight=False, soft_wrap=True))
 
 
 if __name__ == "__main__":
