@@ -21,13 +21,13 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
 
-from pipelines.shards import ShardReader  # noqa: E402
-from sharding.command import option, required, run_script  # noqa: E402
+from pipelines.shard_reader import ShardReader  # noqa: E402
+from sharding.cli import option, required, run_script  # noqa: E402
 from sharding.manifest import class_names, decoded  # noqa: E402
+from sharding.process_pool import available_cores  # noqa: E402
 from sharding.selection import select  # noqa: E402
 from sharding.splits.groups import split_groups  # noqa: E402
-from sharding.workers import available_cores  # noqa: E402
-from train.metrics import TITLES, score  # noqa: E402
+from train.scoring.metrics import TITLES, score  # noqa: E402
 
 BINS = 8  # per channel
 NEIGHBOURS = 5
@@ -122,7 +122,7 @@ def group_folds(reader: ShardReader, *, folds: int, fraction: float, seed: int) 
 
 
 def judge(reader: ShardReader, folds: Sequence[Fold]) -> Iterator[dict]:
-    """The figures of `train.metrics.score` for 5 nearest neighbours on colour histograms, fold by fold.
+    """The figures of `train.scoring.metrics.score` for 5 nearest neighbours on colour histograms, fold by fold.
 
     Raises ValueError where there are no classes, or where patches of a fold have no label.
     """

@@ -56,7 +56,7 @@ def weights_of(task: Task, name: str) -> str:
 def ours(task: Task) -> list[float]:
     """The stage as a user starts it, without Ray."""
     from train.config import PretrainConfig
-    from train.pretraining import pretrain
+    from train.stages.pretraining import pretrain
 
     config = PretrainConfig(
         data=task.shards,
@@ -184,7 +184,7 @@ def replayed(task: Task) -> list[float]:
     import numpy as np
 
     from pipelines.recipes import get_recipe
-    from pipelines.reference import reference_views
+    from pipelines.torchvision_reference import reference_views
     from pipelines.views import draw_views
 
     recipe, images = get_recipe(task.recipe), Images(task)
@@ -217,7 +217,7 @@ CONTENDERS = {
 def judge(task: Task, weights: str) -> dict[str, float]:
     """What `train/evaluate.py` finds for these weights on the test split: by MODES and FIGURES, such as "kNN accuracy"."""
     from train.config import EvaluateConfig
-    from train.evaluation import evaluate
+    from train.stages.evaluation import evaluate
 
     found = {}
     for mode, title in MODES.items():

@@ -44,7 +44,7 @@ class Images:
     """The train split's patches of the shard set as a dataset of Pillow images without labels. ids: (n,) int64."""
 
     def __init__(self, task: Task):
-        from pipelines.shards import ShardReader
+        from pipelines.shard_reader import ShardReader
         from sharding.selection import select
 
         self.reader = ShardReader(task.shards)
@@ -87,7 +87,7 @@ def in_our_order(task: Task, images: Images, make: Callable[[tuple[int, int]], l
 
 def our_batches(task: Task, ids: Any) -> list[list[tuple[int, int]]]:
     """The (epoch, patch id) of each step of all epochs, as our loader has them."""
-    from pipelines.order import epoch_order, rank_slice
+    from pipelines.sampler import epoch_order, rank_slice
 
     found = []
     for epoch in range(task.epochs):

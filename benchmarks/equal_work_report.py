@@ -20,7 +20,7 @@ from measuring import conclude, heading, markdown_table, new_path, packed, typed
 from rich.console import Console
 from scipy.stats import t as student
 
-from sharding.command import option, positional, run_script
+from sharding.cli import option, positional, run_script
 
 Record = dict[str, Any]
 OTHERS = ("lightly", "plain", "plain-joint", "replayed")  # whom ours is held against

@@ -33,9 +33,9 @@ sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the 
 from gpu_bench_parts import NEED_NO_DATA, PARTS, Setting, markdown  # noqa: E402
 from measuring import heading, machine, new_path, record_of, typed, versions_of  # noqa: E402
 
-from sharding.command import option, required, run_script  # noqa: E402
-from sharding.workers import available_cores  # noqa: E402
-from train.runs import code_commit, write_json, write_text  # noqa: E402
+from sharding.cli import option, required, run_script  # noqa: E402
+from sharding.process_pool import available_cores  # noqa: E402
+from train.records.runs import code_commit, write_json, write_text  # noqa: E402
 
 _PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "ray", "numba", "kornia", "lightly", "simclr")
 _WRITE_S = 5.0  # of the time for everything, kept for the end

@@ -28,9 +28,9 @@ sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the 
 # The processes that draw patches import this file again. torch is nothing to them: it and the steps are imported in `main`.
 from measuring import machine, new_path, record_of  # noqa: E402
 
-from sharding.command import option, required, run_script  # noqa: E402
-from sharding.workers import available_cores  # noqa: E402
-from train.runs import write_json, write_text  # noqa: E402
+from sharding.cli import option, required, run_script  # noqa: E402
+from sharding.process_pool import available_cores  # noqa: E402
+from train.records.runs import write_json, write_text  # noqa: E402
 
 # In this order: functions of gpu_steps, and the seconds that must be left to begin with them
 STEPS = {

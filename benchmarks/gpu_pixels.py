@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from pipelines.colour import colour_batch, colour_rows, colour_step
 from pipelines.loader import ViewLoader
 from pipelines.recipes import IMAGENET_MEAN, IMAGENET_STD, get_recipe
-from pipelines.shards import ShardReader
+from pipelines.shard_reader import ShardReader
+from pipelines.view_kernels import colour_batch, colour_rows, colour_step
 from pipelines.views import draw_views
 
 SEED = 42
@@ -22,7 +22,7 @@ SEED = 42
 
 def decoders(device: str) -> dict[str, dict[str, Any]]:
     """Settings of DALI's decoder by name: as it comes, and as the loader has it."""
-    from pipelines.graph import _GPU_DECODER
+    from pipelines.dali_graph import _GPU_DECODER
 
     if device == "cpu":
         return {"defaults": {"device": "cpu"}, "as the loader": {"device": "cpu"}}

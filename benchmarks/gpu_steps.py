@@ -31,16 +31,16 @@ from step_model import METHOD, WEIGHT_DECAY, model_step
 
 from pipelines.loader import ViewLoader
 from pipelines.recipes import get_recipe
-from pipelines.shards import ShardReader
+from pipelines.shard_reader import ShardReader
 from sharding.manifest import fingerprint
 from sharding.packing import build_shards
+from sharding.process_pool import available_cores
 from sharding.synthetic import LAYOUTS, draw_set
 from sharding.synthetic import Config as DrawConfig
-from sharding.workers import available_cores
-from train.engine import arithmetic
-from train.inputs import Input, SetInput, place_of
-from train.loop import Job, fit, plain_place
-from train.runs import Run, versions
+from train.records.data import Input, SetInput, place_of
+from train.records.runs import Run, versions
+from train.trainer.loop import Job, fit, plain_place
+from train.trainer.precision import arithmetic
 
 Result = dict[str, Any]
 

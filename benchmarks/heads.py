@@ -42,12 +42,12 @@ from measuring import (  # noqa: E402
     versions_of,
 )
 
-from pipelines.order import epoch_order  # noqa: E402
-from sharding.command import option, run_script  # noqa: E402
-from sharding.workers import available_cores  # noqa: E402
-from train import heads_train  # noqa: E402
-from train.heads_train import PROTOCOLS, HeadTask, Protocol, train_heads  # noqa: E402
-from train.runs import write_json  # noqa: E402
+from pipelines.sampler import epoch_order  # noqa: E402
+from sharding.cli import option, run_script  # noqa: E402
+from sharding.process_pool import available_cores  # noqa: E402
+from train.records.runs import write_json  # noqa: E402
+from train.scoring import linear_heads  # noqa: E402
+from train.scoring.linear_heads import PROTOCOLS, HeadTask, Protocol, train_heads  # noqa: E402
 
 Record = dict[str, Any]
 SCENARIOS = {"one": "1 head on all rows", "grid": "4 fractions (5, 25, 50, 100 %) x 5 seeds"}
@@ -107,7 +107,7 @@ def plain(features, labels, tasks, classes, protocol) -> list[float]:
     for task in tasks:
         validation = torch.from_numpy(task.validation)
         head = torch.nn.Linear(features.shape[1], classes)
-        (initial,) = heads_train._initial(task.seed, (features.shape[1], classes), features.dtype)
+        (initial,) = linear_heads._initial(task.seed, (features.shape[1], classes), features.dtype)
         head.load_state_dict({name: torch.from_numpy(values) for name, values in initial._asdict().items()})
         if protocol.optimizer == "adam":
             optimizer: torch.optim.Optimizer = torch.optim.Adam(head.parameters(), lr=protocol.learning_rate)

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from sharding.command import option, required, run_script  # noqa: E402
+from sharding.cli import option, required, run_script  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)

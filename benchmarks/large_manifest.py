@@ -26,7 +26,7 @@ import pyarrow as pa  # noqa: E402
 import pyarrow.compute as pc  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 
-from sharding.command import option, required, run_script  # noqa: E402
+from sharding.cli import option, required, run_script  # noqa: E402
 from sharding.manifest import read_dataset, read_manifest, shard_file  # noqa: E402
 
 _AT_A_TIME = 1_000_000  # rows written at once
@@ -103,7 +103,7 @@ def measured(config: Config) -> dict:
 
     from pipelines.loader import ViewLoader
     from pipelines.recipes import get_recipe
-    from pipelines.shards import ShardReader
+    from pipelines.shard_reader import ShardReader
 
     torch.set_num_threads(1)
     settings: dict[str, Any] = {"image_size": config.image_size, "recipe": get_recipe(config.recipe), "seed": 1}

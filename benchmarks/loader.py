@@ -43,9 +43,9 @@ from measuring import absent, chosen, conclude, machine, new_path, record_of, ru
 from patch_set import patch_set  # noqa: E402
 from step_peers import Environment, environment_of  # noqa: E402
 
-from pipelines.shards import ShardReader  # noqa: E402
-from sharding.command import option, required, run_script  # noqa: E402
-from sharding.workers import available_cores  # noqa: E402
+from pipelines.shard_reader import ShardReader  # noqa: E402
+from sharding.cli import option, required, run_script  # noqa: E402
+from sharding.process_pool import available_cores  # noqa: E402
 
 NAMES = (*ALL, "parts", "memory")
 _WARM = 2  # batches that are not timed, at least

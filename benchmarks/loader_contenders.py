@@ -88,7 +88,7 @@ def torchvision(task: Task, *, recipe: str) -> Iterator[Batch]:
     within one, the workers may be ahead by any number of batches, and what they had made before would count as made meanwhile."""
     from torch.utils.data import DataLoader
 
-    from pipelines.shards import ShardReader
+    from pipelines.shard_reader import ShardReader
 
     files = ShardReader(task.shards).manifest["source"].to_pylist()
     data: Any = _TwoViews(files, _torchvision_transform(recipe, task.image_size))
@@ -223,7 +223,7 @@ def ours(task: Task, *, recipe: str) -> Iterator[Batch]:
 
     from pipelines.loader import ViewLoader
     from pipelines.recipes import get_recipe
-    from pipelines.shards import ShardReader
+    from pipelines.shard_reader import ShardReader
 
     reader = ShardReader(task.shards)
     with ViewLoader(
@@ -320,8 +320,8 @@ def _read_in_order(task: Task) -> Iterator[list]:
     """The bytes of batches, epoch after epoch in ours' order."""
     import numpy as np
 
-    from pipelines.order import epoch_order
-    from pipelines.shards import ShardReader
+    from pipelines.sampler import epoch_order
+    from pipelines.shard_reader import ShardReader
 
     reader = ShardReader(task.shards)
     ids = np.arange(len(reader))
@@ -335,7 +335,7 @@ def _decoder(device: str) -> dict[str, Any]:
     """DALI's decoder's settings; on a GPU those of ours."""
     if device == "cpu":
         return {"device": "cpu"}
-    from pipelines.graph import _GPU_DECODER
+    from pipelines.dali_graph import _GPU_DECODER
 
     return _GPU_DECODER
 

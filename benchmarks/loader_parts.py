@@ -37,11 +37,11 @@ def parts(task: Task) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from pipelines.colour import colour_rows, view_step
     from pipelines.loader import ViewLoader
-    from pipelines.order import epoch_order
     from pipelines.recipes import get_recipe
-    from pipelines.shards import ShardReader
+    from pipelines.sampler import epoch_order
+    from pipelines.shard_reader import ShardReader
+    from pipelines.view_kernels import colour_rows, view_step
     from pipelines.views import draw_views
 
     assert task.cores == 1, task
@@ -102,7 +102,7 @@ def memory(task: Task) -> dict[str, Any]:
 
     from pipelines.loader import ViewLoader
     from pipelines.recipes import get_recipe
-    from pipelines.shards import ShardReader
+    from pipelines.shard_reader import ShardReader
 
     reader = ShardReader(task.shards)
     resident = []

@@ -84,7 +84,7 @@ class _Views:
 
 
 def _files(task: Task) -> list[str]:
-    from pipelines.shards import ShardReader
+    from pipelines.shard_reader import ShardReader
 
     return ShardReader(task.shards).manifest["source"].to_pylist()
 

@@ -17,10 +17,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sharding.build_command import packed_by
+from sharding.build_config import packed_by
 from sharding.manifest import fingerprint, read_dataset
-from sharding.workers import available_cores
-from train.runs import code_commit, write_json, write_text
+from sharding.process_pool import available_cores
+from train.records.runs import code_commit, write_json, write_text
 
 _POLL_S = 0.02  # between two looks at the memory of the processes
 

@@ -33,9 +33,9 @@ from ntxent_contenders import CONTENDERS, Task  # noqa: E402
 from ntxent_report import completed, markdown, other_loss, refusal, tables, target_lines  # noqa: E402
 from step_peers import PEERS, Environment, environment_of  # noqa: E402
 
-from sharding.command import option, run_script  # noqa: E402
-from sharding.workers import available_cores  # noqa: E402
-from train.runs import write_json  # noqa: E402
+from sharding.cli import option, run_script  # noqa: E402
+from sharding.process_pool import available_cores  # noqa: E402
+from train.records.runs import write_json  # noqa: E402
 
 _START_S = 120  # for a process to import what it needs, on a busy machine
 

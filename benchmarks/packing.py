@@ -42,9 +42,9 @@ from packing_report import (  # noqa: E402
 )
 from packing_runs import note_peaks, one_run, output_folder, run_process  # noqa: E402
 
-from sharding.command import option, required, run_script  # noqa: E402
-from sharding.workers import available_cores  # noqa: E402
-from train.runs import write_json, write_text  # noqa: E402
+from sharding.cli import option, required, run_script  # noqa: E402
+from sharding.process_pool import available_cores  # noqa: E402
+from train.records.runs import write_json, write_text  # noqa: E402
 
 _QUALITY = {"speed": 85, "memory": 100}  # of the drawn JPEGs: 15 to 19 KB at 224 px, and 0.9 KB at 16 px
 _TINY = 16  # pixels, side of the images for --memory

@@ -25,14 +25,14 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
 
-from pipelines.graph import DaliGraph  # noqa: E402
+from pipelines.dali_graph import DaliGraph  # noqa: E402
 from pipelines.recipes import RECIPES, ColourJitter, GaussianBlur, RandomCrop, Recipe, StainJitter  # noqa: E402
-from pipelines.reference import decode, reference_view, reference_views  # noqa: E402
+from pipelines.torchvision_reference import decode, reference_view, reference_views  # noqa: E402
 from pipelines.views import draw_views  # noqa: E402
-from sharding.command import option, run_script  # noqa: E402
+from sharding.cli import option, run_script  # noqa: E402
+from sharding.process_pool import available_cores  # noqa: E402
 from sharding.synthetic import draw_patch, encode  # noqa: E402
-from sharding.workers import available_cores  # noqa: E402
-from train.runs import code_commit, versions, write_json, write_text  # noqa: E402
+from train.records.runs import code_commit, versions, write_json, write_text  # noqa: E402
 
 SEED = 42
 MEAN, HIGH = 1.0, 4.0  # levels: what a mean and a 99.9th percentile may be at most

@@ -13,10 +13,10 @@ sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the 
 
 from packing_images import draw_images  # noqa: E402
 
-from sharding.command import option, required, run_script  # noqa: E402
+from sharding.cli import option, required, run_script  # noqa: E402
 from sharding.manifest import read_manifest  # noqa: E402
 from sharding.packing import build_shards  # noqa: E402
-from sharding.workers import available_cores  # noqa: E402
+from sharding.process_pool import available_cores  # noqa: E402
 
 _QUALITY = 90  # of the drawn JPEGs: 22 KB at 224 px
 _DISTINCT = 1000  # different pictures among the drawn ones, at most; the others differ in a comment of their header

@@ -27,8 +27,8 @@ import starting  # noqa: E402
 import step_contenders  # noqa: E402
 from smoke_report import FALL  # noqa: E402
 
-from sharding.command import positional, run_script  # noqa: E402
-from train.runs import read_json  # noqa: E402
+from sharding.cli import positional, run_script  # noqa: E402
+from train.records.runs import read_json  # noqa: E402
 
 Record = dict[str, Any]
 _OURS, _OTHERS = "#2f6f9f", "#b9b9b9"

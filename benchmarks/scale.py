@@ -28,9 +28,9 @@ from scale_constants import MACHINES, all_sources, packing, part_of, workload  #
 from scale_constants import machine as described  # noqa: E402
 from scale_model import predict  # noqa: E402
 
-from sharding.command import option, run_script  # noqa: E402
-from sharding.workers import available_cores  # noqa: E402
-from train.runs import write_json  # noqa: E402
+from sharding.cli import option, run_script  # noqa: E402
+from sharding.process_pool import available_cores  # noqa: E402
+from train.records.runs import write_json  # noqa: E402
 
 GPUS = [1, 2, 4, 8, 16, 64, 256, 1024]
 PATCHES = [150_000, 1_500_000, 100_000_000, 1_000_000_000]

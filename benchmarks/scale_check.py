@@ -24,8 +24,8 @@ from measuring import RunFailed, heading, markdown_table, run_fresh  # noqa: E40
 from patch_set import patch_set  # noqa: E402
 from scale_model import Machine, Workload, step_parts  # noqa: E402
 
-from sharding.workers import available_cores  # noqa: E402
-from train.runs import Run  # noqa: E402
+from sharding.process_pool import available_cores  # noqa: E402
+from train.records.runs import Run  # noqa: E402
 
 Record = dict[str, Any]
 
@@ -298,7 +298,7 @@ def write(shards: str, work: str, rows: int) -> Record:
 
 def driver(shards: str) -> Record:
     """The most memory of a process that selects all patches of a set, as the driver of a pretraining does."""
-    from pipelines.shards import ShardReader
+    from pipelines.shard_reader import ShardReader
     from sharding.selection import select
 
     select(ShardReader(shards).manifest, split="train", fraction=1.0, seed=1)

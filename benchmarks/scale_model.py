@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-STREAMS = 4  # shards that a rank fetches at once: pipelines.remote.RemoteSet's `parallel`
+STREAMS = 4  # shards that a rank fetches at once: pipelines.shard_cache.RemoteSet's `parallel`
 REQUEST_BYTES = 8 * 2**20  # of one of its requests
 _FLOAT = 4  # bytes; gradients, weights and embeddings are float32
 _BACKWARD = 2 / 3  # of a step's computing, during which gradients are reduced

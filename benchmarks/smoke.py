@@ -35,10 +35,10 @@ from packing_images import draw_images  # noqa: E402
 from smoke_report import Verdict, committed_form, compare, falls, markdown, of_rounds, summarise, table  # noqa: E402
 from smoke_sides import DISTINCT, PATCHES, QUALITY, RATIOS, SIZE, Ratio, Task  # noqa: E402
 
-from sharding.command import option, run_script  # noqa: E402
+from sharding.cli import option, run_script  # noqa: E402
 from sharding.packing import build_shards  # noqa: E402
-from sharding.workers import available_cores  # noqa: E402
-from train.runs import read_json, write_json, write_text  # noqa: E402
+from sharding.process_pool import available_cores  # noqa: E402
+from train.records.runs import read_json, write_json, write_text  # noqa: E402
 
 COMMITTED = ROOT / "benchmarks" / "smoke.json"
 _LIMIT_S = 900  # of a group: one that hangs, not a busy machine

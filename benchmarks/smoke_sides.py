@@ -79,7 +79,7 @@ def per_unit(once: Callable[[], Any], units: int, again: Callable[[], Any] = lam
 @contextlib.contextmanager
 def views(task: Task) -> Iterator[dict[str, Side]]:
     """Every lap has the same patches and the same draws."""
-    from pipelines.shards import ShardReader
+    from pipelines.shard_reader import ShardReader
 
     reader = ShardReader(task.shards)
     sides = {f"torchvision, {name}": _torchvision(reader, name) for name in _FEW}
@@ -228,9 +228,9 @@ def _loop(task: Task, numbers: Iterator[int]) -> float:
     import torch
 
     from sharding.manifest import fingerprint
-    from train.inputs import Input, SetInput
-    from train.loop import Job, fit, plain_place
-    from train.methods import SimCLR
+    from train.records.data import Input, SetInput
+    from train.trainer.loop import Job, fit, plain_place
+    from train.trainer.methods import SimCLR
 
     folder = Path(task.work) / f"run-{next(numbers)}"
     folder.mkdir()

@@ -30,10 +30,10 @@ sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the 
 from measuring import RunFailed, conclude, heading, machine, markdown_table, new_path, record_of, versions_of  # noqa: E402
 from patch_set import patch_set  # noqa: E402
 
-from sharding.command import option, required, run_script  # noqa: E402
-from sharding.workers import available_cores  # noqa: E402
-from train.progress import Tail  # noqa: E402
-from train.runs import write_json  # noqa: E402
+from sharding.cli import option, required, run_script  # noqa: E402
+from sharding.process_pool import available_cores  # noqa: E402
+from train.records.runs import write_json  # noqa: E402
+from train.trainer.progress import Tail  # noqa: E402
 
 Record = dict[str, Any]
 CONTENDERS = {"plain": ("without Ray", 0), "ray": ("one Ray worker", 1)}

@@ -37,8 +37,8 @@ from step_contenders import CONTENDERS, Task  # noqa: E402
 from step_peers import PEERS, Environment, environment_of  # noqa: E402
 from step_report import completed, markdown, model_lines, table, target_lines  # noqa: E402
 
-from sharding.command import option, required, run_script  # noqa: E402
-from sharding.workers import available_cores  # noqa: E402
+from sharding.cli import option, required, run_script  # noqa: E402
+from sharding.process_pool import available_cores  # noqa: E402
 
 _PILOT_S = 2.0  # of the run that tells how long a step takes, at least
 _PACKAGES = ("torch", "torchvision", "timm", "pillow", "nvidia-dali-cuda130", "ray")

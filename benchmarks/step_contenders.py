@@ -109,7 +109,7 @@ def loader(task: Task) -> dict[str, Any]:
 
     from pipelines.loader import ViewLoader
     from pipelines.recipes import get_recipe
-    from pipelines.shards import ShardReader
+    from pipelines.shard_reader import ShardReader
 
     reader = ShardReader(task.shards)
     with ViewLoader(
@@ -132,7 +132,7 @@ def model(task: Task) -> dict[str, Any]:
     import torch
     from step_model import model_step, step_flops
 
-    from train.engine import arithmetic, compile_model
+    from train.trainer.precision import arithmetic, compile_model
 
     device = torch.device(task.device)
     with arithmetic(device, deterministic=False):
@@ -170,7 +170,7 @@ def pretrained(task: Task, *, workers: int, **settings: Any) -> dict[str, Any]:
     once, is left out."""
     from sharding.manifest import read_manifest
     from train.config import PretrainConfig
-    from train.pretraining import pretrain
+    from train.stages.pretraining import pretrain
 
     patches = len(read_manifest(task.shards))
     row = max(WARM, -(-task.steps // _ROWS))

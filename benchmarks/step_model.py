@@ -7,11 +7,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.backbones import build_backbone
-from train.engine import on_where_it_helps
-from train.loop import ViewModel
-from train.methods import SimCLR
-from train.schedules import build_optimizer
-from train.two_pass import two_pass_backward
+from train.trainer.grad_cache import two_pass_backward
+from train.trainer.loop import ViewModel
+from train.trainer.methods import SimCLR
+from train.trainer.optim import build_optimizer
+from train.trainer.precision import on_where_it_helps
 
 METHOD = SimCLR(128, 0.5)  # width of the projection, temperature
 WEIGHT_DECAY = 1e-6
@@ -39,7 +39,7 @@ def model_step(
     """Steps of SimCLR with LARS, always on the same random views, which are as the loop has them from its loader.
 
     precision: fp32, or bf16 under autocast. channels_last: None is the loop's own choice. micro_batch: in two passes, so many
-    patches at a time. What the loop sets for the whole process is the caller's: `train.engine.arithmetic`.
+    patches at a time. What the loop sets for the whole process is the caller's: `train.trainer.precision.arithmetic`.
     """
     torch.manual_seed(SEED)
     bf16, last = precision == "bf16", on_where_it_helps(channels_last, torch.device(device))

@@ -35,9 +35,9 @@ from measuring import chosen, conclude, heading, machine, markdown_table, new_pa
 from patch_set import patch_set  # noqa: E402
 from step_contenders import Task, fresh_memory, peak_gib, pretrained, timed  # noqa: E402
 
-from sharding.command import option, required, run_script  # noqa: E402
-from sharding.workers import available_cores  # noqa: E402
-from train.runs import write_json  # noqa: E402
+from sharding.cli import option, required, run_script  # noqa: E402
+from sharding.process_pool import available_cores  # noqa: E402
+from train.records.runs import write_json  # noqa: E402
 
 _PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130")
 SIZES: dict[str, dict[str, Any]] = {
@@ -192,7 +192,7 @@ def model_alone(setting: Setting, task: Task, work: Path, found: dict[str, Any])
     import torch
     from step_model import model_step
 
-    from train.engine import arithmetic
+    from train.trainer.precision import arithmetic
 
     fresh_memory(task.device)
     with arithmetic(torch.device(task.device), deterministic=False), float32(setting.precision):

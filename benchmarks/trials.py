@@ -44,10 +44,10 @@ from measuring import (  # noqa: E402
 from patch_set import patch_set  # noqa: E402
 
 from sharding import synthetic  # noqa: E402
-from sharding.command import option, required, run_script  # noqa: E402
+from sharding.cli import option, required, run_script  # noqa: E402
 from sharding.packing import build_shards  # noqa: E402
-from sharding.workers import available_cores  # noqa: E402
-from train.runs import Run, write_json  # noqa: E402
+from sharding.process_pool import available_cores  # noqa: E402
+from train.records.runs import Run, write_json  # noqa: E402
 
 Record = dict[str, Any]
 MOST_PACKED = 1.15  # of the times alone, shared out

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from pipelines.mixture import Mixture
-from pipelines.order import Order, epoch_order, in_order_of_need, rank_slice, steps_per_epoch
 from pipelines.recipes import Recipe
-from pipelines.reference import reference_views
-from pipelines.shards import ShardReader
+from pipelines.sampler import Order, epoch_order, in_order_of_need, rank_slice, steps_per_epoch
+from pipelines.shard_reader import ShardReader
+from pipelines.torchvision_reference import reference_views
 from pipelines.views import ViewParameters, draw_views
-from pipelines.waiting import WaitClock
+from pipelines.wait_timer import WaitClock
 
 # V views, B patches of this rank, S image size
 BACKENDS = ("dali", "torchvision")
@@ -234,7 +234,7 @@ class ViewLoader:
             yield ids, views
 
     def _dali_views(self, parts: Iterable[Order]) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-        from pipelines.graph import AHEAD
+        from pipelines.dali_graph import AHEAD
 
         graph = self._ready_graph()
         parts = iter(parts)
@@ -266,7 +266,7 @@ class ViewLoader:
 
     def _ready_graph(self):
         """The graph, with nothing under way in it."""
-        from pipelines.graph import DaliGraph
+        from pipelines.dali_graph import DaliGraph
 
         try:
             while self._graph and self._graph.pending:  # of an iteration that was left early

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipelines.order import Order, epoch_order
-from pipelines.shards import ShardReader
+from pipelines.sampler import Order, epoch_order
+from pipelines.shard_reader import ShardReader
 from sharding.manifest import class_names
 
 # Where a set's number stands in a patch's draw key. Set 0's keys are its ids, so its draws are those of the set alone.

@@ -23,11 +23,11 @@ from PIL import Image, ImageDraw, ImageFont
 from pipelines.loader import ViewLoader
 from pipelines.mixture import Mixture, Part
 from pipelines.recipes import RECIPES, Recipe, describe_recipe, get_recipe
-from pipelines.reference import decode
-from pipelines.shards import ShardReader
-from pipelines.store import NotThere, RemoteFolder, is_url
+from pipelines.remote_folder import NotThere, RemoteFolder, is_url
+from pipelines.shard_reader import ShardReader
+from pipelines.torchvision_reference import decode
 from pipelines.views import OPERATIONS, ViewParameters
-from sharding.command import option, required, run_script
+from sharding.cli import option, required, run_script
 from sharding.manifest import class_names, fingerprint
 from sharding.selection import select
 

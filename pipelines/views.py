@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipelines.recipes import Recipe
-from sharding.draws import uniforms
+from sharding.philox import uniforms
 
 CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 

@@ -13,8 +13,8 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.table import Table
 
-from sharding.build_command import BuildConfig
-from sharding.command import run_script
+from sharding.build_config import BuildConfig
+from sharding.cli import run_script
 from sharding.packing import Summary, build_shards
 
 

@@ -3,7 +3,7 @@
     python sharding/inspect_shards.py shards/breast --verify
 
 Without --verify only dataset.json, manifest.parquet and quarantine.parquet are read. With it, every byte is: see
-sharding.verifying.
+sharding.verification.
 """
 
 import shlex
@@ -17,13 +17,13 @@ import pyarrow.compute as pc
 from rich.console import Console
 from rich.table import Table
 
-from sharding.build_command import commands_of
-from sharding.command import option, positional, run_script
+from sharding.build_config import commands_of
+from sharding.cli import option, positional, run_script
 from sharding.decoders import decoder_path
 from sharding.manifest import decoded, fingerprint, read_dataset, read_manifest, read_quarantine, source_digests
+from sharding.process_pool import available_cores
 from sharding.splits.assign import content_digests
-from sharding.verifying import verify
-from sharding.workers import available_cores
+from sharding.verification import verify
 
 _SHOWN = 12  # rows of a table that could be long
 

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from sharding.assembling import Contents
+from sharding.field_roles import Roles
 from sharding.manifest import decoded, source_digests
-from sharding.roles import Roles
+from sharding.manifest_writer import Contents
 from sharding.sources.scan import Scan
 from sharding.splits.assign import assign_splits, case_notes, content_digests
 

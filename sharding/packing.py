@@ -17,21 +17,21 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from sharding.assembling import Contents, Written, read_contents, write_manifest, write_quarantine
-from sharding.draws import priorities
-from sharding.existing import Existing, check_arguments, check_columns, read_existing, what_is_new
-from sharding.images.checks import load_decoder
-from sharding.images.treatment import Treatment
+from sharding.build_messages import refusals, treatments
+from sharding.field_roles import Roles, find_roles
+from sharding.images.image_checks import load_decoder
+from sharding.images.image_processing import Treatment
+from sharding.incremental import Existing, check_arguments, check_columns, read_existing, what_is_new
 from sharding.manifest import FORMAT_VERSION, decoded, index_file, shard_file
+from sharding.manifest_writer import Contents, Written, read_contents, write_manifest, write_quarantine
 from sharding.new_splits import split_new
-from sharding.plan import shard_bounds, tar_sizes
-from sharding.roles import Roles, find_roles
-from sharding.sources.gathering import PLACE
+from sharding.philox import priorities
+from sharding.process_pool import Crew, available_cores
+from sharding.shard_format import shard_bounds, tar_sizes
+from sharding.shard_writer import ShardTask, write_shard
+from sharding.sources.image_table import PLACE
 from sharding.sources.scan import Scan, printable, scan_sources
 from sharding.staging import check_space, clear, clear_stale, link_files, partial_folder, publish, write_pieces
-from sharding.telling import refusals, treatments
-from sharding.workers import Crew, available_cores
-from sharding.writing import ShardTask, write_shard
 
 _FIXED = ("unlabelled", "split", "group_by", "split_by", "duplicates", "seed")  # what a set that grows cannot change
 
@@ -87,9 +87,9 @@ def build_shards(
     `split` says. group_by: the field that names a patch's slide or patient (default: a field `group`). split_by: keep whole
     groups on one side ("group", which is what "auto" means where there are groups) or not ("patch"). duplicates: keep exact
     copies on one side ("together") or wherever they fall. encode, resize, check, min_size, min_tissue: see
-    sharding.images.treatment.Treatment. strict: a refused image is an error. append: add what is new to the set that is there.
-    shard_size: about how large a shard is, MB (10**6 bytes). shard_patches: at most how many patches a shard holds. workers:
-    processes; 1 works in this one, None or 0 takes all cores.
+    sharding.images.image_processing.Treatment. strict: a refused image is an error. append: add what is new to the set that is
+    there. shard_size: about how large a shard is, MB (10**6 bytes). shard_patches: at most how many patches a shard holds.
+    workers: processes; 1 works in this one, None or 0 takes all cores.
 
     A set that was built from the same images with the same arguments is left as it is, and Summary.was_there is True.
     Raises ValueError for whatever is wrong with the arguments or the images, OSError where a file cannot be written. What was

@@ -12,10 +12,10 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from sharding.draws import priorities
 from sharding.manifest import decoded, source_digests
+from sharding.philox import priorities
 from sharding.splits.assign import assign_splits, content_digests, cut_classes, parse_shares
-from sharding.splits.copies import bunches_of, no_bunches
+from sharding.splits.duplicates import bunches_of, no_bunches
 from sharding.splits.groups import Groups, split_whole_groups
 
 

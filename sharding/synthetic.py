@@ -24,8 +24,8 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
-from sharding.command import option, required, run_script
-from sharding.workers import ordered_map, tick
+from sharding.cli import option, required, run_script
+from sharding.process_pool import ordered_map, tick
 
 CLASSES = {"benign": 0.5, "in_situ": 0.3, "invasive": 0.2}  # share of the patches
 ORGANS = ("breast", "kidney")

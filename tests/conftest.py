@@ -42,7 +42,7 @@ def ray_here():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
             patch.setenv(name, value)
-        from train.cluster import connect
+        from train.cluster.ray_cluster import connect
 
         connect()
         import ray

@@ -2,14 +2,18 @@
 
 import ast
 import dataclasses
+import fnmatch
 import functools
+import graphlib
 import importlib.metadata
 import importlib.util
 import inspect
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.helpers import ROOT
 
@@ -21,12 +25,25 @@ MAY_IMPORT = {
     "train": {"sharding", "models", "pipelines"},
     "tune": {"sharding", "models", "pipelines", "train"},
 }
-INNER = {"sharding/sources", "sharding/images", "sharding/splits", "train/sections"}  # rooms of a folder, under its rule
+# Rooms of a folder, and which other rooms of that folder they may import. Those of train/ stand on floors: arrows point down.
+# "train" itself is config.py and the scripts. Sections are a part of the room that they are in.
+ROOMS = {
+    "sharding/sources": {"sharding"},
+    "sharding/images": {"sharding"},
+    "sharding/splits": {"sharding"},
+    "train/records": set(),
+    "train/scoring": set(),
+    "train/trainer": {"train", "train/records", "train/scoring"},
+    "train/cluster": {"train", "train/records", "train/trainer"},
+    "train/reporting": {"train/records", "train/scoring"},
+    "train/reporting/sections": {"train/records", "train/scoring"},
+    "train/stages": {"train", "train/records", "train/scoring", "train/trainer", "train/cluster", "train/reporting"},
+}
 # Outside packages that are the business of few modules, by their dotted prefix.
 ONLY_IN = {
-    "ray": {"train.cluster", "train.workers", "tune.trials"},
-    "nvidia.dali": {"pipelines.graph"},
-    "nvidia": {"pipelines.graph", "sharding.images.checks"},
+    "ray": {"train.cluster.ray_cluster", "train.cluster.launcher", "tune.trials"},
+    "nvidia.dali": {"pipelines.dali_graph"},
+    "nvidia": {"pipelines.dali_graph", "sharding.images.image_checks"},
 }
 SCRIPTS = (
     "sharding/build.py",
@@ -97,7 +114,7 @@ def test_all_folders_are_known():
     """A new folder of modules, or one inside another, needs its rule here."""
     tops = [top for top in ROOT.iterdir() if top.is_dir() and not top.name.startswith((".", "tests", "benchmarks"))]
     folders = {path.parent.relative_to(ROOT).as_posix() for top in tops for path in top.glob("**/*.py")}
-    assert folders == set(MAY_IMPORT) | INNER
+    assert folders == set(MAY_IMPORT) | set(ROOMS)
     assert len(MODULES) >= 30
 
 
@@ -107,6 +124,30 @@ def test_arrows_point_one_way(module):
     ours = {"tests", "benchmarks", *MAY_IMPORT}
     imported = {name.split(".")[0] for name in imports_of(MODULES[module])} & ours
     assert imported <= MAY_IMPORT[folder] | {folder}
+
+
+def room_of(module: str) -> str:
+    """The room that a module is in, sections counted to the room around them; the folder where it is in none."""
+    return MODULES[module].parent.relative_to(ROOT).as_posix().removesuffix("/sections")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_rooms_point_one_way(module):
+    names = imports_of(MODULES[module])
+    imported = {other for other in MODULES if any(starts_with(name, other) for name in names)}
+    folder, room = module.split(".")[0], room_of(module)
+    for other in imported:
+        if other.split(".")[0] == folder and room_of(other) != room and room != folder:
+            assert room_of(other) in ROOMS[room], other
+            assert folder != "train" or room_of(other) != "train" or other == "train.config", (
+                f"{module} imports a script, {other}"
+            )
+
+
+def test_rooms_stand_on_floors():
+    """The table above has no circle."""
+    floors = graphlib.TopologicalSorter({room: below - {"sharding", "train"} for room, below in ROOMS.items()})
+    assert set(floors.static_order()) == set(ROOMS)
 
 
 @pytest.mark.parametrize("package", ONLY_IN)
@@ -154,6 +195,27 @@ def test_no_module_hides_another(module):
     assert name not in sys.stdlib_module_names
     assert not others, f"{name} is also a module of {others}"
     assert name not in MAY_IMPORT
+
+
+FOLDERS = sorted({path.parent.relative_to(ROOT).as_posix() for path in MODULES.values()})
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_no_folder_hides_a_package_or_stays_behind(folder):
+    """A folder beside a script hides packages as a module does. And it must reach the nodes and the wheel."""
+    name = folder.split("/")[-1]
+    if "/" in folder:
+        assert name not in sys.stdlib_module_names and not set(installed_modules().get(name, ())) - {"patchclr"}
+        assert name not in MAY_IMPORT
+    ignored = [line.strip("/") for line in source_of(ROOT / ".gitignore").splitlines()]
+    excluded = [
+        pattern
+        for file in ("cluster.yaml", "cluster.local.yaml")
+        for pattern in yaml.safe_load(source_of(ROOT / file))["rsync_exclude"]
+    ]
+    assert not [pattern for pattern in ignored + excluded if fnmatch.fnmatch(name, pattern)]
+    assert folder.replace("/", ".") in tomllib.loads(source_of(ROOT / "pyproject.toml"))["tool"]["setuptools"]["packages"]
+    assert (ROOT / folder / "__init__.py").exists()
 
 
 def test_scripts_are_short():

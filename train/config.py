@@ -9,7 +9,7 @@ from typing import Literal
 
 from jsonargparse.typing import restricted_string_type
 
-from sharding.command import option, required
+from sharding.cli import option, required
 
 Precision = Literal["fp32", "bf16", "fp64"]
 Optimizer = Literal["lars", "adam", "adamw", "sgd"]

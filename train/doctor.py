@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 
-from sharding.command import option, run_script
+from sharding.cli import option, run_script
 from train.config import WorkerRange
 
 
@@ -17,10 +17,10 @@ class DoctorConfig:
 
 
 def main(config: DoctorConfig) -> None:
-    from train.checkup import examine  # torch and Ray take seconds to import, and --help should not
-    from train.cluster import Nodes, connect, possible_nodes
-    from train.inputs import place_of
-    from train.runs import code_commit, versions
+    from train.cluster.diagnostics import examine  # torch and Ray take seconds to import, and --help should not
+    from train.cluster.ray_cluster import Nodes, connect, possible_nodes
+    from train.records.data import place_of
+    from train.records.runs import code_commit, versions
 
     connect()
     failed = []

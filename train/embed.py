@@ -2,12 +2,12 @@
 
 import sys
 
-from sharding.command import run_script
+from sharding.cli import run_script
 from train.config import EmbedConfig
 
 
 def main(config: EmbedConfig) -> None:
-    from train.embedding import embed  # torch takes seconds to import, and --help should not
+    from train.stages.embedding import embed  # torch takes seconds to import, and --help should not
 
     print(embed(config))
 

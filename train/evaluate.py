@@ -2,12 +2,12 @@
 
 import sys
 
-from sharding.command import run_script
+from sharding.cli import run_script
 from train.config import EvaluateConfig
 
 
 def main(config: EvaluateConfig) -> None:
-    from train.evaluation import evaluate  # torch takes seconds to import, and --help should not
+    from train.stages.evaluation import evaluate  # torch takes seconds to import, and --help should not
 
     print(evaluate(config).folder / "result.json")
 

@@ -2,12 +2,12 @@
 
 import sys
 
-from sharding.command import run_script
+from sharding.cli import run_script
 from train.config import PretrainConfig
 
 
 def main(config: PretrainConfig) -> None:
-    from train.pretraining import pretrain  # torch takes seconds to import, and --help should not
+    from train.stages.pretraining import pretrain  # torch takes seconds to import, and --help should not
 
     print(pretrain(config).folder / "backbone.safetensors")
 

@@ -1,15 +1,10 @@
 """report.html of one or several runs, self-contained: python train/report.py runs/a runs/b --out report.html"""
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from sharding.command import option, positional, run_script
-
-if TYPE_CHECKING:
-    from train.runs import Run
+from sharding.cli import option, positional, run_script
 
 
 @dataclass(frozen=True)
@@ -22,25 +17,10 @@ class ReportConfig:
     storage: str = option("runs", "folder or URL for runs")
 
 
-def write_report(runs: "Sequence[Run]", path: Path, *, title: str | None = None) -> Path:
-    """Write the report of finished runs, side by side where there are several. Returns its path.
-
-    Its sections are those of train/sections/contents.py. Raises ValueError when a run is not finished, was made by an older
-    version of this code, or lacks a file.
-    """
-    from train.runs import write_text
-    from train.sections.contents import page  # matplotlib and torch take seconds to import, and --help should not
-
-    write_text(path, page(runs, title or _title(runs)))
-    return path
-
-
-def _title(runs):
-    return runs[0].name if len(runs) == 1 else "Runs side by side"
-
-
 def main(config: ReportConfig) -> None:
-    from train.runs import find_run
+    # matplotlib and torch take seconds to import, and --help should not
+    from train.records.runs import find_run
+    from train.reporting.report_writer import write_report
 
     runs = []
     for name in config.runs:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from sharding.command import option, positional, run_script
-from tune.study import read_study
+from sharding.cli import option, positional, run_script
+from tune.study_file import read_study
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class GridConfig:
 def main(config: GridConfig) -> None:
     study = read_study(config.study, smoke=config.smoke)
     # After the study file was found right: these import torch, which takes seconds.
-    from tune.plan import plan_lines
-    from tune.stages import run_study
-    from tune.tables import console_table, fill, study_report, write_tables
+    from tune.study_plan import plan_lines
+    from tune.study_runner import run_study
+    from tune.table_writers import console_table, fill, study_report, write_tables
 
     if config.plan:
         print("\n".join(plan_lines(study)))

@@ -4,9 +4,9 @@ import html
 import unicodedata
 from collections.abc import Sequence
 
-from tune.filling import FilledTable
-from tune.observed import axis_title, axis_value
-from tune.wording import entry_text
+from tune.cell_metrics import axis_title, axis_value
+from tune.formatting import entry_text
+from tune.table_data import FilledTable
 
 # Cividis at equal steps, from the least value to the largest (Nunez, Anderton and Renslow 2018).
 _COLOURS = ((0, 34, 78), (53, 69, 108), (102, 105, 112), (148, 142, 119), (200, 184, 102), (254, 232, 56))

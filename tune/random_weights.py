@@ -7,7 +7,7 @@ where nothing can be fetched. The file's name should say what it is, as a report
 import sys
 from dataclasses import dataclass
 
-from sharding.command import option, required, run_script
+from sharding.cli import option, required, run_script
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from train.cluster import connect
+from train.cluster.ray_cluster import connect
 from train.config import EvaluateConfig, PretrainConfig
-from train.runs import Run, open_run
-from tune.book import Begun, Book
-from tune.parts import FINAL, KINDS, Resources, Study
+from train.records.runs import Run, open_run
+from tune.schema import FINAL, KINDS, Resources, Study
+from tune.study_state import Begun, Book
 
 _DRIVER_BYTES = 64 * 2**20  # what a trial reserves whose work is done by Ray Train's workers
 _RETRIES = 2  # of a trial whose process died; its stage goes on from its checkpoint
@@ -222,7 +222,7 @@ def _trial_class(study: Study):
         def _run(self) -> None:
             import torch
 
-            from tune.one_stage import run_stage
+            from tune.stage_runner import run_stage
 
             torch.set_num_threads(max(1, self._fields["threads"]))
             try:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sharding.sources.found import BATCH, IMAGE_EXTENSIONS, Found, Skipped, extension, parted, printable
+from sharding.sources.file_listing import BATCH, IMAGE_EXTENSIONS, Found, Skipped, extension, parted, printable
 from sharding.sources.zips import is_zip, read_zip_member, zip_members
 
 # How a compressed file begins. Such a tar can only be read from its start.

@@ -5,7 +5,7 @@ import stat
 from bisect import bisect_left
 from collections.abc import Iterator
 
-from sharding.sources.found import ARCHIVE_EXTENSIONS, BATCH, IMAGE_EXTENSIONS, Found, Skipped, extension, printable
+from sharding.sources.file_listing import ARCHIVE_EXTENSIONS, BATCH, IMAGE_EXTENSIONS, Found, Skipped, extension, printable
 
 Visited = set[tuple[int, int]]  # device and inode of each folder or archive that was taken
 

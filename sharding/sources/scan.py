@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sharding.sources.archives import images_in
-from sharding.sources.conditions import apply_where, parse_where
+from sharding.sources.file_listing import Found, Skipped, files, parted, printable
+from sharding.sources.filters import apply_where, parse_where
 from sharding.sources.folders import Visited, images_under
-from sharding.sources.found import Found, Skipped, files, parted, printable
-from sharding.sources.gathering import PLACE, Gathering
-from sharding.sources.labels import Labels, Missing, Searched, look_up, read_labels
+from sharding.sources.image_table import PLACE, Gathering
+from sharding.sources.label_table import Labels, Missing, Searched, look_up, read_labels
 from sharding.sources.layout import LABELLED_DEFAULT, Layout, parse_layout
 
 
@@ -48,8 +48,8 @@ def scan_sources(
 
     Rows are ordered by source and then by relative path (as bytes). Rows of the table without an image come last, with size -1.
     layout: see sharding.sources.layout; None means `{class}/{name}`, or any path where there is a table or labelled is False.
-    table: see sharding.sources.labels. where: see sharding.sources.conditions; the same field again means "or" for `=` and "nor"
-    for `!=`, another field means "and".
+    table: see sharding.sources.label_table. where: see sharding.sources.filters; the same field again means "or" for `=` and
+    "nor" for `!=`, another field means "and".
     Raises ValueError where a source is missing, holds no image or is damaged, where layout, table or where leave nothing, and
     where an image of a labelled set has no class; OSError where a folder cannot be listed.
     """

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from errno import EIO
 from typing import NamedTuple
 
-from sharding.sources.found import Skipped, printable
+from sharding.sources.file_listing import Skipped, printable
 
 _END = struct.Struct(
     "<4s4H2LH"

@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sharding.draws import priorities
-from sharding.splits.copies import bunches_of, most_common, no_bunches, spread
+from sharding.philox import priorities
+from sharding.splits.duplicates import bunches_of, most_common, no_bunches, spread
 from sharding.splits.groups import Groups, fold_case, split_whole_groups, unite
 
 _ROWS = 2**16  # of digests that are strings of Python at a time
@@ -131,8 +131,9 @@ def split_patches(
     """Cut each class by itself: (n,) int64 indexes into the names of the shares.
 
     labels: (n,) class index, -1 where unlabelled; keys: (n,) uint64 from content_keys, of which equal ones keep their order.
-    bunches: (n,) of sharding.splits.copies, each to lie in one split; held: (n,) the split that a patch has already and keeps, -1
-    for the others. A copy of a held patch goes where that is, and the rest of a class to where it is short of its share.
+    bunches: (n,) of sharding.splits.duplicates, each to lie in one split; held: (n,) the split that a patch has already and
+    keeps, -1 for the others. A copy of a held patch goes where that is, and the rest of a class to where it is short of its
+    share.
     """
     bunches = no_bunches(len(labels)) if bunches is None else bunches
     result = no_bunches(len(labels)) if held is None else held.copy()
@@ -174,8 +175,9 @@ def cut_classes(
     """Cut each class in the given order, no bunch in two: (n,) int64 indexes of parts.
 
     labels: (n,); order: (n,) indexes in which a class's members of one bunch follow each other; bunches: (n,) of
-    sharding.splits.copies; cuts(label, count): parts + 1 places from 0 to count. A cut within a bunch moves to its nearer end,
-    but to an end of the class only where there is no other place. A bunch in several classes goes to the part with most of it.
+    sharding.splits.duplicates; cuts(label, count): parts + 1 places from 0 to count. A cut within a bunch moves to its nearer
+    end, but to an end of the class only where there is no other place. A bunch in several classes goes to the part with most of
+    it.
     """
     result = np.empty(len(labels), np.int64)
     ordered = labels[order]

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sharding.draws import priorities
-from sharding.splits.copies import most_common, no_bunches, spread
+from sharding.philox import priorities
+from sharding.splits.duplicates import most_common, no_bunches, spread
 
 _ORDERS = 64  # seeded orders of the groups that are tried
 _STEPS = 40_000  # ... but fewer where there are many groups, which balance by themselves
@@ -40,7 +40,7 @@ def fold_case(codes: np.ndarray, names: Sequence[str]) -> Groups:
 def unite(codes: np.ndarray, count: int, bunches: np.ndarray) -> np.ndarray:
     """(count,) int64: groups that copies tie together, directly or through others, each as the lowest one of them.
 
-    codes: (n,) group of each patch, -1 unknown; bunches: (n,) as in sharding.splits.copies.
+    codes: (n,) group of each patch, -1 unknown; bunches: (n,) as in sharding.splits.duplicates.
     """
     tied = np.flatnonzero((codes >= 0) & (bunches >= 0))
     if not len(tied):
@@ -69,8 +69,8 @@ def split_whole_groups(
 ) -> np.ndarray:
     """As split_groups, with the groups that share copies kept together: (n,) int64 indexes of splits.
 
-    bunches: (n,) as in sharding.splits.copies. field: what a group is called, such as slide. held: (n,) the split that a patch
-    has already and keeps, -1 for new ones. A new patch goes where its group is held (where most of it is); a new group with
+    bunches: (n,) as in sharding.splits.duplicates. field: what a group is called, such as slide. held: (n,) the split that a
+    patch has already and keeps, -1 for new ones. A new patch goes where its group is held (where most of it is); a new group with
     copies of patches that have a place goes where most of those copies are; the others even out what is held. Patches
     whose group is unknown must be held.
     Raises ValueError where keeping groups together spoils the split: a split loses a class, or gets far from its share.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.shards import ShardReader
+from pipelines.shard_reader import ShardReader
 from sharding.packing import build_shards
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -39,7 +39,7 @@ from models.backbones import build_backbone  # noqa: E402
 from models.ntxent import nt_xent  # noqa: E402
 from pipelines.loader import ViewLoader  # noqa: E402
 from pipelines.recipes import get_recipe  # noqa: E402
-from train.schedules import learning_rate  # noqa: E402
+from train.trainer.optim import learning_rate  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -146,7 +146,7 @@ def test_every_part_is_a_command_that_its_script_takes(tmp_path, name, dry):
     """Its flags and their values, without running it."""
     import importlib
 
-    from sharding.command import build_parser
+    from sharding.cli import build_parser
 
     (tmp_path / "images-8-shards").mkdir()
     setting = Setting(tmp_path, dry, str(tmp_path / "set"), "c0ffee")

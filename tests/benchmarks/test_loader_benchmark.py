@@ -23,7 +23,7 @@ from packing_images import draw_images  # noqa: E402
 from step_peers import Environment  # noqa: E402
 
 from benchmarks.loader import NAMES, Config, chosen, environments, main, of_device, the_task  # noqa: E402
-from pipelines.shards import ShardReader  # noqa: E402
+from pipelines.shard_reader import ShardReader  # noqa: E402
 from sharding.packing import build_shards  # noqa: E402
 
 PATCHES, SIZE, BATCH = 12, 32, 4

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from pipelines.recipes import get_recipe
-from pipelines.reference import reference_views
-from sharding.command import run_script
+from pipelines.torchvision_reference import reference_views
+from sharding.cli import run_script
 from sharding.synthetic import draw_patch, encode
 from tests.helpers import assert_refused, encoded, write_tree
 

@@ -8,8 +8,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT), str(ROOT / "benchmarks")]  # benchmarks/ is no installed package
 
 from benchmarks.trials import TINY, Config, judge, main, markdown, spans, study_text, summarise, target_lines, tiny_text  # noqa: E402
-from train.runs import Run, write_json  # noqa: E402
-from tune.study import read_study  # noqa: E402
+from train.records.runs import Run, write_json  # noqa: E402
+from tune.study_file import read_study  # noqa: E402
 
 FIELDS = {"backbone": "test_resnet", "image_size": 32, "batch_size": 16, "epochs": 1, "probe_every": 0}
 

@@ -14,8 +14,8 @@ from safetensors.numpy import load_file
 from tests.cluster.faults import Course, submitted
 from tests.cluster.rig import Rig, cluster_file, two_nodes
 from train.config import PretrainConfig
-from train.pretraining import pretrain
-from train.runs import Run
+from train.records.runs import Run
+from train.stages.pretraining import pretrain
 
 _ROUNDING = 1e-9  # a step more or less moves weights by 1e-6
 _BOTH_ARE_THERE = """

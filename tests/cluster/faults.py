@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from tests.cluster.rig import NODES, Rig
-from train.progress import Tail
+from train.trainer.progress import Tail
 
 _SECONDS = 300  # that anything may take on a machine with other work
 _STORAGE_AWAY = 60  # seconds

@@ -18,7 +18,7 @@ import pytest
 from tests.cluster.conftest import as_if_nothing_had_happened
 from tests.cluster.faults import FAULTS, Outage, befall
 from tests.cluster.rig import missing
-from train.runs import code_commit, versions
+from train.records.runs import code_commit, versions
 
 _MISSING = missing()
 # In each twelve: processes die more often than machines.

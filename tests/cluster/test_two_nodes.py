@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from tests.cluster.conftest import settings
 from tests.cluster.rig import NODES, missing
 from tests.helpers import ROOT, breast_files, write_tree
-from train.runs import Run
+from train.records.runs import Run
 
 _MISSING = missing()
 pytestmark = [

@@ -4,7 +4,7 @@ import torch
 from models.backbones import build_backbone
 from models.heads import Classifier, LinearHead, ProjectionHead
 from models.weights import weights_hash
-from train.loop import ViewModel
+from train.trainer.loop import ViewModel
 
 
 @pytest.mark.parametrize(

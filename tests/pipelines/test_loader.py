@@ -16,7 +16,7 @@ import torch
 from pipelines.loader import ViewLoader
 from pipelines.mixture import Mixture, Part
 from pipelines.recipes import get_recipe
-from pipelines.shards import ShardReader
+from pipelines.shard_reader import ShardReader
 from sharding.manifest import shard_file
 from sharding.packing import build_shards
 from tests.helpers import ROOT, encoded, write_tree
@@ -571,7 +571,7 @@ def test_shard_that_is_cut_short_in_place_does_not_kill_the_process(copied_set):
     code = """
 import os, sys
 import numpy as np
-from pipelines.shards import ShardReader
+from pipelines.shard_reader import ShardReader
 reader = ShardReader(sys.argv[1])
 reader.read(np.arange(55))
 for method in (reader.read, reader.check):
@@ -597,7 +597,7 @@ def test_more_shards_than_a_process_may_have_open(shard_set, tmp_path):
 import resource, sys
 import numpy as np
 _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-from pipelines.shards import ShardReader, _allow_open_files
+from pipelines.shard_reader import ShardReader, _allow_open_files
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
 reader = ShardReader(sys.argv[1])
 soft, now_hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -648,7 +648,7 @@ def test_wait_seconds_grow_by_what_the_reader_takes(shard_set, backend, monkeypa
         return read(self, ids)
 
     loader = loader_of(shard_set, EVAL, backend=backend)
-    monkeypatch.setattr("pipelines.waiting.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("pipelines.wait_timer.time.perf_counter", lambda: now[0])
     monkeypatch.setattr(ShardReader, "read", slow_read)
     assert loader.wait_seconds == 0
     seen = []

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from pipelines.loader import ViewLoader
 from pipelines.mixture import Mixture, Part, interleaved, shares
-from pipelines.order import epoch_order
 from pipelines.recipes import get_recipe
-from pipelines.shards import ShardReader
+from pipelines.sampler import epoch_order
+from pipelines.shard_reader import ShardReader
 
 SIMCLR, EVAL = get_recipe("simclr"), get_recipe("eval")
 SOME_WEIGHTS = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=6)

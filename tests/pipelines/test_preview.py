@@ -26,8 +26,8 @@ from pipelines.preview import (
     view_sheet,
 )
 from pipelines.recipes import describe_recipe, get_recipe
-from pipelines.reference import reference_views
-from pipelines.shards import ShardReader
+from pipelines.shard_reader import ShardReader
+from pipelines.torchvision_reference import reference_views
 from pipelines.views import OPERATIONS, draw_views
 from sharding.manifest import fingerprint
 from sharding.selection import select
@@ -313,8 +313,8 @@ def test_set_at_a_url_leaves_nothing_open(shard_set, tmp_path, monkeypatch):
 
 def test_rows_of_a_real_training_are_what_is_shown(shard_set, drawn_set, tmp_path, monkeypatch):
     """Row "step": k of its metrics.jsonl is of the patches and the views that step k shows."""
-    from train import pretraining
     from train.config import PretrainConfig
+    from train.stages import pretraining
 
     seen, iterate = [], ViewLoader.__iter__
 

@@ -60,7 +60,9 @@ def test_a_source_that_vanishes_or_changes_after_the_scan(breast, tmp_path, monk
 
 KILLED_BUILD = """
 import os, signal, sys
-from sharding import assembling, packing, staging, writing
+from sharding import packing, staging
+from sharding import manifest_writer
+from sharding import shard_writer
 
 whole, left = staging.write_whole, [int(sys.argv[3])]
 
@@ -74,7 +76,7 @@ def write_or_die(path, write):
             os.kill(os.getpid(), signal.SIGKILL)
     whole(path, half)
 
-staging.write_whole = writing.write_whole = assembling.write_whole = write_or_die
+staging.write_whole = shard_writer.write_whole = manifest_writer.write_whole = write_or_die
 packing.build_shards([sys.argv[1]], sys.argv[2], layout=sys.argv[4], split="train=0.8,test=0.2", shard_patches=20)
 """
 FILES = 3 * 3 + 3  # tar, index and note of each shard, then manifest, quarantine and dataset.json

@@ -14,7 +14,7 @@ import webdataset
 
 from sharding.manifest import COLUMNS, class_names, fingerprint, read_dataset, read_manifest
 from sharding.packing import build_shards
-from sharding.plan import member, sample_key, shard_bounds
+from sharding.shard_format import member, sample_key, shard_bounds
 from tests.helpers import BREAST_LAYOUT, breast_files, encoded, folder_bytes, write_tree
 
 SETTINGS = dict(layout=BREAST_LAYOUT, split="train=0.8,test=0.2", shard_patches=20)

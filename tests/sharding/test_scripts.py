@@ -169,7 +169,7 @@ def test_inspect_refuses_in_one_sentence(small_set, tmp_path):
 _BROKEN = """
 import socket, sys
 from dataclasses import dataclass
-from sharding.command import option, run_script
+from sharding.cli import option, run_script
 
 @dataclass(frozen=True)
 class Config:

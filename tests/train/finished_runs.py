@@ -1,4 +1,4 @@
-"""Runs as train/pretraining.py and train/evaluation.py leave them, without the hours."""
+"""Runs as train/stages/pretraining.py and train/stages/evaluation.py leave them, without the hours."""
 
 import json
 from pathlib import Path
@@ -8,12 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.recipes import describe_recipe, get_recipe
-from pipelines.shards import ShardReader
+from pipelines.shard_reader import ShardReader
 from sharding.selection import select
 from train.config import PretrainConfig
-from train.exhibits import leave_exhibits
-from train.metrics import TITLES, score
-from train.runs import Run, Stage
+from train.records.runs import Run, Stage
+from train.reporting.gallery import leave_exhibits
+from train.scoring.metrics import TITLES, score
 
 ODD = "R&D <i>신장 'a\" $x$ $y"  # what a folder may be called
 ODD_CLASS = "종양 <script>alert(1)</script> &"

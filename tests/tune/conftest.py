@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tune.parts import Study
-from tune.study import read_study
+from tune.schema import Study
+from tune.study_file import read_study
 
 TEXT = """
 # A small study.

@@ -11,7 +11,7 @@ import pytest
 from sharding import synthetic
 from sharding.packing import build_shards
 from tests.helpers import ROOT
-from train.runs import Run
+from train.records.runs import Run
 from tune import random_weights
 
 STUDY = ROOT / "tune" / "studies" / "transfer_chains.yaml"

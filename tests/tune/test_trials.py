@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.helpers import ROOT
-from train.runs import Run
-from tune.parts import Resources
-from tune.stages import run_study
-from tune.study import read_study
-from tune.tables import fill, write_tables
+from train.records.runs import Run
+from tune.schema import Resources
+from tune.study_file import read_study
+from tune.study_runner import run_study
+from tune.table_writers import fill, write_tables
 from tune.trials import _room, placed, settled
 
 _SECONDS = 240
@@ -114,7 +114,7 @@ def test_a_grid_that_is_killed_three_times_ends_as_an_undisturbed_one(ray_here, 
 @pytest.mark.timeout(400)
 def test_a_trial_whose_process_is_killed_goes_on(ray_here, study_file, tmp_path):
     """One cell of many steps; its process is found by the metrics that it has open."""
-    from tests.train.test_faults import process_that_writes
+    from tests.train.cluster.test_faults import process_that_writes
 
     text = study_file.read_text().replace("temperature: [0.2, 0.5], seed: [1, 2]", "seed: [1], epochs: 12")
     study_file.write_text(text[: text.index("  best:")])
@@ -195,8 +195,8 @@ def test_gpus_by_default():
 
 
 def test_what_a_trial_may_use_is_no_part_of_the_stage(study):
-    from train.pretraining import stage_of
-    from tune.book import Begun
+    from train.stages.pretraining import stage_of
+    from tune.study_state import Begun
 
     cell = study.cells[0]
     begun = Begun(cell, cell.config)

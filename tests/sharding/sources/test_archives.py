@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from sharding.sources import archives
 from sharding.sources.archives import FileReader, images_in
+from sharding.sources.file_listing import Skipped, parted
 from sharding.sources.folders import images_under
-from sharding.sources.found import Skipped, parted
 from tests.helpers import write_tree
 from tests.sharding.sources.archive_files import NAMES, write_tar, write_zip
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sharding.sources import folders
+from sharding.sources.file_listing import Skipped
 from sharding.sources.folders import images_under
-from sharding.sources.found import Skipped
 from tests.helpers import write_tree
 from tests.sharding.sources.archive_files import NAMES
 

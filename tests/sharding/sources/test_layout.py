@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sharding.manifest import COLUMNS
-from sharding.sources.gathering import PLACE
+from sharding.sources.image_table import PLACE
 from sharding.sources.layout import RESERVED, parse_layout
 
 

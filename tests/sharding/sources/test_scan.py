@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sharding.manifest import WORDS
-from sharding.sources import gathering
+from sharding.sources import image_table
 from sharding.sources.archives import FileReader
-from sharding.sources.gathering import PLACE
+from sharding.sources.image_table import PLACE
 from sharding.sources.scan import scan_sources, source_names
 from tests.helpers import BREAST_LAYOUT, write_tree
 from tests.sharding.sources.archive_files import NAMES, write_tar
@@ -47,7 +47,7 @@ def test_files_are_sorted_and_carry_fields(breast):
 @pytest.mark.parametrize("kind", ["folder", "tar", "zip"])
 def test_every_column_has_its_type_however_many_files(breast, tmp_path, monkeypatch, kind):
     """So that tables can be put together and sent to other processes."""
-    monkeypatch.setattr(gathering, "BATCH", 10)
+    monkeypatch.setattr(image_table, "BATCH", 10)
     source = breast if kind == "folder" else Path(shutil.make_archive(str(tmp_path / "x"), kind, breast))
     scan = scan_sources([source], layout=BREAST_LAYOUT)
     assert len(scan.files) == 55

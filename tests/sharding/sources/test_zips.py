@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharding.sources.found import Skipped
+from sharding.sources.file_listing import Skipped
 from sharding.sources.zips import is_zip, read_zip_member, zip_members
 from tests.sharding.sources.archive_files import write_zip
 

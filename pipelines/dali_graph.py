@@ -1,0 +1,195 @@
+"""The DALI graph: encoded bytes and drawn parameters in, views out. It holds no random state and no position.
+
+On the CPU DALI decodes, and the exact step that is ours (`colour`) makes the views of its pixels inside the graph. It writes them
+where the consumer finds them: to copy them from DALI's memory into fresh memory took longer than to make them. On a GPU DALI cuts
+out and resizes too, and the same step in torch follows.
+
+Its resize alone would not do. Of a box it mixes in the pixels around it; of a box that is cut out it repeats those at the border
+when it makes it smaller, up to 15 levels off, where torchvision leaves out what lies beyond. So zeros are put around the box,
+which add nothing, and the sums are divided by the weights that fell inside. And it hands on float32: rounded to whole levels,
+views would be up to 6 levels off behind a strong jitter.
+"""
+
+import functools
+import io
+from collections import deque
+
+import numpy as np
+import nvidia.dali.fn as fn
+import nvidia.dali.types as types
+import torch
+from nvidia.dali.pipeline import Pipeline
+from PIL import Image
+
+from pipelines.buffer_pool import BatchMemory
+from pipelines.recipes import Recipe
+from pipelines.view_kernels import box_sizes, colour_batch, colour_rows, inside_weights, reach, view_step_at
+from pipelines.views import ViewParameters, draw_views
+
+AHEAD = 2  # batches in the graph at once: one being made while the other is being used
+
+
+# The hardware engine's pixels differ slightly from those of nvJPEG's kernels, and DALI would give it a share of each batch:
+# then the batch size would decide a patch's pixels. Fancy upsampling of chroma is what libjpeg-turbo does on the CPU.
+_GPU_DECODER = {"device": "mixed", "hw_decoder_load": 0.0, "jpeg_fancy_upsampling": True}
+
+
+def _one_number(outs, ins):
+    for i in range(len(outs[0])):
+        outs[0][i][0] = 1
+
+
+@functools.cache
+def _view_operator():
+    """What DALI runs for each patch. Made once: for every operator DALI compiles anew what it is given, which takes 1.5 s for a
+    call of the step's address, and 3 s for the step itself.
+
+    rows: (V, 37), see `colour`; place: address of the patch's first view, bytes from one view to the next, side of a view.
+    """
+    from nvidia.dali.plugin.numba import NumbaFunction  # a host with a GPU may do without Numba's part
+
+    step_at = view_step_at()
+
+    def make_views(done, image, rows, place):
+        for view in range(rows.shape[0]):
+            step_at(place[0] + view * place[1], image.ctypes, rows[view].ctypes, place[2], image.shape[0], image.shape[1])
+        done[0] = 1
+
+    return NumbaFunction(
+        run_fn=make_views,
+        setup_fn=_one_number,
+        in_types=[types.UINT8, types.FLOAT, types.INT64],
+        ins_ndim=[3, 2, 1],
+        out_types=[types.UINT8],
+        outs_ndim=[1],
+        batch_processing=False,
+    )
+
+
+class DaliGraph:
+    """Batches of views by DALI: `put` the bytes and parameters of a batch, `get` its views, in the same order.
+
+    device: "cpu", or "cuda" (decoding by nvJPEG and all augmentation on torch's current GPU).
+    step: "numba" (CPU) or "torch" (both): whose step makes the views. A CPU can so be asked what a GPU will be; it is slow.
+    """
+
+    def __init__(self, *, recipe: Recipe, batch_size: int, image_size: int, device: str, threads: int, step: str | None = None):
+        self.recipe, self.image_size, self.device = recipe, image_size, device
+        self.step = step or ("numba" if device == "cpu" else "torch")
+        assert self.step == "torch" or (self.step == "numba" and device == "cpu"), (step, device)
+        self._under_way: deque[tuple[np.ndarray, torch.Tensor | None]] = deque()  # rows, and on the CPU where the views go
+        # One piece is with the consumer, and when it asks for more, it may still hold that.
+        self._memory = BatchMemory(recipe.views * batch_size * 3 * image_size**2, keep=AHEAD + 1)
+        self._pipeline = Pipeline(
+            batch_size=batch_size,
+            num_threads=threads,
+            device_id=torch.cuda.current_device() if device == "cuda" else None,
+            prefetch_queue_depth=AHEAD,
+        )
+        with self._pipeline:
+            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+            images = fn.decoders.image(
+                encoded, output_type=types.RGB, **(_GPU_DECODER if device == "cuda" else {"device": "cpu"})
+            )
+            if self.step == "numba":
+                self._pipeline.set_outputs(self._done(images))
+            else:
+                self._pipeline.set_outputs(*(self._resized(images, view) for view in range(recipe.views)))
+        self._warm_up()
+
+    def _done(self, images):
+        rows = fn.external_source(name="rows", dtype=types.FLOAT, ndim=2)
+        return _view_operator()(images, rows, fn.external_source(name="place", dtype=types.INT64, ndim=1))
+
+    def _resized(self, images, view):
+        place = "gpu" if self.device == "cuda" else "cpu"
+
+        def drawn(name, dtype=types.INT32):
+            return fn.external_source(name=f"{name}{view}", dtype=dtype, ndim=1)
+
+        box = fn.slice(images, device=place, start=drawn("start"), end=drawn("end"), axes=[0, 1])
+        widened = {"start": drawn("wide_start"), "end": drawn("wide_end"), "axes": [0, 1]}
+        return fn.resize(
+            fn.slice(box, device=place, out_of_bounds_policy="pad", fill_values=0, **widened),
+            device=place,
+            size=[self.image_size, self.image_size],
+            roi_start=drawn("roi_start", types.FLOAT),
+            roi_end=drawn("roi_end", types.FLOAT),
+            interp_type=types.INTERP_LINEAR,
+            antialias=True,
+            dtype=types.FLOAT,
+        )
+
+    def _warm_up(self):
+        """Take the first AHEAD batches out of the way: DALI starts so many at once, more than a short epoch may have."""
+        buffer = io.BytesIO()
+        Image.new("RGB", (16, 16)).save(buffer, "JPEG")
+        dot = [np.frombuffer(buffer.getvalue(), np.uint8)]
+        parameters = draw_views(np.zeros(1, np.int64), seed=0, epoch=0, recipe=self.recipe, sizes=np.array([[16, 16]]))
+        for _ in range(AHEAD):
+            self._feed(dot, parameters)
+        self._pipeline.schedule_run()
+        for _ in range(AHEAD):
+            self.get()
+
+    def put(self, encoded: list[np.ndarray], parameters: ViewParameters) -> None:
+        """Start on a batch of B patches and what was drawn for them. At most AHEAD batches may be under way."""
+        assert len(self._under_way) < AHEAD, len(self._under_way)
+        self._feed(encoded, parameters)
+        self._pipeline.schedule_run()
+
+    def _feed(self, encoded, parameters):
+        feed, rows = self._pipeline.feed_input, colour_rows(parameters, self.recipe)
+        feed("encoded", encoded)
+        views = None
+        if self.step == "numba":
+            views = self._memory.take((self.recipe.views, len(rows), 3, self.image_size, self.image_size))
+            bytes_of_view, bytes_of_patch = (stride * views.element_size() for stride in views.stride()[:2])
+            addresses = views.data_ptr() + bytes_of_patch * np.arange(len(rows), dtype=np.int64)
+            feed("rows", rows)
+            feed("place", np.stack([addresses, *np.broadcast_to([[bytes_of_view], [self.image_size]], (2, len(rows)))], axis=1))
+        else:
+            for view in range(self.recipe.views):
+                top_left, size = parameters.box[:, view, :2], parameters.box[:, view, 2:]
+                margin = reach(size, self.image_size)
+                feed(f"start{view}", np.ascontiguousarray(top_left))
+                feed(f"end{view}", top_left + size)
+                feed(f"wide_start{view}", -margin)
+                feed(f"wide_end{view}", size + margin)
+                feed(f"roi_start{view}", margin.astype(np.float32))
+                feed(f"roi_end{view}", (size + margin).astype(np.float32))
+        self._under_way.append((rows, views))
+
+    def get(self) -> torch.Tensor:
+        """Wait for the oldest batch: (V, B, 3, S, S) float32 on the device, which nobody else writes to while it is held.
+
+        Raises RuntimeError when DALI cannot decode a patch; the graph is of no use after that: close it.
+        """
+        # On a GPU nobody waits: torch's stream goes on when DALI's is done, and DALI has its memory back when torch's is.
+        outputs = self._pipeline.share_outputs(torch.cuda.current_stream() if self.device == "cuda" else None)
+        rows, views = self._under_way.popleft()
+        try:
+            if views is not None:
+                return views
+            return torch.stack([self._finished(sums, rows[:, view]) for view, sums in enumerate(outputs)])
+        finally:
+            self._pipeline.release_outputs()
+
+    def _finished(self, sums, rows_BR):
+        sums_BSS3 = torch.from_dlpack(sums.as_tensor())  # DALI's own memory, which the first operation reads from
+        down_BS, across_BS = inside_weights(box_sizes(rows_BR), self.image_size, sums_BSS3.device)
+        return colour_batch(sums_BSS3 / down_BS[:, :, None, None] / across_BS[:, None, :, None], rows_BR)
+
+    @property
+    def pending(self) -> int:
+        """Batches that were put and not yet got."""
+        return len(self._under_way)
+
+    def close(self) -> None:
+        """End DALI's threads. Batches under way are given up, and only then the memory that they are written to."""
+        self._pipeline._shutdown()  # as when it is deleted, which is some time later: DALI's objects refer to each other
+        self._under_way.clear()
+
+    def __del__(self):
+        if "_pipeline" in vars(self):  # it was made
+            self.close()

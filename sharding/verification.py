@@ -1,0 +1,106 @@
+"""Every byte of a shard set against what its manifest says.
+
+The sha256 of each file against dataset.json, each tar's members and each index against the manifest, the sha256 of each patch,
+and each image decoded once more.
+"""
+
+import functools
+import hashlib
+import itertools
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from sharding.images.image_checks import silent_decoders
+from sharding.images.image_processing import check_stored
+from sharding.manifest import index_file, read_dataset, read_manifest, shard_file
+from sharding.process_pool import ordered_map, tick
+from sharding.shard_format import EXTENSIONS, index_text
+
+
+class _Shard(NamedTuple):
+    """One shard as the manifest has it: a list entry per patch, in order."""
+
+    number: int
+    keys: list[str]
+    formats: list[str]
+    offsets: list[int]
+    sizes: list[int]
+    labels: list[int]
+    digests: list[str]
+
+
+def verify(shards: str | Path, *, workers: int = 1) -> None:
+    """Compare every byte of a shard set with what its manifest says. Raises ValueError at the first difference."""
+    folder = Path(shards)
+    dataset, manifest = read_dataset(folder), read_manifest(folder)
+    if len(manifest) != dataset["patches"] or not np.array_equal(manifest["id"].to_numpy(), np.arange(len(manifest))):
+        raise ValueError(
+            f"{folder / 'manifest.parquet'} does not list the {dataset['patches']:,} patches of dataset.json in order"
+        )
+    expected = {name(n) for n in range(dataset["shards"]) for name in (shard_file, index_file)}
+    if missing := sorted((expected | {"manifest.parquet", "quarantine.parquet"}) - dataset["files"].keys()):
+        raise ValueError(f"{folder / 'dataset.json'} does not list {missing[0]}")
+    for name in sorted(dataset["files"]):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is missing")
+        if not name.endswith(".tar"):
+            _check_file(folder, name, dataset["files"][name])
+    check = functools.partial(_verify_shard, folder=folder, files=dataset["files"])
+    workers = min(workers, dataset["shards"])
+    for _ in ordered_map(check, _shards(manifest, dataset["shards"]), workers=workers, total=len(manifest), title="verifying"):
+        pass
+
+
+def _shards(manifest: pa.Table, count: int) -> Iterator[_Shard]:
+    bounds = np.searchsorted(manifest["shard"].to_numpy(), np.arange(count + 1)).tolist()
+    for number, (start, end) in enumerate(itertools.pairwise(bounds)):
+        part = manifest.slice(start, end - start)
+        yield _Shard(number, *(part[name].to_pylist() for name in ("key", "format", "offset", "size", "label", "sha256")))
+
+
+def _check_file(folder: Path, name: str, digest: str) -> None:
+    with (folder / name).open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+            raise ValueError(
+                f"{folder / name} is not as it was packed (its sha256 differs): copy it again, or build the set again"
+            )
+
+
+def _verify_shard(shard: _Shard, *, folder: Path, files: dict[str, str]) -> None:
+    tar = folder / shard_file(shard.number)
+    _check_file(folder, tar.name, files[tar.name])
+    extensions = [EXTENSIONS[name] for name in shard.formats]
+    if (folder / index_file(shard.number)).read_text() != index_text(
+        shard.keys, extensions, shard.offsets, shard.sizes, shard.labels
+    ):
+        raise ValueError(f"{folder / index_file(shard.number)} does not fit the manifest")
+    try:
+        with tarfile.open(tar, "r:") as archive:
+            members = {info.name: (info.offset_data, info.size) for info in archive}
+    except tarfile.TarError as error:
+        raise ValueError(f"{tar} is not a tar: {error}") from error
+    if len(members) != sum(1 + (label >= 0) for label in shard.labels):
+        raise ValueError(f"{tar} has {len(members):,} members, which is not what the manifest lists")
+    with tar.open("rb") as file, silent_decoders():
+        for i, (key, extension) in enumerate(zip(shard.keys, extensions, strict=True)):
+            offset, size, label = shard.offsets[i], shard.sizes[i], shard.labels[i]
+            if members.get(f"{key}.{extension}") != (offset, size):
+                raise ValueError(f"{tar} does not hold {key}.{extension} where the manifest says")
+            file.seek(offset)
+            data = file.read(size)
+            if hashlib.sha256(data).hexdigest() != shard.digests[i]:
+                raise ValueError(f"{tar}: the bytes of {key}.{extension} are not those of the manifest")
+            if refusal := check_stored(data):
+                raise ValueError(
+                    f"{tar}: {key}.{extension} cannot be decoded ({refusal.detail}): build the set again, without --check header"
+                )
+            if label >= 0:
+                file.seek(members.get(f"{key}.cls", (0, 0))[0])
+                if file.read(len(str(label))) != str(label).encode():
+                    raise ValueError(f"{tar}: the label of {key} is not that of the manifest")
+            tick(1)

@@ -1,0 +1,149 @@
+"""The Ray cluster that this process has joined: its nodes, those that there may be, and functions called on each."""
+
+import contextlib
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from sharding.cli import describe
+from train.cluster.node_checks import Answer, Caller
+from train.cluster.resources import Node, Share, node_of, startable
+from train.config import worker_range
+
+# Before Ray is imported. A dead worker is seen after a second (2 otherwise); prints once; no line per rank; Ray's run API.
+_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "1",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",  # for room on a node that was there a moment ago; then with what there is
+}
+_HEAD = "node:__internal_head__"  # a resource of the head node alone
+_WITHOUT_BF16 = {"K80", "P4", "P100", "T4", "V100"}  # as Ray names them
+
+
+def connect(name: str | None = None) -> None:
+    """Join the cluster that this machine belongs to, or start Ray here. Says which. name: this job's in Ray's dashboard."""
+    for variable, value in _ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    import ray
+
+    if ray.is_initialized():
+        return
+    job = ray.job_config.JobConfig(metadata={"job_name": name} if name else None)
+    context = ray.init(job_config=job, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
+    place = context.dashboard_url
+    nodes = len(alive_nodes())
+    resources = ray.cluster_resources()
+    gpus = f", {resources['GPU']:.0f} GPUs" if resources.get("GPU") else ""
+    print(f"Ray: {nodes} node{'s' * (nodes > 1)}, {resources['CPU']:.0f} CPUs{gpus}; dashboard http://{place}", flush=True)
+
+
+def possible_nodes() -> list[Node]:
+    """The cluster's nodes, and those that its autoscaler may still start."""
+    there = [node_of(node["Resources"]) for node in alive_nodes()]
+    return [*there, *(node_of(resources, started=False) for resources in _startable())]
+
+
+def alive_nodes() -> list[dict[str, Any]]:
+    """Ray's own description of each node that is there."""
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _startable() -> list[dict[str, float]]:
+    """Ray tells nobody what its autoscaler may start. But the autoscaler runs on the head, where `ray submit` has its drivers
+    too, with its configuration in its command line."""
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    workers = [node_of(node["Resources"]) for node in alive_nodes() if _HEAD not in node["Resources"]]
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            said = path.read_bytes().decode(errors="replace").split("\0")
+            given = {flag: value for flag, _, value in (word.partition("=") for word in said)}
+            config = given.get("--autoscaling-config")
+            if config and given.get("--gcs-address") == address:
+                return startable(yaml.safe_load(Path(config).expanduser().read_text()), workers)
+    return []
+
+
+def gpus_with_bf16(workers: str | int, gpus_per_worker: float | None = None, *, name: str | None = None) -> bool:
+    """Whether such a job will find GPUs that compute in bf16 (Ampere and newer).
+
+    This machine's own GPU answers that at once; without one, and with workers, the cluster is asked, which connects to it, by
+    this name.
+    """
+    if gpus_per_worker == 0:
+        return False
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if worker_range(workers)[1] == 0:
+        return False
+    connect(name)
+    with_gpus = [each for each in [*(node["Resources"] for node in alive_nodes()), *_startable()] if each.get("GPU", 0) > 0]
+    kinds = {name.removeprefix("accelerator_type:") for each in with_gpus for name in each}
+    return bool(with_gpus) and not kinds & _WITHOUT_BF16
+
+
+class Nodes:
+    """A process of ours on each of the cluster's alive nodes, in which functions can be called; at the block's end they end.
+
+    Nothing is reserved for them, so they start beside whatever runs. share: only the nodes on which a worker with it fits.
+    shares: each node's cores and GPUs as Ray counts them; addresses: by which others reach it. Both are by the node's name.
+    """
+
+    def __init__(self, share: Share | None = None):
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        self.shares: dict[str, Node] = {}
+        self.addresses: dict[str, str] = {}
+        self._callers: dict[str, Any] = {}
+        for each in sorted(alive_nodes(), key=lambda each: each["NodeManagerAddress"]):
+            node, address = node_of(each["Resources"]), each["NodeManagerAddress"]
+            if share and (node.gpus < share.gpus or node.cpus < share.cpus):
+                continue
+            name = address if address not in self.addresses.values() else f"{address}#{each['NodeID'][:6]}"
+            place = NodeAffinitySchedulingStrategy(each["NodeID"], soft=False)
+            start = ray.remote(Caller).options(num_cpus=0, max_concurrency=8, scheduling_strategy=place)
+            self.shares[name], self.addresses[name], self._callers[name] = node, address, start.remote()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        import ray
+
+        for caller in self._callers.values():
+            ray.kill(caller)
+
+    def ask(self, function: Callable, *given: Any, seconds: float, each: Mapping[str, tuple] | None = None) -> dict[str, Answer]:
+        """Call function(*given) on every node at once; with `each`, on those in it, and with what it has for them besides.
+
+        A node that raises, has gone, or has not answered after so many seconds says that in its answer.
+        """
+        import ray
+
+        asked = {name: () for name in self._callers} if each is None else each
+        calls = {name: self._callers[name].call.remote(function, *given, *own) for name, own in asked.items()}
+        ray.wait(list(calls.values()), num_returns=len(calls), timeout=seconds)
+        answers = {}
+        for name, call in calls.items():
+            try:
+                answers[name] = Answer(ray.get(call, timeout=0))
+            except ray.exceptions.GetTimeoutError:
+                answers[name] = Answer(None, f"no answer within {seconds:g} s")
+            except ray.exceptions.RayError as error:  # a process that lacks a module has Ray's whole traceback for a message
+                missing = re.search(r"No module named \S+", str(error))
+                answers[name] = Answer(None, missing[0] if missing else describe(getattr(error, "cause", None) or error))
+        return answers

@@ -1,0 +1,311 @@
+"""Run records: a stage's key, its folder, and what was done there.
+
+A stage is a pure function of its config and its inputs, so its key is a hash of both and of a version number that is
+raised when the code's results change. A run is a name for a stage: finished under that name, it is not run again; cut
+off, it goes on; and a name that stands for another stage is refused.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipelines.remote_folder import RemoteFolder, is_url
+from train.records.data import place_of
+from train.records.remote_run import CELLS, RESULT_NAME, Mirror
+
+# Raise a stage's version when the same config and data would come out with other figures.
+STAGE_VERSIONS = {"pretrain": 2, "linear": 3, "knn": 1, "finetune": 3, "supervised": 3}
+
+# Fields that came later, and the value that stands for what was done before: where they have it they are left out, so that the
+# keys of earlier runs stay what they are.
+_LATER = {"shuffle_window": None, "micro_batch": None, "projection_layers": 2, "lr_rule": "linear", "schedule": "cosine"}
+
+_PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "ray", "numpy", "numba", "pyarrow", "torchmetrics")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What decides a result. config: the identity fields; data: the shard set's fingerprint, or those of a mixture and their
+    weights; parent: what the weights come from ("scratch", "imagenet", an earlier stage's key, or a file's hash)."""
+
+    kind: str
+    config: dict[str, Any]
+    data: str
+    parent: str
+
+    def describe(self) -> dict[str, Any]:
+        """The stage as plain data, with its version."""
+        version = STAGE_VERSIONS[self.kind]
+        return {"kind": self.kind, "version": version, "config": self.config, "data": self.data, "parent": self.parent}
+
+    @property
+    def key(self) -> str:
+        """Hex digest of all that decides the result."""
+        return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()
+
+
+def identity(config) -> dict[str, Any]:
+    """A config's fields that decide the result."""
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.metadata["identity"]}
+    return {name: value for name, value in fields.items() if name not in _LATER or value != _LATER[name]}
+
+
+class Run:
+    """A run's folder: config.yaml, run.json, metrics.jsonl, and whatever its stage leaves.
+
+    mirror: where the run is at a URL, what brings that and the folder up to date.
+    """
+
+    def __init__(self, folder: str | Path, mirror: Mirror | None = None):
+        self.folder = Path(folder).absolute()  # Ray's workers have another working directory
+        self.name = self.folder.name
+        self.mirror = mirror
+
+    @property
+    def url(self) -> str | None:
+        return self.mirror.url if self.mirror else None
+
+    @property
+    def place(self) -> str:
+        """What a person knows it by: its URL or its folder."""
+        return self.url or str(self.folder)
+
+    def cell(self, name: str) -> "Run":
+        """A run of its own below this one."""
+        return Run(self.folder / CELLS / name, Mirror(f"{self.url}/{CELLS}/{name}") if self.mirror else None)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """run.json. Raises ValueError when there is none."""
+        return read_json(self.folder / "run.json", "this is no run's folder: give a run that train/ or tune/ made")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.yaml: every field, also those that decide nothing."""
+        return yaml.safe_load((self.folder / "config.yaml").read_text())
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """result.json of a finished run. Raises ValueError when it is not finished."""
+        return read_json(self.folder / RESULT_NAME, "this run is not finished: run its command again and it goes on")
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / RESULT_NAME).exists()
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl so far; one that is being written is left out. Raises ValueError for a damaged one."""
+        path = self.folder / "metrics.jsonl"
+        text = path.read_bytes() if path.exists() else b""
+        rows = []
+        for line in text[: text.rfind(b"\n") + 1].splitlines():
+            row = parse_row(line)
+            if row is None:
+                shown = line[:40].decode(errors="backslashreplace")
+                raise ValueError(f"{path}: the row that begins with {shown!r} is damaged: remove that line, and the others stand")
+            rows.append(row)
+        return rows
+
+    @property
+    def final(self) -> dict[str, Any]:
+        """The newest value of each metric, without what depends on the machine (speed, waiting, memory)."""
+        newest: dict[str, Any] = {}
+        for row in self.metrics():
+            newest |= row
+        return {name: value for name, value in newest.items() if name != "data_wait" and not name.endswith(("_per_s", "_gib"))}
+
+    def begin(self, stage: Stage, config, reads: dict[str, Any]) -> bool:
+        """Take the folder for a stage. Returns False when the stage is already finished there.
+
+        reads: the `input` of run.json (see inputs.Input.describe).
+
+        Raises ValueError, with every field that differs, when the name stands for another stage. A run that failed before
+        its first step (a misspelt backbone, say) holds nothing to lose, and its name is free.
+        """
+        if (self.folder / "run.json").exists():
+            differences = _differences(self.record["stage"], stage.describe())
+            if differences and self.has_work():
+                raise ValueError(
+                    f"the name {self.name!r} is taken by a run with {', '.join(differences)}:"
+                    f" choose another --name, or remove {self.place}"
+                )
+            if self.finished:
+                self.fetch()  # whoever asked for it looks at what it has left
+                return False
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(self.folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))
+        started = self.record["started"] if (self.folder / "run.json").exists() else _now()
+        self._write_record(stage, config, {"input": reads, "started": started, "status": "running"})
+        if self.mirror:  # before any work is done: that nothing may be written there shows now
+            self.mirror.push("config.yaml", "run.json")
+        return True
+
+    def has_work(self) -> bool:
+        """Whether anything was learnt there: a run that failed before its first step holds nothing to lose."""
+        if self.finished or self.metrics() or any((self.folder / "checkpoints").glob("step-*")):
+            return True
+        return bool(self.mirror and self.mirror.checkpoints())
+
+    def finish(self, result: dict[str, Any], *, wall_seconds: float, device: str) -> None:
+        """Write result.json, which makes the run a finished one."""
+        record = self.record | {"status": "finished", "ended": _now(), "wall_seconds": round(wall_seconds, 1), "device": device}
+        write_json(self.folder / "run.json", record)
+        write_json(self.folder / RESULT_NAME, result)
+
+    def fetch(self) -> None:
+        """Where the run is at a URL, bring all that it has left there to this node."""
+        if self.mirror:
+            self.mirror.pull(whole=True)
+
+    def publish(self) -> None:
+        """Where the run is at a URL, put there what its stage has left, result.json last: only now is it finished there."""
+        if self.mirror:
+            self.mirror.push()
+
+    def _write_record(self, stage, config, extra):
+        record = {
+            "name": self.name,
+            "key": stage.key,
+            "stage": stage.describe(),
+            "data": place_of(config.data),
+            "seed": config.seed,
+            "command": sys.argv,
+            "commit": code_commit(),
+            "versions": versions(),
+            "machine": {"host": platform.node(), "cores": os.cpu_count(), "system": platform.platform()},
+        }
+        write_json(self.folder / "run.json", record | extra)
+
+
+def open_run(storage: str, name: str, *, whole: bool = False) -> Run:
+    """The run of that name in the storage, a folder or a URL, whether there is one yet or not.
+
+    At a URL, its files are first brought to this node: the small ones, or with `whole` weights and tables too. Raises ValueError
+    where that cannot be.
+    """
+    if not is_url(storage):
+        return Run(Path(storage) / name)
+    mirror = Mirror(f"{storage.rstrip('/')}/{name}")
+    mirror.pull(whole=whole)
+    return Run(mirror.folder, mirror)
+
+
+def find_run(name: str, storage: str) -> Run | None:
+    """The run of that name in the storage, or at that path or URL, with all its files; None when there is none."""
+    found = []
+    if is_url(name):
+        found.append(open_run(*name.rstrip("/").rsplit("/", 1), whole=True))
+    elif not is_url(storage):
+        found.append(open_run(storage, name))
+    elif "/" not in name.strip("."):
+        found.append(open_run(storage, name, whole=True))
+    return next((run for run in [*found, Run(name)] if (run.folder / "run.json").exists()), None)
+
+
+def runs_of(storage: str) -> list[Run]:
+    """All runs of a storage, a folder or a URL, by name."""
+    if is_url(storage):
+        files = RemoteFolder(storage).names("")
+        names = sorted(name.partition("/")[0] for name in files if name.count("/") == 1 and name.endswith("/run.json"))
+    else:
+        names = sorted(path.parent.name for path in Path(storage).glob("*/run.json"))
+    return [open_run(storage, name) for name in names]
+
+
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """A row of metrics.jsonl; None for what is none."""
+    try:
+        row = json.loads(line)
+    except ValueError:  # neither JSON nor, it may be, text
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def read_json(path: Path, hint: str) -> dict[str, Any]:
+    """A JSON file's content. Raises ValueError, with the hint, when it is missing or broken."""
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; {hint}") from None
+    except ValueError:  # neither JSON nor, it may be, text
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: this file is damaged; {hint}")
+    return content
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write atomically: the whole file or the one that was there before."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write atomically: the whole file or the one that was there before."""
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of the given one when the block ends well."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    yield temporary
+    os.replace(temporary, path)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _differences(theirs: dict, ours: dict) -> list[str]:
+    """Each field in which two stages differ, as a person reads it."""
+    if theirs["kind"] != ours["kind"]:
+        return [f"stage {theirs['kind']} (now {ours['kind']})"]
+    before, now = (_LATER | part["config"] for part in (theirs, ours))
+    found = [
+        f"{name} {before.get(name)} (now {now.get(name)})"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+    if theirs["data"] != ours["data"]:
+        found.append("other data (the fingerprint or the weight of a shard set differs)")
+    if theirs["parent"] != ours["parent"]:
+        found.append("other initial weights")
+    if theirs["version"] != ours["version"]:
+        found.append(f"an older version {theirs['version']} of this stage's code (now {ours['version']})")
+    return found
+
+
+def code_commit() -> str:
+    """The code's git commit, with "+" after it where files were changed; "unknown" outside a checkout."""
+    folder = Path(__file__).parent
+    try:
+        git = ["git", "-C", str(folder)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + ("+" if changed else "")
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

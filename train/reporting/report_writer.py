@@ -1,0 +1,70 @@
+"""A report of one or several runs: which sections it has, in their order, and the HTML file that they make."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from train.records.runs import Run, write_text
+from train.reporting import page
+from train.reporting.markup import Html, note
+from train.reporting.page import Filled
+from train.reporting.run_view import Shown, read_shown
+from train.reporting.sections import (
+    by_class,
+    embedding_maps,
+    lineage,
+    patches,
+    run_records,
+    run_warnings,
+    scores,
+    training,
+    view_pairs,
+)
+
+
+class Section(NamedTuple):
+    """place: its address in the page; title: its heading; show: what is in it, of runs side by side; nothing leaves it out."""
+
+    place: str
+    title: str
+    show: Callable[[Sequence[Shown]], list[Html]]
+
+
+SECTIONS = (
+    Section("warnings", "Read this first", run_warnings.show),
+    Section("lineage", "What was trained on what", lineage.show),
+    Section("scores", "How good it is", scores.show),
+    Section("classes", "Class by class", by_class.show),
+    Section("maps", "Map of the test patches", embedding_maps.show),
+    Section("neighbours", "Nearest neighbours", patches.show_neighbours),
+    Section("mistakes", "Worst mistakes", patches.show_mistakes),
+    Section("training", "How training went", training.show),
+    Section("views", "What pretraining saw", view_pairs.show),
+    Section("records", "Records", run_records.show),
+)
+
+
+def write_report(runs: Sequence[Run], path: Path, *, title: str | None = None) -> Path:
+    """Write the report of finished runs, side by side where there are several. Returns its path.
+
+    Raises ValueError when a run is not finished, was made by an older version of this code, or lacks a file.
+    """
+    write_text(path, render_report(runs, title or _default_title(runs)))
+    return path
+
+
+def render_report(runs: Sequence[Run], title: str) -> str:
+    """The whole HTML file. Raises ValueError where a run is not finished, too old, or damaged."""
+    shown = [read_shown(run, number) for number, run in enumerate(runs)]
+    found = [Filled(section.place, section.title, section.show(shown)) for section in SECTIONS]
+    return page.page(title, [note(_said(shown))], found)
+
+
+def _said(runs: Sequence[Shown]) -> str:
+    days = sorted({run.record["started"][:10] for run in runs})
+    what = "one run" if len(runs) == 1 else f"{len(runs)} runs side by side"
+    return f"PatchCLR report · {what} · {days[0]}{f' to {days[-1]}' if len(days) > 1 else ''}"
+
+
+def _default_title(runs: Sequence[Run]) -> str:
+    return runs[0].name if len(runs) == 1 else "Runs side by side"

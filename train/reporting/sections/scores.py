@@ -1,0 +1,118 @@
+"""The figures of the test split: in a sentence, in a table, and over the share of labels."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from train.reporting import plots
+from train.reporting.legends import run_legend
+from train.reporting.markup import Content, Html, count, element, figure, joined, note, number, row, share, table
+from train.reporting.run_view import Shown
+from train.scoring.metrics import LOWER_IS_BETTER, TITLES
+
+_OVER_FRACTIONS = ("accuracy", "balanced_accuracy")
+
+
+def show(runs: Sequence[Shown]) -> list[Html]:
+    judged = [run for run in runs if run.is_judged]
+    if not judged:
+        return []
+    return [
+        element("ul", *(_sentence(run) for run in judged), class_="short"),
+        _table(judged),
+        _explained(judged),
+        *_over_fractions(judged),
+    ]
+
+
+def _sentence(run: Shown) -> Html:
+    found = run.largest["metrics"]["balanced_accuracy"]
+    parts = f" balanced accuracy {number(found['mean'])}"
+    if found["std"] is not None:
+        parts += f" ± {number(found['std'])} over {count(run.largest['seeds'], 'seed')}"
+    parts += (
+        f" (95 % interval {_interval(found)}) with {share(run.largest['fraction'])} of the labels, {run.largest['labels']:,}."
+    )
+    return element("li", element("b", f"{run.name}:"), parts)
+
+
+def _table(runs: Sequence[Shown]) -> Html:
+    best = _best(runs)
+    lines: list[list[Content]] = []
+    for run in runs:
+        summaries = sorted(run.result["summary"], key=lambda each: each["fraction"])
+        for place, summary in enumerate(summaries):
+            told = [element("small", text) for text in (share(summary["fraction"]), count(summary["seeds"], "seed"))]
+            line: list[Content] = [element("th", f"{summary['labels']:,}", *told, scope="row")]
+            if place == 0:
+                line.insert(0, element("th", run.name, scope="rowgroup", rowspan=str(len(summaries))))
+            for name in TITLES:
+                found = summary["metrics"][name]
+                is_best = found["mean"] is not None and found["mean"] == best.get((_contest(run, summary), name))
+                line.append(element("td", _figure(found), class_="best" if is_best else None))
+            lines.append(line)
+    return table("Figures of the test split", ["run", "labels", *TITLES.values()], lines, kind="scores")
+
+
+def _contest(run: Shown, summary: dict[str, Any]) -> tuple:
+    """Runs compare where they learnt from the same set and the same share of it, and were judged on as many patches."""
+    return run.record["stage"]["data"], run.cells[0]["test_patches"], summary["fraction"]
+
+
+def _best(runs: Sequence[Shown]) -> dict[tuple, float]:
+    """The best mean of each figure, where two or more compete for it."""
+    values: dict[tuple, list[float]] = {}
+    for run in runs:
+        for summary in run.result["summary"]:
+            for name in TITLES:
+                mean = summary["metrics"][name]["mean"]
+                if mean is not None:
+                    values.setdefault((_contest(run, summary), name), []).append(mean)
+    return {key: (min if key[1] in LOWER_IS_BETTER else max)(found) for key, found in values.items() if len(found) > 1}
+
+
+def _figure(found: dict[str, float | None]) -> Html:
+    """Mean, deviation and interval, one below the other."""
+    parts: list[Content] = [element("span", number(found["mean"]), class_="mean")]
+    if found["std"] is not None:
+        parts.append(element("small", f"± {number(found['std'])}"))
+    if found["low"] is not None:
+        parts.append(element("small", _interval(found)))
+    return joined(parts)
+
+
+def _interval(found: dict[str, float | None]) -> str:
+    return f"{number(found['low'])}–{number(found['high'])}"
+
+
+def _explained(runs: Sequence[Shown]) -> Html:
+    lower = " and ".join(title for name, title in TITLES.items() if name in LOWER_IS_BETTER)
+    units = {run.largest["unit"] for run in runs}
+    drawn = "whole groups (slides or patients)"
+    if units != {"group"}:
+        drawn += "; where none are known patches, as if those of one slide were not alike, which makes it too narrow"
+    sentences = [
+        "Below each figure: its standard deviation over seeds, and a 95 % interval from a bootstrap of the test split that draws"
+        f" {drawn}. Lower is better for {lower}."
+    ]
+    if len(runs) > 1:
+        sentences.append(
+            "Bold: the best among runs on the same data with the same share of labels; where intervals overlap, the difference"
+            " may be chance."
+        )
+    return note(" ".join(sentences))
+
+
+def _over_fractions(runs: Sequence[Shown]) -> list[Html]:
+    if len({summary["fraction"] for run in runs for summary in run.result["summary"]}) < 2:
+        return []
+    drawn: list[Content] = []
+    for name in _OVER_FRACTIONS:
+        lines = []
+        for run in runs:
+            points = sorted((each["fraction"], each["metrics"][name]) for each in run.result["summary"])
+            ends = [[found[end] for _, found in points] for end in ("mean", "low", "high")]
+            lines.append(plots.Line(run.number, [fraction for fraction, _ in points], *ends))
+        title = TITLES[name]
+        alt = f"{title} over the share of labels, of {', '.join(run.name for run in runs)}; the figures are in the table"
+        drawn.append(figure(plots.over_fractions(lines), title[:1].upper() + title[1:], alt=alt))
+    return [row(*drawn), run_legend(runs), note("Bars: 95 % intervals.")]

@@ -1,0 +1,93 @@
+"""How the training went: pretraining's figures, and curves over steps."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from train.reporting import plots
+from train.reporting.legends import run_legend
+from train.reporting.markup import Content, Html, figure, note, number, percent, row, table
+from train.reporting.run_view import Shown
+
+# The losses of different tasks have nothing in common, so each task has axes of its own: what its loss is, and the measure by
+# which its rows are known.
+_TASKS = (
+    ("NT-Xent", "top1", "contrastive top-1 accuracy"),
+    ("cross-entropy of quarter turns", "rotation_accuracy", "accuracy of predicted quarter turns"),
+    ("cross-entropy", "train_accuracy", "accuracy on the training batch"),
+)
+# Whatever the task was, these compare.
+_SHARED = {
+    "validation_loss": "loss on the validation labels",
+    "learning_rate": "learning rate",
+    "probe_balanced_accuracy": "balanced accuracy of the ridge probe",
+    "probe_knn_balanced_accuracy": "balanced accuracy of the kNN probe",
+    "gradient_norm": "norm of the gradient",
+    "embedding_std": "spread of the embeddings (1: spread out, 0: collapsed)",
+}
+
+
+def show(runs: Sequence[Shown]) -> list[Html]:
+    pretrained = [run for run in runs if not run.is_judged]
+    learnt = [run for run in runs if run.rows]
+    parts = [_table(pretrained)] if pretrained else []
+    if len(pretrained) > 1:
+        parts.append(
+            note(
+                "A loss depends on the method and the batch size: compare such runs by their probes of one set: the balanced"
+                " accuracy of a classifier on frozen features, judged on a held-out part of the training split."
+            )
+        )
+    if any(run.is_judged and len(run.result["cells"]) > 1 for run in learnt):
+        parts.append(note("Of several trainings, the curves are those of the largest share of labels and its first seed."))
+    return parts + ([run_legend(learnt), row(*_curves(learnt))] if learnt else [])
+
+
+def _table(runs: Sequence[Shown]) -> Html:
+    lines: list[list[Content]] = []
+    for run in runs:
+        result, final = run.result, run.result["final"]
+        quality = next((final[measure] for _, measure, _ in _TASKS if measure in final), None)
+        lines.append(
+            [
+                run.name,
+                number(final["loss"]),
+                number(result["nothing_learned_loss"]),
+                percent(quality),
+                percent(final.get("probe_balanced_accuracy")),
+                percent(final.get("probe_knn_balanced_accuracy")),
+                number(result["patches_per_s"], 0),
+                percent(result["data_wait"]),
+                number(run.record["wall_seconds"], 0),
+            ]
+        )
+    titles = ["run", "loss", "if nothing is learned", "accuracy of the task", "ridge probe", "kNN probe", "patches/s",
+              "data wait", "seconds"]  # fmt: skip
+    return table("Pretraining", titles, lines)
+
+
+def _curves(runs: Sequence[Shown]) -> list[Html]:
+    drawn = []
+    for kind, measure, title in _TASKS:
+        chosen = [run for run in runs if any(measure in row for row in run.rows)]
+        drawn += [*_curve(chosen, "loss", f"loss ({kind})"), *_curve(chosen, measure, title)]
+    for measure, title in _SHARED.items():
+        drawn += _curve(runs, measure, title)
+    return drawn
+
+
+def _curve(runs: Sequence[Shown], measure: str, title: str) -> list[Html]:
+    """The figure, if any of the runs has such values."""
+    lines, names = [], []
+    for run in runs:
+        points = _points(run.rows, measure)
+        if points:
+            lines.append(plots.Line(run.number, *zip(*points, strict=True)))
+            names.append(run.name)
+    if not lines:
+        return []
+    caption = title[:1].upper() + title[1:]
+    return [figure(plots.curves(lines), caption, alt=f"{caption} over steps of {', '.join(names)}")]
+
+
+def _points(rows: list[dict[str, Any]], measure: str) -> list[tuple[int, float]]:
+    return [(row["step"], row[measure]) for row in rows if row.get(measure) is not None]

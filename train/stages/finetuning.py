@@ -1,0 +1,163 @@
+"""Judging by training all weights: fine-tuning, and the supervised baseline. A run of its own for each fraction and seed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from models.backbones import build_backbone
+from models.heads import LinearHead
+from models.weights import load_backbone_weights
+from train.cluster.launcher import run_job
+from train.config import EvaluateConfig
+from train.records.data import Input, SetInput, gib
+from train.records.init_weights import Parent
+from train.records.provenance import leave_record
+from train.records.runs import Run, read_json, replacing
+from train.stages.feature_cache import FeaturePass, On, compute_parts, split_parts
+from train.stages.label_sets import LabelledSet, Labels
+from train.stages.summary import Cell
+from train.trainer.early_stopping import Validation
+from train.trainer.loop import HEAD_NAME, Job
+from train.trainer.methods import Supervised
+from train.trainer.model_summary import describe_model, describe_rate
+from train.trainer.progress import follow
+
+_FEATURES_NAME = "test_features.npy"
+_PEAKS = {"supervised": 1e-3, "finetune": 1e-4}
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a cell's weights come from."""
+
+    parent: Parent
+    architecture: str
+    image_size: int
+
+
+def check_training(config: EvaluateConfig) -> None:
+    """Raises ValueError for sizes and rates that are none."""
+    if config.batch_size < 1:
+        raise ValueError(f"--batch-size {config.batch_size}: a batch needs at least 1 patch")
+    if config.learning_rate is not None and not config.learning_rate > 0:
+        raise ValueError(f"--learning-rate {config.learning_rate:g}: give a rate above 0, or leave it out for the default")
+    if config.epochs < 1:
+        raise ValueError(f"--epochs {config.epochs}: train for at least one")
+    if config.patience < 0:
+        raise ValueError(f"--patience {config.patience}: give a number of epochs, or 0 to train through all")
+
+
+def batch_size_of(config: EvaluateConfig, chosen: Labels) -> int:
+    """The batch: what was asked for, and no more than there is to learn from."""
+    return min(config.batch_size, len(chosen.learnt))
+
+
+def train_cell(
+    config: EvaluateConfig,
+    fraction: float,
+    seed: int,
+    chosen: Labels,
+    *,
+    run: Run,
+    data: SetInput,
+    known: LabelledSet,
+    start: Start,
+    key: str,
+    say: Callable[[str], None],
+) -> tuple[Cell, np.ndarray, str]:
+    """Train in this run's folder, or go on there, and judge. Returns the cell, the features of its test patches, and the device.
+
+    data: the set, whatever its ids.
+    """
+    learnt = _some(data, chosen.learnt, config)
+    folder = run.folder
+    run.fetch()
+    job = _job(config, seed, chosen, learnt, run=run, data=data, known=known, start=start, key=key)
+    folder.mkdir(parents=True, exist_ok=True)
+    leave_record(folder, kind=config.mode, learnt=_some(data, chosen.used, config), parent=start.parent)
+    if not (folder / _FEATURES_NAME).exists():  # else it was trained, and judged, before others were cut off
+        model = describe_model(
+            job.method, backbone=job.backbone, image_size=job.image_size, init=start.parent.source, weight_decay=job.weight_decay
+        )
+        for line in [*model, describe_rate(job)]:
+            say(line)
+        with follow(run, steps=job.steps, title=folder.name, starting="starting"):
+            run_job(job, config.workers, config.gpus_per_worker, config.cpus_per_worker)
+    device = read_json(folder / "engine.json", "remove this folder, and it is trained again")["device"]
+    backbone = build_backbone(job.backbone, job.image_size)
+    load_backbone_weights(backbone, folder)
+    head = LinearHead(int(backbone.num_features), len(known.classes))  # type: ignore[arg-type]
+    head.load_state_dict(torch.load(folder / HEAD_NAME, weights_only=True, map_location="cpu"))
+    features = _test_features(config, backbone, data, chosen, start, folder)
+    run.publish()
+    with torch.no_grad():
+        probabilities = torch.softmax(head.double()(torch.from_numpy(features).double()), dim=1).numpy()
+    return Cell(fraction, seed, chosen, probabilities, {"batch_size": job.batch_size} | _course(run)), features, device
+
+
+def _some(data: SetInput, ids: np.ndarray, config: EvaluateConfig) -> Input:
+    return Input((replace(data, ids=ids),), cache_bytes=gib(config.cache_gib))
+
+
+def _job(config, seed, chosen, learnt, *, run, data, known, start, key) -> Job:
+    validation = None
+    if len(chosen.chosen_on):
+        outputs = known.labels[chosen.chosen_on]
+        validation = Validation(_some(data, chosen.chosen_on, config), outputs, config.patience or None)
+    codes = known.set_labels
+    return Job(
+        folder=run.folder,
+        url=run.url,
+        input=learnt,
+        method=Supervised(classes=len(codes), labels=None if codes == tuple(range(len(codes))) else codes),
+        backbone=start.architecture,
+        init=start.parent.address,
+        image_size=start.image_size,
+        batch_size=batch_size_of(config, chosen),
+        epochs=config.epochs,
+        optimizer=config.optimizer,
+        peak_learning_rate=_PEAKS[config.mode] if config.learning_rate is None else config.learning_rate,
+        weight_decay=config.weight_decay,
+        warmup_epochs=min(config.warmup_epochs, config.epochs / 10),
+        schedule=config.schedule,
+        precision=config.precision,
+        seed=seed,
+        threads=config.threads,
+        compile=False,
+        log_every=config.log_every,
+        checkpoint_every=0,
+        max_failures=config.max_failures,
+        card={"method": config.mode, "chain": [*start.parent.chain, f"{config.mode} on {learnt.name}"], "key": key},
+        validation=validation,
+    )
+
+
+def _test_features(config, backbone, data, chosen, start, folder) -> np.ndarray:
+    """Of the trained weights, which no other run has: kept with the run, so that one that was cut off does not begin anew."""
+    path = folder / _FEATURES_NAME
+    if not path.exists():
+        what = FeaturePass(backbone, data.shards, data.fingerprint, "eval", start.image_size, gib(config.cache_gib))
+        parts = split_parts(chosen.test)
+        on = On(config.workers, config.gpus_per_worker, config.cpus_per_worker, config.threads or None)
+        found = dict(compute_parts(what, parts, on, title="predictions"))
+        with replacing(path) as partial, open(partial, "wb") as file:
+            np.save(file, np.concatenate([found[place] for place in range(len(parts))]))
+    return np.load(path)
+
+
+def _course(run: Run) -> dict[str, Any]:
+    """Steps taken, and the epoch whose weights were kept."""
+    rows = run.metrics()
+    judged = [row for row in rows if row.get("validation_loss") is not None]
+    if not judged:
+        return {"steps": rows[-1]["step"]}
+    best = min(judged, key=lambda row: row["validation_loss"])
+    return {
+        "steps": rows[-1]["step"],
+        "best_epoch": best["epoch"] + 1,
+        "epochs_run": judged[-1]["epoch"] + 1,
+        "validation_log_loss": best["validation_loss"],
+    }

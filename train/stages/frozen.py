@@ -1,0 +1,119 @@
+"""Judging frozen features: the linear protocol, and the nearest neighbours' vote."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from models.backbones import build_backbone
+from models.weights import apply_init
+from train.config import EvaluateConfig
+from train.scoring.knn import knn_probabilities
+from train.scoring.linear_heads import PROTOCOLS, HeadTask, train_heads
+from train.scoring.logistic import fit_with_validation
+from train.stages.feature_cache import FeaturePass, On, frozen_features
+from train.stages.label_sets import Labels
+from train.stages.summary import Cell
+
+TEMPERATURE = 0.07  # of the neighbours' votes, as Wu et al. 2018
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of some patches of a set. values: (n, F) float32; rows: (N,) by patch id, -1 where there is none."""
+
+    values: np.ndarray = field(repr=False)
+    rows: np.ndarray = field(repr=False)
+
+    def of(self, ids: np.ndarray) -> np.ndarray:
+        """(n,) the rows of these patches."""
+        rows = self.rows[ids]
+        assert (rows >= 0).all(), "a patch without features"
+        return rows
+
+
+def built_backbone(architecture: str, image_size: int, source: str, seed: int) -> tuple[torch.nn.Module, list[str]]:
+    """The backbone to judge, and what was done with its weights. Random ones are the same for every seed of the same number."""
+    torch.manual_seed(seed)
+    backbone = build_backbone(architecture, image_size)
+    return backbone, apply_init(backbone, architecture, source)
+
+
+def features_of(what: FeaturePass, splits: dict[str, np.ndarray], patches: int, on: On, cache: Path) -> Features:
+    """Features of the splits' patches, each split kept for itself, so that every fraction, seed and later run finds it.
+
+    splits: name -> ids, without a patch in two; patches: of the whole set.
+    """
+    rows = np.full(patches, -1, np.int64)
+    values: list[np.ndarray] = []
+    for name, ids in splits.items():
+        assert (rows[ids] < 0).all(), f"patches of {name} are also of another split"
+        rows[ids] = np.arange(len(ids)) + sum(len(part) for part in values)
+        values.append(frozen_features(what, ids, on, cache=cache, title=f"features of {name}"))
+    return Features(np.concatenate(values), rows)
+
+
+def judge_frozen(
+    config: EvaluateConfig, features: Features, labels: np.ndarray, classes: int, chosen: Sequence[tuple[float, int, Labels]]
+) -> list[Cell]:
+    """A classifier for each fraction and seed, and what it says of the test patches. labels: (N,) by patch id."""
+    if config.mode == "knn":
+        found = [_neighbours(config, features, labels, classes, each) for *_, each in chosen]
+    elif config.protocol == "lbfgs":
+        found = [_logistic(features, labels, classes, each) for *_, each in chosen]
+    else:
+        found = _trained(config, features, labels, classes, chosen)
+    return [
+        Cell(fraction, seed, each, probabilities, fit)
+        for (fraction, seed, each), (probabilities, fit) in zip(chosen, found, strict=True)
+    ]
+
+
+def _neighbours(config, features, labels, classes, chosen):
+    count = min(config.neighbours, len(chosen.used))
+    probabilities = knn_probabilities(
+        features.values[features.of(chosen.used)],
+        labels[chosen.used],
+        features.values[features.of(chosen.test)],
+        classes=classes,
+        neighbours=count,
+        temperature=TEMPERATURE,
+    )
+    return probabilities, {"neighbours": count, "temperature": TEMPERATURE}
+
+
+def _logistic(features, labels, classes, chosen) -> tuple[np.ndarray, dict[str, Any]]:
+    by_row = np.full(len(features.values), -1)
+    by_row[features.rows[features.rows >= 0]] = labels[features.rows >= 0]
+    head, losses = fit_with_validation(
+        features.values,
+        by_row,
+        learnt=features.of(chosen.learnt),
+        chosen_on=features.of(chosen.chosen_on),
+        used=features.of(chosen.used),
+        classes=classes,
+    )
+    fit = {"decay": head.decay, "validation_log_loss": {f"{decay:g}": loss for decay, loss in losses.items()}}
+    return head.probabilities(features.values[features.of(chosen.test)]), fit
+
+
+def _trained(config, features, labels, classes, chosen) -> list[tuple[np.ndarray, dict[str, Any]]]:
+    by_row = np.full(len(features.values), -1)
+    by_row[features.rows[features.rows >= 0]] = labels[features.rows >= 0]
+    tasks = [HeadTask(features.of(each.learnt), features.of(each.chosen_on), seed) for _, seed, each in chosen]
+    protocol = dataclasses.replace(PROTOCOLS[config.protocol], head=config.head)
+    heads = train_heads(features.values, by_row, tasks, classes=classes, protocol=protocol)
+    found = []
+    for head, (*_, each) in zip(heads, chosen, strict=True):
+        fit = {
+            "protocol": dataclasses.asdict(protocol),
+            "best_epoch": head.best_epoch,
+            "epochs_run": head.epochs_run,
+            "validation_log_loss": float(head.validation_loss[head.best_epoch - 1]),
+        }
+        found.append((head.probabilities(features.values[features.of(each.test)]), fit))
+    return found

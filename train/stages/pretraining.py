@@ -1,0 +1,226 @@
+"""The pretraining stage: a backbone from unlabelled patches."""
+
+import functools
+import json
+import time
+from typing import Any
+
+import numpy as np
+
+from pipelines.recipes import describe_recipe
+from sharding.selection import select
+from train.cluster.launcher import run_job
+from train.cluster.ray_cluster import gpus_with_bf16
+from train.config import PretrainConfig, worker_range
+from train.records.data import Input, SetInput, gib, open_set, parse_mix
+from train.records.init_weights import Parent, resolve_init
+from train.records.provenance import leave_record
+from train.records.runs import Run, Stage, identity, open_run
+from train.reporting.report_writer import write_report
+from train.trainer.grad_cache import check_micro_batch
+from train.trainer.health_checks import Alarms
+from train.trainer.loop import Job
+from train.trainer.methods import Pretext, build_method
+from train.trainer.model_summary import describe_model, describe_rate
+from train.trainer.online_probe import plan_probe
+from train.trainer.optim import peak_learning_rate
+from train.trainer.profiler import SKIPPED, TRACE_NAME, WARM_UP
+from train.trainer.progress import follow
+
+_COMPARE_BY = "runs with different batch sizes are compared by top1 and the probe, not by the loss"
+
+
+def pretrain(config: PretrainConfig) -> Run:
+    """Run the stage, or find it finished. Returns its run.
+
+    Raises ValueError for what the user can put right: data, names, sizes and weights that do not fit.
+    """
+    method = build_method(config)
+    peak = peak_learning_rate(config.learning_rate, optimizer=config.optimizer, batch_size=config.batch_size, rule=config.lr_rule)
+    chosen, parent, run = _inputs(config)
+    probe, probe_line = plan_probe(config)
+    model = functools.partial(
+        describe_model,
+        method,
+        backbone=config.backbone,
+        image_size=config.image_size,
+        init=parent.source,
+        weight_decay=config.weight_decay,
+    )
+    # Before Ray is asked for its GPUs, so that a mistake shows in seconds. Where there is a run already, its name comes first.
+    model_lines = None if run.has_work() else model()
+    precision = _settle_precision(config, run)
+    stage = _stage(config, method, precision, chosen, parent)
+    reads = chosen.describe(
+        selection=_selection(config),
+        recipe=method.recipe_name,
+        image_size=config.image_size,
+        seed=config.seed,
+        batch_size=config.batch_size,
+    )
+    if not run.begin(stage, config, reads):
+        print(f"{run.name}: finished already, {run.place}", flush=True)
+        return run
+    leave_record(run.folder, kind="pretrain", learnt=chosen, parent=parent)
+    job = Job(
+        folder=run.folder,
+        url=run.url,
+        input=chosen,
+        method=method,
+        backbone=config.backbone,
+        init=parent.address,
+        image_size=config.image_size,
+        batch_size=config.batch_size,
+        epochs=config.epochs,
+        optimizer=config.optimizer,
+        peak_learning_rate=peak,
+        weight_decay=config.weight_decay,
+        warmup_epochs=min(config.warmup_epochs, config.epochs / 10),
+        schedule=config.schedule,
+        precision=precision,
+        seed=config.seed,
+        threads=config.threads,
+        compile=config.compile,
+        log_every=config.log_every,
+        checkpoint_every=config.checkpoint_every,
+        max_failures=config.max_failures,
+        probe=probe,
+        micro_batch=config.micro_batch,
+        channels_last=config.channels_last,
+        deterministic=config.deterministic,
+        profile=config.profile,
+        card={
+            "method": config.method,
+            "chain": [*parent.chain, f"{config.method} on {chosen.name}"],
+            "key": stage.key,
+        },
+    )
+    print(
+        f"{run.name}: {config.method} of {config.backbone} on {chosen.patches:,} patches of {_sets(config)}"
+        f" (split {config.split}), {job.steps:,} steps of {config.batch_size}",
+        flush=True,
+    )
+    for line in [*(model_lines or model()), describe_rate(job), probe_line]:
+        print(f"{run.name}: {line}", flush=True)
+    started = time.monotonic()
+    starting = "starting the workers" if worker_range(config.workers)[1] else "starting"
+    with follow(run, steps=job.steps, title=run.name, starting=starting, alarms=_alarms(job)):
+        device = run_job(job, config.workers, config.gpus_per_worker, config.cpus_per_worker)
+    if config.profile:
+        print(f"{run.name}: {_where_traced(run)}", flush=True)
+    _finish(run, job, stage, time.monotonic() - started, device)
+    return run
+
+
+def stage_of(config: PretrainConfig) -> Stage:
+    """What `pretrain` would run, without anything being run or written.
+
+    Raises ValueError as `pretrain` does for data, sizes and parents that do not fit.
+    """
+    chosen, parent, run = _inputs(config)
+    return _stage(config, build_method(config), _settle_precision(config, run), chosen, parent)
+
+
+def _inputs(config: PretrainConfig) -> tuple[Input, Parent, Run]:
+    """What is learnt from, what the weights come from, and the run of that name."""
+    chosen = _choose(config, _selection(config))
+    _check(config, chosen.patches)
+    parent = resolve_init(config.init, config.storage, backbone=config.backbone)
+    return chosen, parent, open_run(config.storage, config.name)
+
+
+def _stage(config: PretrainConfig, method: Pretext, precision: str, chosen: Input, parent: Parent) -> Stage:
+    settled = identity(config) | {"recipe": method.recipe_name, "precision": precision}
+    return Stage("pretrain", settled, chosen.fingerprint, parent.key)
+
+
+def _selection(config: PretrainConfig) -> dict[str, Any]:
+    return {"split": config.split, "fraction": config.fraction, "seed": config.seed}
+
+
+def _choose(config: PretrainConfig, selection: dict[str, Any]) -> Input:
+    sets, cache_bytes = [], gib(config.cache_gib)
+    for shards, weight in [(config.data, 1.0), *parse_mix(config.mix)]:
+        with open_set(shards, cache_bytes) as reader:
+            try:
+                ids = select(reader.manifest, **selection)
+            except ValueError as error:
+                raise ValueError(f"{shards}: {error}") from None
+            sets.append(SetInput.of(shards, reader, ids, weight))
+    return Input(tuple(sets), config.shuffle_window, cache_bytes)
+
+
+def _settle_precision(config: PretrainConfig, run: Run) -> str:
+    if config.precision != "auto":
+        return config.precision
+    if (run.folder / "run.json").exists() and run.has_work():
+        begun = run.record["stage"]["config"].get("precision")
+        if begun is not None:  # wherever it goes on: the numbers are part of what the run is
+            return begun
+    return "bf16" if gpus_with_bf16(config.workers, config.gpus_per_worker, name=config.name) else "fp32"
+
+
+def _alarms(job: Job) -> Alarms:
+    return Alarms(chance_loss=job.method.chance_loss(job.batch_size), patience=max(job.warmup_steps, job.steps_per_epoch))
+
+
+def _where_traced(run: Run) -> str:
+    path = run.folder / "profile" / TRACE_NAME
+    if path.exists():
+        return f"the profile is {path}, for chrome://tracing or ui.perfetto.dev"
+    return f"no profile: it begins after {SKIPPED + WARM_UP} steps, and fewer were left"
+
+
+def _sets(config: PretrainConfig) -> str:
+    return " + ".join([config.data, *config.mix])
+
+
+def _check(config: PretrainConfig, patches: int) -> None:
+    if config.epochs < 1:
+        raise ValueError(f"--epochs {config.epochs}: train for at least one")
+    if config.batch_size < 2:
+        raise ValueError(f"--batch-size {config.batch_size}: a batch needs at least 2 patches, to compare with each other")
+    if config.batch_size > patches:
+        raise ValueError(
+            f"--batch-size {config.batch_size} is larger than the {patches} selected patches of {_sets(config)}:"
+            " choose a smaller batch, another split or a larger fraction"
+        )
+    for workers in worker_range(config.workers):
+        if config.batch_size % max(1, workers):
+            raise ValueError(
+                f"--batch-size {config.batch_size} is the global batch and must divide by --workers {config.workers}"
+            )
+        check_micro_batch(config.micro_batch, config.batch_size // max(1, workers))
+    if config.shuffle_window is not None and config.shuffle_window < 1:
+        raise ValueError(f"--shuffle-window {config.shuffle_window}: give at least 1 shard, or leave it out to shuffle all")
+    if config.log_every < 1 or config.checkpoint_every < 0:
+        raise ValueError("--log-every must be at least 1, --checkpoint-every at least 0")
+
+
+def _finish(run, job, stage, seconds, device):
+    rows, alarms = run.metrics(), _alarms(job)
+    last = rows[-1]
+    result = {
+        "kind": "pretrain",
+        "key": stage.key,
+        "chain": job.card["chain"],
+        "patches": job.input.patches,
+        "steps": job.steps,
+        "recipe": describe_recipe(job.method.recipe),
+        "final": run.final,
+        "nothing_learned_loss": job.method.chance_loss(job.batch_size),
+        "patches_per_s": float(np.median([row["patches_per_s"] for row in rows])),
+        "data_wait": float(np.median([row["data_wait"] for row in rows])),
+        "probe": job.probe.describe() if job.probe else None,
+        "init": json.loads((run.folder / "init.json").read_text()),
+        "engine": json.loads((run.folder / "engine.json").read_text()),
+        "warnings": [text for row in rows for text in alarms.add(row)],
+        "compare_by": _COMPARE_BY if "top1" in last else None,
+    }
+    run.finish(result, wall_seconds=seconds, device=device)
+    report = write_report([run], run.folder / "report.html")
+    run.publish()
+    loss = "is not a number: try a smaller --learning-rate" if last["loss"] is None else f"{last['loss']:.3f}"
+    print(f"{run.name}: loss {loss} (nothing learned: {result['nothing_learned_loss']:.3f}), {report}", flush=True)
+    if result["compare_by"]:
+        print(f"{run.name}: {_COMPARE_BY}", flush=True)

@@ -1,0 +1,199 @@
+"""What rank 0 leaves of a run while it goes: metrics.jsonl, TensorBoard, and how fast it is."""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.loader import ViewLoader
+from train.records.retry import PATIENCE, patiently
+from train.records.runs import Run, write_json, write_text
+
+
+class Recorder:
+    """metrics.jsonl and TensorBoard. Rows after the step that a run goes on from are taken away: they come again.
+
+    init_lines: what was done with the initial weights; engine: how the steps are computed (both are kept as JSON). tell: who else
+    is given each row, as it is. patience: seconds for which storage that fails is waited for; training goes on meanwhile.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        step: int,
+        init_lines: list[str],
+        engine: dict[str, Any],
+        tell: Callable[[dict[str, float]], None] | None = None,
+        *,
+        patience: float = PATIENCE,
+    ):
+        path = run.folder / "metrics.jsonl"
+
+        def begin() -> None:
+            kept = [row for row in run.metrics() if row["step"] <= step]
+            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+            write_json(run.folder / "init.json", init_lines)
+            write_json(run.folder / "engine.json", engine)
+
+        patiently(begin, run.folder, seconds=patience)
+        self._lines = Lines(path, patience)
+        self._board = _Board(run, step)
+        self._tell = tell
+
+    def write(self, row: dict[str, float]) -> None:
+        """Append a row; a value that is no number (NaN) becomes null.
+
+        Raises ValueError when the rows could not be written for too long.
+        """
+        self._lines.append(json.dumps({k: None if v != v else v for k, v in row.items()}) + "\n")
+        if not self._lines.waiting:  # or the disk has no room for the other either
+            self._board.add(row)
+        else:
+            self._board.give_up()
+        if self._tell:
+            self._tell(row)
+
+    def close(self) -> None:
+        """Write what waits, and end TensorBoard's thread. Raises ValueError as `write` does."""
+        try:
+            self._lines.close()
+        finally:
+            self._board.close()
+
+
+class Lines:
+    """A file that lines are appended to. What cannot be written now waits in memory, and is written with what comes next.
+
+    Raises ValueError when that has lasted for so many seconds.
+    """
+
+    def __init__(self, path: Path, patience: float):
+        self._path, self._patience = path, patience
+        self._file = patiently(lambda: path.open("r+b", buffering=0), path, seconds=patience)
+        self._written = os.fstat(self._file.fileno()).st_size
+        self._waiting = b""
+        self._failing_since: float | None = None
+
+    def append(self, line: str) -> None:
+        """Write the line, after those that wait."""
+        self._waiting += line.encode()
+        try:
+            self._write()
+        except OSError as error:
+            now = time.monotonic()
+            self._failing_since = self._failing_since or now
+            if now - self._failing_since >= self._patience:
+                raise ValueError(
+                    f"{self._path}: could not be written for {self._patience:.0f} s ({error.strerror}): see that there is room;"
+                    " the same command then goes on from the newest checkpoint"
+                ) from error
+        else:
+            self._failing_since = None
+
+    @property
+    def waiting(self) -> bool:
+        """Whether lines could not be written yet."""
+        return bool(self._waiting)
+
+    def close(self) -> None:
+        """Write what waits, and close the file."""
+        with self._file:
+            patiently(self._write, self._path, seconds=self._patience)
+
+    def _write(self):
+        while self._waiting:
+            # At its place, so that a part of a line that a full disk still took is written over.
+            done = os.pwrite(self._file.fileno(), self._waiting, self._written)
+            self._written, self._waiting = self._written + done, self._waiting[done:]
+
+
+class _Board:
+    """TensorBoard's copy of the rows. Where its writer fails, a new one begins with all of metrics.jsonl, as soon as it can."""
+
+    def __init__(self, run: Run, step: int):
+        self._run = run
+        self._writer: Any = None
+        self._open(step + 1 if step else None)
+
+    def add(self, row: dict[str, float]) -> None:
+        """Add a row's values, and those of all rows before if they are not there."""
+        if self._writer is None:
+            self._begin_anew()
+            return
+        try:
+            self._add(row)
+        except OSError:
+            self.give_up()
+
+    def give_up(self) -> None:
+        """End this writer; the next row begins a new one."""
+        if self._writer is not None:
+            with contextlib.suppress(OSError):
+                self._writer.close()
+            self._writer = None
+
+    def close(self) -> None:
+        """Write all, if it can be, and end the writer's thread."""
+        if self._writer is None:
+            self._begin_anew()
+        if self._writer is not None:
+            try:
+                self._writer.close()
+            except OSError as error:
+                print(f"{self._run.name}: TensorBoard's file could not be written ({error}); metrics.jsonl has all", flush=True)
+
+    def _add(self, row):
+        for name, value in row.items():
+            if name != "step":
+                self._writer.add_scalar(name, float("nan") if value is None else value, int(row["step"]))
+
+    def _begin_anew(self):
+        self._open(0)  # what other files have from step 0 on no longer counts
+        try:
+            for row in self._run.metrics() if self._writer else []:
+                self._add(row)
+        except OSError:
+            self.give_up()
+
+    def _open(self, purge_step):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
+
+        with contextlib.suppress(OSError):
+            self._writer = SummaryWriter(str(self._run.folder / "tensorboard"), purge_step=purge_step)
+
+
+def write_scalars(run: Run, scalars: dict[str, dict[int, float]]) -> None:
+    """Add them to the run's TensorBoard, each a value by step."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with contextlib.closing(SummaryWriter(str(run.folder / "tensorboard"))) as board:
+        for name, values in scalars.items():
+            for step, value in values.items():
+                board.add_scalar(name, value, step)
+
+
+class Clock:
+    """Speed since it was made. patches: trained on since, by all workers; to be counted up."""
+
+    def __init__(self, loader: ViewLoader):
+        self._loader, self._waited, self._started = loader, loader.wait_seconds, time.perf_counter()
+        self.patches = 0
+
+    def read(self, device: torch.device) -> dict[str, float]:
+        """patches_per_s; images_per_s, that is views; data_wait, the share of time spent waiting for data, 0 to 1;
+        gpu_memory_gib, the most that tensors took so far, where there is a GPU."""
+        seconds = time.perf_counter() - self._started
+        rate = self.patches / seconds
+        found = {
+            "patches_per_s": round(rate, 2),
+            "images_per_s": round(rate * self._loader.recipe.views, 2),
+            "data_wait": round((self._loader.wait_seconds - self._waited) / seconds, 4),
+        }
+        if device.type == "cuda":
+            found["gpu_memory_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
+        return found

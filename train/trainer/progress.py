@@ -1,0 +1,132 @@
+"""What a person sees of a run: a bar that follows metrics.jsonl, wherever the workers are."""
+
+import contextlib
+import datetime
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from train.records.runs import Run, parse_row
+from train.trainer.health_checks import Alarms
+
+_EVERY_SECONDS = 0.3
+_PLAIN_EVERY_SECONDS = 20  # where the console is a file or a pipe: a line now and then
+# The figures of merit, of which a row has one.
+_QUALITIES = ("top1", "rotation_accuracy", "train_accuracy")
+
+
+@contextlib.contextmanager
+def follow(run: Run, *, steps: int, title: str, starting: str, alarms: Alarms | None = None) -> Iterator[None]:
+    """Show the run's progress while the block runs. starting: what is happening until the first step; alarms: what they say is
+    printed when they say it."""
+    console = Console()
+    stop = threading.Event()
+    show = _bar if console.is_terminal else _lines
+    tail = Tail(run.folder / "metrics.jsonl")
+    tail.read()  # rows of an earlier start: those that stand come again
+    watcher = threading.Thread(target=show, args=(tail, steps, title, starting, alarms, console, stop), daemon=True)
+    watcher.start()
+    try:
+        with run.mirror.followed() if run.mirror else contextlib.nullcontext():
+            yield
+    finally:
+        stop.set()
+        watcher.join()
+
+
+def _bar(tail, steps, title, starting, alarms, console, stop):
+    pace = Pace(steps)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(title, total=steps, note=starting)
+        last = False
+        while True:
+            if rows := tail.read():
+                _warn(rows, alarms, title, progress.console)
+                step = rows[-1]["step"]
+                progress.update(task, completed=step, note=_note(rows[-1], steps, pace.left(step, time.monotonic())))
+            if last:
+                return
+            last = stop.wait(_EVERY_SECONDS)
+
+
+def _lines(tail, steps, title, starting, alarms, console, stop):
+    pace = Pace(steps)
+    console.print(f"{title}: {starting}", highlight=False, markup=False, soft_wrap=True)
+    row, shown, quiet_until = None, 0, 0.0
+    last = False
+    while True:
+        if rows := tail.read():
+            _warn(rows, alarms, title, console)
+            row = rows[-1]
+            left = pace.left(row["step"], time.monotonic())
+        if row and row["step"] > shown and (last or time.monotonic() > quiet_until):
+            shown, quiet_until = row["step"], time.monotonic() + _PLAIN_EVERY_SECONDS
+            console.print(f"{title}: {_note(row, steps, left)}", highlight=False, markup=False, soft_wrap=True)
+        if last:
+            return
+        last = stop.wait(_EVERY_SECONDS)
+
+
+def _warn(rows, alarms, title, console):
+    for row in rows:
+        for text in alarms.add(row) if alarms else []:
+            console.print(f"{title}: warning: {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _note(row, steps, seconds_left):
+    loss = "not a number" if row["loss"] is None else f"{row['loss']:.3f}"
+    quality = next((f" · {name.replace('_', ' ')} {row[name]:.0%}" for name in _QUALITIES if row.get(name) is not None), "")
+    images = f" · {row['images_per_s']:.0f} img/s" if "images_per_s" in row else ""  # earlier versions' rows have none
+    left = "" if seconds_left is None else f" · {datetime.timedelta(seconds=round(seconds_left))} left"
+    loss += f"{quality}{images} · data wait {row['data_wait']:.0%}{left}"
+    return f"step {row['step']}/{steps} · epoch {row['epoch'] + 1} · loss {loss}"
+
+
+class Tail:
+    """The rows of metrics.jsonl as they are written. What is no row yet is left for the next look, and all that follows it: it is
+    being written, or, over NFS, reads as zeros until another node's bytes are there."""
+
+    def __init__(self, path: Path):
+        self._path, self._inode, self._at = path, 0, 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """The rows since the last look; all of them when the file is another one: a run that went on took rows away."""
+        try:
+            with self._path.open("rb") as file:
+                inode = os.fstat(file.fileno()).st_ino
+                if inode != self._inode:
+                    self._inode, self._at = inode, 0
+                file.seek(self._at)
+                lines = file.readlines()
+        except OSError:  # not there yet, or on storage that fails for now
+            return []
+        rows = []
+        for line in lines:
+            row = parse_row(line) if line.endswith(b"\n") else None
+            if row is None:
+                break
+            rows.append(row)
+            self._at += len(line)
+        return rows
+
+
+class Pace:
+    """Time left, by the steps that were taken since the first look (those of an earlier start took no time of ours)."""
+
+    def __init__(self, steps: int):
+        self._steps = steps
+        self._first: tuple[int, float] | None = None
+
+    def left(self, step: int, now: float) -> float | None:
+        """Seconds, at a step that was reached now (seconds of any clock); None as long as no step was seen to pass."""
+        if self._first is None or step < self._first[0]:
+            self._first = step, now
+        begun, since = self._first
+        return (now - since) / (step - begun) * (self._steps - step) if step > begun else None

@@ -1,0 +1,55 @@
+"""What a run shows of itself while it goes, beside its own files: each row of metrics.jsonl as gauges with names and a meaning.
+
+Who offers them to Prometheus is not known here. Ray does (train/cluster/launcher.py), under these names with `ray_` before them,
+and the dashboard of monitoring/ asks for those.
+"""
+
+from pathlib import Path
+
+from train.records.remote_run import CELLS
+
+PREFIX = "patchclr_"
+
+# What the rows of every method and probe may hold. A figure that is not here is a gauge too, without a text.
+_MEANINGS = {
+    "progress": "Steps taken, as a share of all, 0 to 1",
+    "epoch": "The epoch that the newest row is of, from 1",
+    "step": "Steps taken",
+    "learning_rate": "Learning rate of the newest step",
+    "loss": "Loss of the newest step, the mean over the workers",
+    "gradient_norm": "Norm of the newest step's gradient",
+    "top1": "Share of anchors whose positive is nearer than every negative",
+    "alignment": "Mean squared distance of a patch's two views; lower is better",
+    "uniformity": "Logarithm of the mean Gaussian potential of two patches' embeddings; lower is better",
+    "embedding_std": "1 where embeddings are spread out, 0 where they have collapsed",
+    "rotation_accuracy": "Share of views whose turn is told right; 0.25 by chance",
+    "train_accuracy": "Share of the newest batch that is classified right",
+    "validation_loss": "Log loss on the validation part",
+    "validation_accuracy": "Accuracy on the validation part",
+    "probe_accuracy": "Accuracy of a ridge classifier on frozen features",
+    "probe_balanced_accuracy": "Balanced accuracy of a ridge classifier on frozen features",
+    "probe_knn_accuracy": "Accuracy of the nearest neighbours on frozen features",
+    "probe_knn_balanced_accuracy": "Balanced accuracy of the nearest neighbours on frozen features",
+    "patches_per_s": "Patches that were trained on, per second, by all workers",
+    "images_per_s": "Images (views of patches) that were trained on, per second, by all workers",
+    "data_wait": "Share of time that rank 0 waited for data, 0 to 1",
+    "gpu_memory_gib": "The most that tensors took of rank 0's GPU so far, GiB",
+}
+
+
+def readings(row: dict[str, float], steps: int) -> dict[str, float]:
+    """Values by the gauge's name. row: of metrics.jsonl; a value that is no number (NaN) stays one. steps: of the whole run."""
+    shown = row | {"progress": row["step"] / steps, "epoch": row["epoch"] + 1}
+    return {PREFIX + name: float(value) for name, value in shown.items()}
+
+
+def meaning(gauge: str) -> str:
+    """A gauge's line of help, empty where there is none."""
+    return _MEANINGS.get(gauge.removeprefix(PREFIX), "")
+
+
+def shown_name(folder: Path) -> str:
+    """What a person knows a run by, from its folder: its name, and for one below another run (a fraction of the labels, say)
+    that run's name before it. Other characters than ASCII's become their codes: Ray's metrics take no others."""
+    name = folder.name.encode("ascii", "backslashreplace").decode()
+    return f"{shown_name(folder.parent.parent)}/{name}" if folder.parent.name == CELLS else name

@@ -1,0 +1,147 @@
+"""A table of a study in its report: its figures, published ones beside them, and drawn over shares of labels or as a heat map."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from train.reporting import plots
+from train.reporting.markup import Content, Html, element, figure, joined, note, number, row, table
+from train.scoring.metrics import TITLES
+from tune.cell_metrics import axis_title, axis_value
+from tune.formatting import Footnotes, blocks, entry_text, report_address
+from tune.heat_maps import heat_map
+from tune.table_data import DIGITS, Entry, FilledTable
+from tune.table_notes import remarks
+
+_MOST_LINES = len(plots.COLOURS) * len(plots.DASHES)  # of more, some would look the same
+
+
+def show_table(filled: FilledTable, folder: Path) -> list[Html]:
+    """The table, what is to be said of it, and its figures. folder: where the page will lie."""
+    footnotes = Footnotes()
+    axes = [left(axis_title(axis)) for axis in filled.rows]
+    shown = []
+    for part in blocks(filled):
+        rows: list[list[Content]] = []
+        for head, entries in zip(filled.row_heads, part.rows, strict=True):
+            heads = [element("th", axis_value(*each), scope="row") for each in zip(filled.rows, head, strict=True)]
+            rows.append([*heads, *(_entry(entry, filled, footnotes, folder) for entry in entries)])
+        shown.append(table(_capital(part.title or filled.title), [*axes, *part.columns], rows, kind="study"))
+    errors = [element("ul", *(element("li", line) for line in lines), class_="notes")] if (lines := footnotes.lines()) else []
+    said = [*_explained(filled), *remarks(filled)]
+    return [*shown, *errors, *([note(" ".join(said))] if said else []), *_drawn(filled)]
+
+
+def left(title: str) -> Html:
+    """The title of a column of names: at the left, as they are."""
+    return element("span", title, class_="axis")
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _entry(entry: Entry, filled: FilledTable, footnotes: Footnotes, folder: Path) -> Html:
+    """Mean, deviation, interval and the published figure, one below the other; the mean leads to the run's report."""
+    addresses = [address for run in entry.runs if (address := report_address(run, folder))]
+    said: Content = entry_text(entry) if entry.mean is None else number(entry.mean, DIGITS)
+    if len(addresses) == 1:
+        said = element("a", said, href=addresses[0])
+    parts: list[Content] = [element("span", said, class_="mean"), footnotes.mark(entry)]
+    if entry.std is not None:
+        parts.append(element("small", f"± {number(entry.std, DIGITS)}"))
+    if entry.low is not None and entry.high is not None:
+        parts.append(element("small", f"{number(entry.low, DIGITS)}–{number(entry.high, DIGITS)}"))
+    if entry.published is not None:
+        parts.append(element("small", f"published {number(entry.published, DIGITS)}"))
+        parts += [element("small", "(not comparable)")] if filled.smoke else []
+    if len(addresses) > 1:
+        runs = (element("a", str(i), href=address) for i, address in enumerate(addresses, 1))
+        parts.append(element("small", "runs ", joined(runs, " ")))
+    kind = "best" if entry.best else "none" if entry.mean is None else None
+    return element("td", *parts, class_=kind)
+
+
+def _explained(filled: FilledTable) -> Iterator[str]:
+    if any(entry.low is not None for entry in filled.all_entries):
+        yield "Ranges: 95 % intervals of a bootstrap of the test split by group (slide or patient) where groups are known."
+
+
+def _drawn(filled: FilledTable) -> list[Html]:
+    lines = _lines(filled)
+    if lines is not None:
+        drawn = [part for metric in filled.metrics for part in _over_fractions(filled, metric, lines)]
+        return [row(*drawn), _legend(list(lines)), note("Bars: 95 % intervals, where a single run tells one.")] if drawn else []
+    if len(filled.row_heads) < 2 or len(filled.column_heads) < 2:
+        return []
+    unlike = "loss" in filled.metrics and len({entry.compares for entry in _known(filled, "loss")}) > 1
+    maps: list[Content] = []
+    for metric, title in filled.metrics.items():
+        means = [entry.mean for entry in _known(filled, metric) if entry.mean is not None]
+        if not means or (metric == "loss" and unlike):
+            continue
+        alt = (
+            f"Heat map of {title}: {_names(filled.rows)} down, {_names(filled.columns)} across,"
+            f" from {number(min(means))} (dark) to {number(max(means))} (light); the figures are in the table"
+        )
+        maps.append(figure(heat_map(filled, metric), _capital(title), alt=alt))
+    said = [note("No map of the losses: those of unlike batch sizes, methods, temperatures or sets do not compare.")]
+    return [*([row(*maps)] if maps else []), *(said if unlike else [])]
+
+
+def _known(filled: FilledTable, metric: str) -> list[Entry]:
+    """The entries that have a mean."""
+    entries = (cell[metric] for cells in filled.entries for cell in cells)
+    return [entry for entry in entries if entry.mean is not None]
+
+
+def _names(axes: tuple[str, ...]) -> str:
+    return " and ".join(map(axis_title, axes))
+
+
+Lines = dict[str, list[tuple[float, dict[str, Entry]]]]
+
+
+def _lines(filled: FilledTable) -> Lines | None:
+    """The table's cells by what they have in common but for the share of the labels: shares and cells. None where the table is
+    not one over shares of labels, or of more lines than can be told apart."""
+    axes = (*filled.rows, *filled.columns)
+    if "fraction" not in axes or not set(filled.metrics) <= set(TITLES):
+        return None
+    found: Lines = {}
+    for row_head, cells in zip(filled.row_heads, filled.entries, strict=True):
+        for column_head, cell in zip(filled.column_heads, cells, strict=True):
+            at = dict(zip(axes, (*row_head, *column_head), strict=True))
+            fraction = at.pop("fraction")
+            name = ", ".join(axis_value(axis, value) for axis, value in at.items()) or filled.title
+            found.setdefault(name, []).append((fraction, cell))
+    # What has no figure has no place in the legend.
+    found = {name: points for name, points in found.items() if any(_has_figures(cell) for _, cell in points)}
+    shares = {fraction for points in found.values() for fraction, _ in points}
+    return found if len(shares) > 1 and len(found) <= _MOST_LINES else None
+
+
+def _has_figures(cell: dict[str, Entry]) -> bool:
+    return any(entry.mean is not None for entry in cell.values())
+
+
+def _over_fractions(filled: FilledTable, metric: str, lines: Lines) -> Iterator[Html]:
+    drawn = []
+    for place, points in enumerate(lines.values()):
+        entries = {share: cell[metric] for share, cell in points}
+        means = {share: mean for share in sorted(entries) if (mean := entries[share].mean) is not None}
+        low, high = ([getattr(entries[share], end) for share in means] for end in ("low", "high"))
+        if means:
+            ends = (None, None) if None in (*low, *high) else (low, high)
+            drawn.append(plots.Line(place, list(means), list(means.values()), *ends))
+    if drawn:
+        title = filled.metrics[metric]
+        alt = f"{_capital(title)} over the share of labels, of {'; '.join(lines)}; the figures are in the table"
+        yield figure(plots.over_fractions(drawn), _capital(title), alt=alt)
+
+
+def _legend(names: list[str]) -> Html:
+    items = []
+    for place, name in enumerate(names):
+        colour, dashes = plots.line_style(place)
+        items.append(element("li", element("span", class_="line", style=f"border-top: 3px {dashes} {colour}"), name))
+    return element("ul", *items, class_="legend")

@@ -1,0 +1,117 @@
+"""What a study is made of, as plain data."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sharding.cli import option, required
+from train.config import EvaluateConfig, PretrainConfig
+
+KINDS: dict[str, type] = {"pretrain": PretrainConfig, "evaluate": EvaluateConfig}
+PARENT_FIELDS = {"pretrain": "init", "evaluate": "backbone"}
+
+By = Literal["loss", "probe", "top1"]
+# By what pretrainings are compared, and the figures that a table can have of them; with their names in a run's final metrics.
+FINAL = {"loss": "loss", "probe": "probe_balanced_accuracy", "top1": "top1"}
+BY = tuple(FINAL)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One stage with every field settled.
+
+    kind: a key of KINDS; config: of that class, with the cell's name and storage. Its init or backbone is the name of the node
+    that it starts from, or something from outside the study. stage: of the file; axes: the values that tell it from the
+    stage's other cells, inherited ones first; parents: names of the nodes that come before it; line: of the stage, in the file.
+    """
+
+    kind: str
+    config: Any
+    stage: str
+    axes: dict[str, Any]
+    parents: tuple[str, ...]
+    line: int
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The best of several pretrainings, chosen when they are done. candidates: names of pretrain cells or of other selections;
+    the rest is as in Cell."""
+
+    name: str
+    stage: str
+    axes: dict[str, Any]
+    candidates: tuple[str, ...]
+    by: By
+    line: int
+
+
+Node = Cell | Selection
+
+
+@dataclass(frozen=True)
+class Published:
+    """A figure of a paper. at: its place in the table, {"stage": "linear", "fraction": 0.05}, perhaps without some of the
+    table's axes; value: a share is one of 1, not of 100."""
+
+    metric: str
+    at: dict[str, Any]
+    value: float
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """A table to fill. stages: all of one kind; rows, columns: names of axes, of which "stage" is one and `fraction` (of the
+    labels) is one of every evaluate stage; values: keys of train.scoring.metrics.TITLES, or for pretrain stages of BY.
+
+    No two cells fall on the same place of it, but for those that differ in their seed alone.
+    """
+
+    title: str
+    stages: tuple[str, ...]
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    values: tuple[str, ...]
+    published: tuple[Published, ...]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What each trial of a kind gets."""
+
+    workers: int = option(0, "Ray Train workers of each trial; 0: in the trial's own process")
+    gpus: float | None = option(None, "GPUs of each trial: 0.25 packs four on one; default: 1 where there are GPUs")
+    cpus: float = option(1.0, "cores of each trial")
+
+
+@dataclass(frozen=True)
+class EarlyStopping:
+    """Asynchronous successive halving (Li et al. 2020, "A system for massively parallel hyperparameter tuning") among the cells
+    of each pretrain stage."""
+
+    by: By = required("what the trials are compared by")
+    grace_epochs: int = required("epochs that every trial may train")
+    reduction: int = option(3, "one in so many goes on at each rung")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study file, read and checked. about: its leading comment; nodes: parents before children; resources: of each of KINDS."""
+
+    name: str
+    storage: str
+    report: Path
+    about: str
+    nodes: tuple[Node, ...]
+    tables: tuple[TableSpec, ...]
+    resources: dict[str, Resources]
+    early_stopping: EarlyStopping | None
+    smoke: bool
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        return tuple(node for node in self.nodes if isinstance(node, Cell))
