@@ -1,7 +1,9 @@
 # make demo   the whole path on drawn patches, a report at the end (about 5 minutes on 2 cores)
 # make study NAME=projection_grid   a study of tune/studies in smoke size, on the demo's patches
 # make watch   Prometheus on localhost:9090, of the Ray that runs here (docs/monitoring.md)
-# make test   every test                          make lint   format, lint and types
+# make test   is a change right?                  make lint   format, lint and types
+# make test-faults   kills, outages, two simulated machines, Prometheus, a browser: needs root and `make system-packages`
+# make system-packages   apt-get install what make test-faults needs
 # make soak   24 faults to a run on two machines of namespaces, figures to benchmarks/results (about 35 minutes)
 # make bench-smoke   is something of ours slower than it was? Ratios against benchmarks/smoke.json (a minute, ARGS=--update writes it)
 # make gpu-check   one command for a host with a GPU (DRY=1 for the same on a CPU)
@@ -14,7 +16,7 @@ BIN := $(VENV)/bin
 DEMO := demo
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo study watch test soak lint bench-smoke gpu-check gpu-bench clean-demo
+.PHONY: demo study watch test test-faults system-packages soak lint bench-smoke gpu-check gpu-bench clean-demo
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -27,7 +29,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -m "not faults" $(ARGS)
+
+test-faults: $(INSTALLED)
+	$(BIN)/python -m pytest -m faults $(ARGS)
+
+system-packages:
+	.ci/system-packages
 
 # Of two machines, made of namespaces; needs root and openssh-server.
 soak: $(INSTALLED)

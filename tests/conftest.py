@@ -8,6 +8,7 @@ import pytest
 
 from sharding.packing import build_shards
 from tests.helpers import S3_SECRET, breast_files, write_tree
+from tests.outcomes import Outcomes
 
 
 def pytest_addoption(parser):
@@ -15,6 +16,11 @@ def pytest_addoption(parser):
     group.addoption("--faults", type=int, default=24, help="how many things happen to the run")
     group.addoption("--order", type=int, default=None, help="seed of their order; default: any")
     group.addoption("--results", default="benchmarks/results", help="folder for the figures")
+    parser.addoption("--no-skips", action="store_true", help="fail where a test was skipped or left out (tests/outcomes.py)")
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Outcomes(no_skips=config.getoption("--no-skips")), "outcomes")
 
 
 @pytest.fixture(scope="session")

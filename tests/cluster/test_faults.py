@@ -8,6 +8,7 @@ from tests.cluster.rig import missing
 
 _MISSING = missing()
 pytestmark = [
+    pytest.mark.faults,
     pytest.mark.skipif(_MISSING is not None, reason=str(_MISSING)),
     pytest.mark.timeout(900),
 ]

@@ -14,6 +14,7 @@ from train.records.runs import Run
 
 _MISSING = missing()
 pytestmark = [
+    pytest.mark.faults,
     pytest.mark.skipif(_MISSING is not None, reason=str(_MISSING)),
     pytest.mark.timeout(600),  # on a machine with much else to do; a quiet one needs a quarter of it
 ]

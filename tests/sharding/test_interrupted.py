@@ -189,6 +189,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(breast, tmp
     assert list((tmp_path / "new").iterdir()) == []
 
 
+@pytest.mark.faults
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a small disk")
 def test_a_disk_that_fills_up_is_one_sentence_and_the_build_goes_on_later(breast, shards, tmp_path, monkeypatch):
     small = tmp_path / "small"

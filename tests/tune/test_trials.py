@@ -66,6 +66,7 @@ def rows_written(folder: Path) -> int:
     return sum(len(Run(path.parent).metrics()) for path in folder.glob("*/metrics.jsonl"))
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(900)
 def test_a_grid_that_is_killed_three_times_ends_as_an_undisturbed_one(ray_here, study, study_file, tmp_path):
     undisturbed = tmp_path / "undisturbed"
@@ -111,6 +112,7 @@ def test_a_grid_that_is_killed_three_times_ends_as_an_undisturbed_one(ray_here, 
         assert _figures(ours) == _figures(other)
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(400)
 def test_a_trial_whose_process_is_killed_goes_on(ray_here, study_file, tmp_path):
     """One cell of many steps; its process is found by the metrics that it has open."""

@@ -18,6 +18,8 @@ import yaml
 from sharding.cli import describe
 from sharding.manifest import fingerprint
 from tests.helpers import ROOT
+from train.cluster import launcher, ray_cluster
+from train.cluster import node_checks as nodes
 from train.cluster.diagnostics import (
     check_all_reduce,
     check_clocks,
@@ -32,8 +34,6 @@ from train.cluster.diagnostics import (
     preflight,
 )
 from train.cluster.node_checks import Answer, GpusSeen, Room
-from train.cluster.ray_cluster import launcher, ray_cluster
-from train.cluster.ray_cluster import node_checks as nodes
 from train.cluster.resources import Node, node_of, share_of, startable
 from train.doctor import DoctorConfig, main
 
@@ -367,6 +367,7 @@ def test_one_node_is_not_looked_at_before_a_run(ray_here, monkeypatch):
     launcher._preflight("run", share_of([Node(3, 0)], 1, 1, None, said="1"), sets=[])
 
 
+@pytest.mark.faults
 def test_two_nodes(small_set, tmp_path):
     """A checkup of both; a run and a feature pass that are refused before they start."""
     # As in test_faults: short names for sockets, and where other clusters of this machine do not look.
@@ -374,7 +375,7 @@ def test_two_nodes(small_set, tmp_path):
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         environment |= {"RAY_TMPDIR": ray_folder, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
-            [sys.executable, str(ROOT / "tests" / "train" / "two_nodes_checked.py"), str(small_set), str(tmp_path)],
+            [sys.executable, str(ROOT / "tests" / "train" / "cluster" / "two_nodes_checked.py"), str(small_set), str(tmp_path)],
             env=environment,
             capture_output=True,
             text=True,

@@ -21,6 +21,8 @@ from train.config import PretrainConfig
 from train.records.runs import Run
 from train.stages.pretraining import pretrain
 
+pytestmark = pytest.mark.faults
+
 _STEPS = 12  # 4 epochs of 3
 _SECONDS = 120  # that any one thing may take on a machine with other work
 
@@ -145,7 +147,7 @@ def test_a_run_goes_on_when_a_node_dies(undisturbed, small_set, tmp_path):
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         environment |= {"RAY_TMPDIR": ray_folder, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
-            [sys.executable, str(ROOT / "tests" / "train" / "two_nodes.py"), json.dumps(given)],
+            [sys.executable, str(ROOT / "tests" / "train" / "cluster" / "two_nodes.py"), json.dumps(given)],
             env=environment,
             capture_output=True,
             text=True,

@@ -14,8 +14,8 @@ from sharding.cli import parse
 from sharding.manifest import fingerprint, read_manifest
 from sharding.selection import select
 from tests.helpers import ROOT
+from train.cluster import launcher as workers
 from train.cluster.launcher import run_job, working
-from train.cluster.ray_cluster import launcher as workers
 from train.config import PretrainConfig, worker_range
 from train.records.data import Input, SetInput
 from train.records.runs import Run
@@ -176,7 +176,7 @@ def test_a_failure_is_told_in_a_few_words(texts, told):
 def test_a_worker_that_does_not_reach_the_head_ends(tmp_path):
     """The head is a socket that listens, until it is closed."""
     script = (
-        "import sys; from train import workers; workers._CUT_OFF_S = 1.0; workers._LOOK_S = 0.1\n"
+        "import sys; from train.cluster import launcher as workers; workers._CUT_OFF_S = 1.0; workers._LOOK_S = 0.1\n"
         "print('watching', flush=True); workers._end_when_cut_off(sys.argv[1])"
     )
     with socket.create_server(("127.0.0.1", 0)) as head:

@@ -549,6 +549,7 @@ def assert_same_weights(one: Run, other: Run, **tolerance) -> None:
         np.testing.assert_allclose(ours[name], theirs[name], err_msg=name, **{"rtol": 0, "atol": 0} | tolerance)
 
 
+@pytest.mark.faults
 def test_killed_and_the_node_lost_it_ends_as_if_undisturbed(settings, quick_views, tmp_path, monkeypatch):
     undisturbed = pretrain(PretrainConfig(**settings | {"storage": str(tmp_path / "folder")}))
     url = f"{settings['storage']}/kidney"
@@ -658,6 +659,7 @@ def test_a_store_that_may_not_be_written_is_said_before_training(settings, quick
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(300)
 def test_ray_s_workers_end_with_the_weights_of_one_process(settings, tmp_path):
     """In a Ray of its own, whose workers have the store's address and credentials: that of the tests began without."""

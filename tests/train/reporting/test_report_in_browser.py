@@ -11,7 +11,7 @@ from tests.train.finished_runs import ODD, ODD_CLASS, judged, pretrained, traini
 from tests.train.reporting.test_report import Page
 from train.reporting.report_writer import write_report
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(180)]
 
 
 @pytest.fixture(scope="module")

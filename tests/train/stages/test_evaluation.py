@@ -13,7 +13,7 @@ from sharding.manifest import read_manifest
 from sharding.packing import build_shards
 from sharding.selection import select
 from tests.helpers import breast_files, write_tree
-from train.cluster.ray_cluster import launcher
+from train.cluster import launcher
 from train.config import EvaluateConfig, PretrainConfig
 from train.scoring.metrics import score
 from train.stages import evaluation, feature_cache

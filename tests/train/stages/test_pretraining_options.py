@@ -9,7 +9,8 @@ import torch
 
 from pipelines.loader import ViewLoader
 from sharding.cli import parse
-from train.cluster.ray_cluster import gpus_with_bf16, ray_cluster
+from train.cluster import ray_cluster
+from train.cluster.ray_cluster import gpus_with_bf16
 from train.config import PretrainConfig
 from train.records.runs import Run
 from train.stages import pretraining

@@ -1,0 +1,69 @@
+"""What pytest's outcome hides: tests that did not run, and slow tests that do not say why.
+
+`pytest --no-skips` fails where a test was skipped, was expected to fail, or was left out although -m asks for it. Every run lists
+the tests that took more than 10 s of processor time and have no docstring. Processor time is the same on a busy machine.
+"""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+_CPU = "cpu_seconds"  # of report.user_properties
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of the children that have ended."""
+    return sum(os.times()[:4])
+
+
+class Outcomes:
+    """no_skips: whether a test that did not run makes the whole run fail. slow_seconds: of processor time."""
+
+    def __init__(self, *, no_skips: bool, slow_seconds: float = 10.0):
+        self.no_skips, self.slow_seconds = no_skips, slow_seconds
+        self.not_run: list[str] = []
+        self.unexplained: list[str] = []
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item) -> Iterator[None]:
+        before = _cpu_seconds()
+        try:
+            return (yield)
+        finally:
+            seconds = _cpu_seconds() - before
+            if seconds > self.slow_seconds and not (item.function.__doc__ or "").strip():
+                item.user_properties.append((_CPU, seconds))
+
+    def pytest_runtest_logreport(self, report) -> None:
+        self._note(report)
+        if report.when == "teardown" and (seconds := dict(report.user_properties).get(_CPU)):
+            self.unexplained.append(f"{report.nodeid}: {seconds:.0f} s")
+
+    def pytest_collectreport(self, report) -> None:
+        self._note(report)
+
+    def _note(self, report) -> None:
+        if report.skipped or hasattr(report, "wasxfail"):
+            why = report.longrepr[2] if isinstance(report.longrepr, tuple) else getattr(report, "wasxfail", "")
+            self.not_run.append(f"{report.nodeid}: {why.removeprefix('Skipped: ') or 'no reason given'}")
+
+    def pytest_deselected(self, items) -> None:
+        """-m "not faults" and -m faults together are all tests. Whatever else leaves one out, such as -k, hides it."""
+        faults_only = {"faults": True, "not faults": False}
+        for item in items:
+            of_faults = item.get_closest_marker("faults") is not None
+            if faults_only.get(item.config.option.markexpr, of_faults) == of_faults:
+                self.not_run.append(f"{item.nodeid}: deselected")
+
+    def pytest_sessionfinish(self, session, exitstatus) -> None:
+        if self.no_skips and self.not_run and exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter) -> None:
+        if self.unexplained:
+            terminalreporter.section(f"more than {self.slow_seconds:.0f} s of processor time, and no docstring that says why")
+            terminalreporter.write_line("\n".join(self.unexplained))
+        if self.no_skips and self.not_run:
+            terminalreporter.section(f"--no-skips: {len(self.not_run)} tests did not run", red=True)
+            terminalreporter.write_line("\n".join(self.not_run))
