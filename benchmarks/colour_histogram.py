@@ -27,7 +27,7 @@ from sharding.manifest import class_names, decoded  # noqa: E402
 from sharding.process_pool import available_cores  # noqa: E402
 from sharding.selection import select  # noqa: E402
 from sharding.splits.groups import split_groups  # noqa: E402
-from train.scoring.metrics import TITLES, score  # noqa: E402
+from train.scoring.metrics import METRICS, score  # noqa: E402
 
 BINS = 8  # per channel
 NEIGHBOURS = 5
@@ -170,13 +170,13 @@ def _judge_split(reader: ShardReader, config: Config) -> None:
 
 
 def _line(title: str, fold: Fold, figures: dict) -> str:
-    shown = ", ".join(f"{TITLES[name]} {figures[name]:.3f}" for name in ("accuracy", "balanced_accuracy"))
+    shown = ", ".join(f"{METRICS[name].title} {figures[name]:.3f}" for name in ("accuracy", "balanced_accuracy"))
     return f"{title}: {shown}, {len(fold.train):,} train and {len(fold.test):,} test patches"
 
 
 def _spread(name: str, figures: list[dict]) -> str:
     values = [figure[name] for figure in figures]
-    return f"{TITLES[name]} {np.mean(values):.3f} (standard deviation {np.std(values, ddof=1):.3f})"
+    return f"{METRICS[name].title} {np.mean(values):.3f} (standard deviation {np.std(values, ddof=1):.3f})"
 
 
 if __name__ == "__main__":

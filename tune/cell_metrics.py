@@ -7,15 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 from train.records.runs import Run
 from train.reporting.markup import share
-from train.scoring.metrics import TITLES
+from train.scoring.metrics import METRICS
 from tune.schema import FINAL, Cell
 
 if TYPE_CHECKING:
     from tune.study_state import Outcome
 
-# The figures of a pretraining, with what a person reads.
 _PRETRAINED = {"loss": "loss", "top1": "contrastive top-1 accuracy", "probe": "balanced accuracy of the ridge probe"}
-METRICS = {"evaluate": TITLES, "pretrain": _PRETRAINED}
+
+
+def metric_titles(kind: str) -> dict[str, str]:
+    """The metrics of a kind of stage by name, with what a person reads."""
+    return _PRETRAINED if kind == "pretrain" else {name: metric.title for name, metric in METRICS.items()}
+
+
+def lower_is_better(metric: str) -> bool:
+    """Of either kind of stage."""
+    return metric == "loss" or (metric in METRICS and METRICS[metric].lower_is_better)
 
 
 @dataclass(frozen=True)
@@ -92,5 +100,5 @@ def _judged(cell, at, run):
     (summary,) = (each["metrics"] for each in run.result["summary"] if each["fraction"] == at["fraction"])
     # Cells whose ranges of seeds overlap (`seed: [1, 2]` with `seeds: 2`) judge some seeds of one backbone twice.
     values: dict[Hashable, dict[str, float | None]] = {(cell.config.backbone, each["seed"]): each["metrics"] for each in own}
-    compares: dict[str, Hashable] = dict.fromkeys(TITLES, (run.record["stage"]["data"], own[0]["test_patches"], at["fraction"]))
+    compares: dict[str, Hashable] = dict.fromkeys(METRICS, (run.record["stage"]["data"], own[0]["test_patches"], at["fraction"]))
     return Observed(cell, at, run, values=values, summary=summary, compares=compares)

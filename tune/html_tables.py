@@ -5,7 +5,7 @@ from pathlib import Path
 
 from train.reporting import plots
 from train.reporting.markup import Content, Html, element, figure, joined, note, number, row, table
-from train.scoring.metrics import TITLES
+from train.scoring.metrics import METRICS
 from tune.cell_metrics import axis_title, axis_value
 from tune.formatting import Footnotes, blocks, entry_text, report_address
 from tune.heat_maps import heat_map
@@ -105,7 +105,7 @@ def _lines(filled: FilledTable) -> Lines | None:
     """The table's cells by what they have in common but for the share of the labels: shares and cells. None where the table is
     not one over shares of labels, or of more lines than can be told apart."""
     axes = (*filled.rows, *filled.columns)
-    if "fraction" not in axes or not set(filled.metrics) <= set(TITLES):
+    if "fraction" not in axes or not set(filled.metrics) <= set(METRICS):
         return None
     found: Lines = {}
     for row_head, cells in zip(filled.row_heads, filled.entries, strict=True):

@@ -66,7 +66,7 @@ class Published:
 @dataclass(frozen=True)
 class TableSpec:
     """A table to fill. stages: all of one kind; rows, columns: names of axes, of which "stage" is one and `fraction` (of the
-    labels) is one of every evaluate stage; values: keys of train.scoring.metrics.TITLES, or for pretrain stages of BY.
+    labels) is one of every evaluate stage; values: keys of train.scoring.metrics.METRICS, or for pretrain stages of BY.
 
     No two cells fall on the same place of it, but for those that differ in their seed alone.
     """

@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from train.records.runs import Run
 from train.scoring.bootstrap import mean_and_deviation
-from train.scoring.metrics import LOWER_IS_BETTER
-from tune.cell_metrics import METRICS, Observed, axis_title, axis_value, observe, places
+from tune.cell_metrics import Observed, axis_title, axis_value, lower_is_better, metric_titles, observe, places
 from tune.schema import Cell, Study, TableSpec
 
 if TYPE_CHECKING:
     from tune.study_state import Outcome
 
 DIGITS = 3  # after the point: what looks equal is marked equal
-_LOWER = LOWER_IS_BETTER | {"loss"}
 
 Status = Literal["done", "partial", "failed", "missing", "unplanned"]
 
@@ -97,7 +95,7 @@ def _usual(cells: Sequence[Cell]) -> list[TableSpec]:
     trained = [cell for cell in cells if cell.kind == "pretrain"]
     if trained:
         stages = tuple(dict.fromkeys(cell.stage for cell in trained))
-        specs.append(TableSpec("Pretraining", stages, ("stage", *_own_axes(trained)), (), tuple(METRICS["pretrain"]), ()))
+        specs.append(TableSpec("Pretraining", stages, ("stage", *_own_axes(trained)), (), tuple(metric_titles("pretrain")), ()))
     return specs
 
 
@@ -127,7 +125,7 @@ def _filled(spec: TableSpec, study: Study, outcome: "Outcome") -> FilledTable:
         spec.columns,
         row_heads,
         column_heads,
-        {metric: METRICS[cells[0].kind][metric] for metric in spec.values},
+        {metric: metric_titles(cells[0].kind)[metric] for metric in spec.values},
         _with_best([[cell(row, column) for column in column_heads] for row in row_heads]),
         study.smoke,
     )
@@ -204,7 +202,7 @@ def _with_best(grid: list[list[dict[str, Entry]]]) -> tuple[tuple[dict[str, Entr
             for metric, entry in cell.items():
                 if entry.mean is not None:
                     shown.setdefault((column, metric, entry.compares), []).append(round(entry.mean, DIGITS))
-    best = {key: (min if key[1] in _LOWER else max)(values) for key, values in shown.items() if len(values) > 1}
+    best = {key: (min if lower_is_better(key[1]) else max)(values) for key, values in shown.items() if len(values) > 1}
 
     def marked(column, metric, entry):
         is_best = entry.mean is not None and round(entry.mean, DIGITS) == best.get((column, metric, entry.compares))

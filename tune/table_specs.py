@@ -10,7 +10,6 @@ from tune.yaml_lines import Marked
 
 _KEYS = ("title", "stages", "rows", "columns", "values", "published")
 _SEEDS = ("seed",)  # an axis whose values a table may bring together: their mean and deviation are told
-_NO_SHARES = ("loss", "log_loss")
 
 
 class _Table(NamedTuple):
@@ -85,14 +84,18 @@ def _read_table(source, place, entry, cells, smoke) -> TableSpec:
     return TableSpec(str(entry["title"]), stages, rows, columns, values, published)
 
 
+def _evaluation_metrics() -> dict[str, Any]:
+    from train.scoring.metrics import METRICS  # imports torch, which takes seconds: not for files without tables
+
+    return METRICS
+
+
 def _check_values(table: _Table, values) -> None:
     kinds = {cell.kind for cell in table.cells}
     if len(kinds) > 1:
         raise ValueError(f"{table.at('stages')}: pretrainings and evaluations have no figures in common; make two tables")
     if kinds == {"evaluate"}:
-        from train.scoring.metrics import TITLES  # imports torch, which takes seconds: not for files without tables
-
-        known = tuple(TITLES)
+        known = tuple(_evaluation_metrics())
     else:
         known = BY
     for name in values:
@@ -137,7 +140,8 @@ def _read_published(table: _Table, used, values, smoke: Smoke | None) -> Iterato
         for where, metric, figure in _spread(given, {name: entry[name] for name in entry if name in values}, at):
             if not isinstance(figure, int | float) or isinstance(figure, bool):
                 raise ValueError(f"{at}: {metric} is {figure!r}, and should be a number")
-            if metric not in _NO_SHARES and not 0 <= figure <= 1:
+            is_share = metric != "loss" if table.cells[0].kind == "pretrain" else _evaluation_metrics()[metric].is_share
+            if is_share and not 0 <= figure <= 1:
                 raise ValueError(f"{at}: {metric} is {figure}, and should be a share of 1")
             settled = where if smoke is None else _in_smoke(where, smoke, table.cells[0].kind)
             if settled is None:

@@ -13,7 +13,7 @@ from sharding.selection import select
 from train.config import PretrainConfig
 from train.records.runs import Run, Stage
 from train.reporting.gallery import leave_exhibits
-from train.scoring.metrics import TITLES, score
+from train.scoring.metrics import METRICS, score
 
 ODD = "R&D <i>신장 'a\" $x$ $y"  # what a folder may be called
 ODD_CLASS = "종양 <script>alert(1)</script> &"
@@ -93,7 +93,7 @@ def judged(
                     "labels": round(2000 * fraction),
                     "test_patches": len(ids),
                     "metrics": metrics,
-                    "intervals": {title: [0.1, 0.2] for title in TITLES},
+                    "intervals": {title: [0.1, 0.2] for title in METRICS},
                     "fit": {},
                 }
             )
@@ -142,7 +142,7 @@ def judged(
 def _summary(cells, fraction, unit):
     own = [cell for cell in cells if cell["fraction"] == fraction]
     figures = {}
-    for name in TITLES:
+    for name in METRICS:
         values = [cell["metrics"][name] for cell in own]
         mean = float(np.mean(values))
         deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None

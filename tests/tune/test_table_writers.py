@@ -22,14 +22,14 @@ from tests.browser import browser, chromium
 from tests.train.finished_runs import ODD, run_of
 from tests.train.reporting.test_report import Page
 from train.config import EvaluateConfig, PretrainConfig
-from train.scoring.metrics import TITLES
+from train.scoring.metrics import METRICS
 from tune.heat_maps import heat_map
 from tune.schema import Cell, Published, Selection, Study, TableSpec
 from tune.study_state import Outcome
 from tune.table_data import Entry, FilledTable
 from tune.table_writers import console_table, fill, study_report, write_tables
 
-METRICS = ("accuracy", "log_loss")
+TWO_METRICS = ("accuracy", "log_loss")
 
 
 class Made:
@@ -78,7 +78,7 @@ def with_report(run):
 
 
 def figures_of(accuracy):
-    return {metric: accuracy for metric in TITLES} | {"log_loss": 1 - accuracy, "calibration_error": 1 - accuracy}
+    return {metric: accuracy for metric in METRICS} | {"log_loss": 1 - accuracy, "calibration_error": 1 - accuracy}
 
 
 def judged_run(storage, name, figures, data="d" * 64, *, test_patches=60, width=0.05):
@@ -98,7 +98,7 @@ def judged_run(storage, name, figures, data="d" * 64, *, test_patches=60, width=
     return with_report(run_of(storage, name, "linear", result, data=data))
 
 
-def chains(*stages, metrics=METRICS, published=(), title="Chains"):
+def chains(*stages, metrics=TWO_METRICS, published=(), title="Chains"):
     return TableSpec(title, stages, ("stage",), ("fraction",), metrics, tuple(published))
 
 

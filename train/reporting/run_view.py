@@ -14,6 +14,13 @@ import pyarrow.parquet as pq
 from train.records.runs import Run
 from train.reporting.gallery import GALLERY_NAME, MAP_NAME, MISTAKES_NAME, THUMBNAILS_NAME
 
+NO_VALUE: dict[str, Any] = dict.fromkeys(("mean", "std", "low", "high"))
+
+
+def summary_metric(summary: dict[str, Any], name: str) -> dict[str, Any]:
+    """mean, std, low, high of a metric, all None where the evaluation was made before the metric was added."""
+    return summary["metrics"].get(name, NO_VALUE)
+
 
 @dataclass(frozen=True)
 class Predictions:

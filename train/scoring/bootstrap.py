@@ -15,7 +15,7 @@ import numpy as np
 from scipy import sparse
 
 from sharding.philox import uniforms
-from train.scoring.metrics import BINS, TITLES, Terms, auroc, figures, terms_of
+from train.scoring.metrics import BINS, METRICS, Sums, Terms, auroc, compute_metrics, terms_of
 
 # Of fewer groups than this an interval says too little to lean on. It comes out too narrow, since slides that were not seen
 # cannot be drawn: in the simulation of tests/train/scoring/test_bootstrap.py, intervals of 95 % held the truth in 94 % of the
@@ -41,7 +41,7 @@ def count_units(groups: np.ndarray | None, patches: int) -> int:
 def bootstrap(
     probabilities: np.ndarray, labels: np.ndarray, groups: np.ndarray | None, *, draws: int = 1000, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Each figure of TITLES in each draw: (draws,) float64, the value of `train.scoring.metrics.score` on the drawn patches.
+    """Each figure of METRICS in each draw: (draws,) float64, the value of `train.scoring.metrics.score` on the drawn patches.
 
     probabilities: (n, K); labels: (n,), both as in `score`. groups: (n,) whole numbers, -1 where the group is not known: such a
     patch is a unit of its own; None: all are. A draw has as many units as there are, drawn with replacement; an AUROC is NaN
@@ -63,8 +63,8 @@ def bootstrap(
         sums_CD, times_nD = sums_CU @ times_UD, times_UD[unit_n]
         confusion_KKD = sums_CD[:cells].reshape(classes, classes, -1)
         auroc_KD = np.stack([auroc(ranks, times_nD) for ranks in terms.ranks])
-        parts.append(figures(confusion_KKD, sums_CD[cells], sums_CD[cells + 1 :], auroc_KD))
-    return {name: np.concatenate([part[name] for part in parts]) for name in TITLES}
+        parts.append(compute_metrics(Sums(confusion_KKD, sums_CD[cells], sums_CD[cells + 1 :], auroc_KD)))
+    return {name: np.concatenate([part[name] for part in parts]) for name in METRICS}
 
 
 def draw_units(units: int, draws: range, *, seed: int) -> np.ndarray:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from pipelines.shard_reader import ShardReader
 from train.records.runs import replacing
 from train.scoring.bootstrap import bootstrap, combine, count_units, interval, mean_and_deviation
-from train.scoring.metrics import TITLES, score
+from train.scoring.metrics import METRICS, score
 from train.stages.label_sets import LabelledSet, Labels, rows_of
 
 PREDICTIONS_NAME = "predictions.parquet"
@@ -64,7 +64,7 @@ def judged(known: LabelledSet, cells: Sequence[Cell], *, draws: int) -> dict[str
                 "labels": len(cell.labels.used),
                 "test_patches": len(truth),
                 "metrics": score(cell.probabilities, truth),
-                "intervals": {name: _interval(sampled[name]) for name in TITLES},
+                "intervals": {name: _interval(sampled[name]) for name in METRICS},
                 "fit": cell.fit,
             }
         )
@@ -74,7 +74,7 @@ def judged(known: LabelledSet, cells: Sequence[Cell], *, draws: int) -> dict[str
         first = cells[own[0]].labels.test
         same_test = all(np.array_equal(first, cells[place].labels.test) for place in own)
         figures = {}
-        for name in TITLES:
+        for name in METRICS:
             mean, deviation = mean_and_deviation([described[place]["metrics"][name] for place in own])
             # Seeds that are judged on tests of their own have no draws in common.
             low, high = _interval(combine([drawn[place] for place in own])[name]) if same_test else (None, None)
@@ -108,7 +108,7 @@ def summary_lines(summary: Sequence[dict[str, Any]]) -> list[str]:
                 continue
             deviation = "" if figure["std"] is None else f" ± {figure['std']:.3f}"
             bounds = "" if figure["low"] is None else f" [{figure['low']:.3f}, {figure['high']:.3f}]"
-            parts.append(f"{TITLES[name]} {figure['mean']:.3f}{deviation}{bounds}")
+            parts.append(f"{METRICS[name].title} {figure['mean']:.3f}{deviation}{bounds}")
         seeds = f", {row['seeds']} seeds" if row["seeds"] > 1 else ""
         lines.append(f"{row['fraction']:.0%} of the labels ({row['labels']:,}{seeds}): {', '.join(parts)}")
     return lines

@@ -15,7 +15,7 @@ from train.config import PretrainConfig
 from train.records.runs import Run, Stage, write_json
 from train.report import ReportConfig, main
 from train.reporting.report_writer import SECTIONS, write_report
-from train.scoring.metrics import TITLES
+from train.scoring.metrics import METRICS
 
 
 class Page(HTMLParser):
@@ -140,14 +140,14 @@ def test_every_picture_has_a_text(full):
 def test_the_table_of_figures(full, tmp_path):
     _, page = full
     rows = page.rows("Figures of the test split")
-    assert rows[0] == ["run", "labels", *TITLES.values()]
+    assert rows[0] == ["run", "labels", *(metric.title for metric in METRICS.values())]
     assert rows[1][:2] == ["linear", "100 5 % 2 seeds"]
     assert rows[2][0] == "2,000 100 % 2 seeds"  # the run's name spans both
     assert rows[3][:2] == [ODD, "2,000 100 % 1 seed"]
     run = judged(tmp_path, seeds=(1, 2))
     _, page = page_of([run], tmp_path)
     found = run.result["summary"][0]["metrics"]["f1"]
-    cell = page.rows("Figures of the test split")[1][2 + list(TITLES).index("f1")]
+    cell = page.rows("Figures of the test split")[1][2 + list(METRICS).index("f1")]
     assert cell == f"{found['mean']:.3f} ± {found['std']:.3f} {found['low']:.3f}–{found['high']:.3f}"
 
 
@@ -158,7 +158,7 @@ def test_figures_that_are_not_there_are_dashes(tmp_path):
     result["cells"][0]["metrics"]["per_class"][1]["precision"] = None
     write_json(run.folder / "result.json", result)
     _, page = page_of([run], tmp_path)
-    assert page.rows("Figures of the test split")[1][2 + list(TITLES).index("auroc")] == "–"
+    assert page.rows("Figures of the test split")[1][2 + list(METRICS).index("auroc")] == "–"
     assert page.rows("Per class")[2][1] == "–"
 
 
@@ -170,7 +170,7 @@ def test_best_figures_are_marked(tmp_path):
     best = re.findall(r'<td class="best"><span class="mean">([^<]*)</span>', text)
     metrics = better.result["summary"][0]["metrics"]
     assert metrics["log_loss"]["mean"] < worse.result["summary"][0]["metrics"]["log_loss"]["mean"]
-    assert best == [f"{metrics[name]['mean']:.3f}" for name in TITLES]
+    assert best == [f"{metrics[name]['mean']:.3f}" for name in METRICS]
     alone, _ = page_of([better], tmp_path)
     assert '"best"' not in alone
 

@@ -17,7 +17,7 @@ from train.scoring.bootstrap import (
     interval,
     mean_and_deviation,
 )
-from train.scoring.metrics import TITLES, score
+from train.scoring.metrics import METRICS, score
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -41,12 +41,12 @@ def assert_draws_are_scores(p, y, groups, *, draws, seed):
     found = bootstrap(p, y, groups, draws=draws, seed=seed)
     unit, units = units_of(groups, len(y))
     times_UD = draw_units(units, range(draws), seed=seed)
-    assert list(found) == list(TITLES)
+    assert list(found) == list(METRICS)
     assert count_units(groups, len(y)) == units
     for d in range(draws):
         rows = np.repeat(np.arange(len(y)), times_UD[unit, d].astype(int))
         wanted = score(p[rows], y[rows])
-        for name in TITLES:
+        for name in METRICS:
             value = np.nan if wanted[name] is None else wanted[name]
             assert found[name].shape == (draws,) and found[name].dtype == np.float64
             assert found[name][d] == pytest.approx(value, abs=1e-9, nan_ok=True), name
@@ -97,7 +97,7 @@ def test_groups_are_named_by_any_numbers():
     p, y = some_predictions(3, 60, 3)
     groups = np.arange(60) % 7
     found, other = (bootstrap(p, y, codes, draws=20) for codes in (groups, 10 * groups + 5))
-    assert all(np.array_equal(found[name], other[name], equal_nan=True) for name in TITLES)
+    assert all(np.array_equal(found[name], other[name], equal_nan=True) for name in METRICS)
 
 
 def test_patches_of_a_group_come_together():
@@ -162,7 +162,7 @@ def test_combined_draws_are_of_the_mean_over_seeds():
     y = some_predictions(0, 90, 3)[1]
     seeds = [bootstrap(some_predictions(seed, 90, 3)[0], y, groups, draws=30) for seed in range(3)]
     found = combine(seeds)
-    for name in TITLES:
+    for name in METRICS:
         np.testing.assert_allclose(found[name], sum(draws[name] for draws in seeds) / 3)
     assert combine(seeds[:1])["f1"].tolist() == seeds[0]["f1"].tolist()
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.calibration import calibration_curve
 
-from train.scoring.metrics import LOWER_IS_BETTER, TITLES, accuracies, score
+from train.scoring.metrics import METRICS, accuracies, score
 
 # Both libraries warn where a class does not occur, or is never predicted.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -67,7 +67,7 @@ def calibration_error(p, y):
 
 def assert_same(found, wanted, *, tolerance=1e-6):
     near = dict(abs=tolerance, rel=0, nan_ok=True)
-    assert [plain(found[name]) for name in TITLES] == pytest.approx([wanted[name] for name in TITLES], **near)
+    assert [plain(found[name]) for name in METRICS] == pytest.approx([wanted[name] for name in METRICS], **near)
     rows = [[plain(row[name]) for name in ("precision", "recall", "f1", "auroc", "support")] for row in found["per_class"]]
     assert np.array(rows) == pytest.approx(np.array(wanted["per_class"]), **near)
     assert found["confusion"] == np.asarray(wanted["confusion"]).tolist()
@@ -91,7 +91,7 @@ def test_means_over_classes_that_all_occur_are_scikit_learns_own():
     p, y = some_predictions(1, 400, 2)
     assert score(p, y)["auroc"] == pytest.approx(sk.roc_auc_score(y, p[:, 1]), abs=1e-6)
     # The figures are of unequal things: one in another's place would be seen, but for recall, which is balanced_accuracy here.
-    assert len({round(found[name], 6) for name in TITLES}) == len(TITLES) - 1
+    assert len({round(found[name], 6) for name in METRICS}) == len(METRICS) - 1
     assert found["recall"] == pytest.approx(found["balanced_accuracy"], abs=1e-12)
 
 
@@ -125,7 +125,7 @@ def test_order_of_the_patches_does_not_matter(drawn, random):
     order = random.sample(range(len(y)), len(y))
     found = score(p, y)
     per_class = [[row[name] for name in ("precision", "recall", "f1", "auroc", "support")] for row in found["per_class"]]
-    wanted = {**found, "per_class": np.array(per_class, float), **{name: plain(found[name]) for name in TITLES}}
+    wanted = {**found, "per_class": np.array(per_class, float), **{name: plain(found[name]) for name in METRICS}}
     assert_same(score(p[order], y[order]), wanted, tolerance=1e-12)
 
 
@@ -137,8 +137,8 @@ def test_another_order_of_the_classes_only_permutes_per_class(drawn, random):
     p /= p.sum(1, keepdims=True)
     order = np.array(random.sample(range(p.shape[1]), p.shape[1]))
     found, other = score(p, y), score(p[:, order], np.argsort(order)[y])
-    assert [plain(other[name]) for name in TITLES] == pytest.approx(
-        [plain(found[name]) for name in TITLES], abs=1e-9, nan_ok=True
+    assert [plain(other[name]) for name in METRICS] == pytest.approx(
+        [plain(found[name]) for name in METRICS], abs=1e-9, nan_ok=True
     )
     for row, k in zip(other["per_class"], order, strict=True):
         assert row == pytest.approx(found["per_class"][k], abs=1e-9)
@@ -206,7 +206,7 @@ def test_only_one_class_occurs():
 
 def test_one_patch():
     found = score(np.array([[0.25, 0.75]]), np.array([1]))
-    assert [found[name] for name in TITLES] == [1, 1, 1, 1, 1, None, pytest.approx(-np.log(0.75)), 0.25]
+    assert [found[name] for name in METRICS] == [1, 1, 1, 1, 1, None, pytest.approx(-np.log(0.75)), 0.25]
 
 
 def test_certain_and_wrong_costs_much_but_not_infinitely():
@@ -225,7 +225,7 @@ def test_probabilities_of_either_precision_and_a_little_above_1(dtype):
     exact = score(p, y)
     p[7, y[7]] += 2e-7
     one = score(p.astype(dtype), y.astype(np.int32))
-    assert [one[name] for name in TITLES] == pytest.approx([exact[name] for name in TITLES], abs=1e-5)
+    assert [one[name] for name in METRICS] == pytest.approx([exact[name] for name in METRICS], abs=1e-5)
     assert one["auroc"] == pytest.approx(wanted["auroc"], abs=0.01)
     assert one["confusion"] == exact["confusion"]
 
@@ -247,4 +247,6 @@ def test_better_and_worse():
     """The names of what is better when lower, held to what a perfect and a random model get."""
     y = np.arange(200) % 4
     perfect, random = score(np.eye(4)[y], y), score(probabilities_of(np.random.default_rng(0).normal(size=(200, 4))), y)
-    assert {name for name in TITLES if perfect[name] < random[name]} == LOWER_IS_BETTER
+    assert {name for name in METRICS if perfect[name] < random[name]} == {
+        name for name in METRICS if METRICS[name].lower_is_better
+    }

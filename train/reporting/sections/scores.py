@@ -6,8 +6,8 @@ from typing import Any
 from train.reporting import plots
 from train.reporting.legends import run_legend
 from train.reporting.markup import Content, Html, count, element, figure, joined, note, number, row, share, table
-from train.reporting.run_view import Shown
-from train.scoring.metrics import LOWER_IS_BETTER, TITLES
+from train.reporting.run_view import Shown, summary_metric
+from train.scoring.metrics import METRICS
 
 _OVER_FRACTIONS = ("accuracy", "balanced_accuracy")
 
@@ -45,12 +45,14 @@ def _table(runs: Sequence[Shown]) -> Html:
             line: list[Content] = [element("th", f"{summary['labels']:,}", *told, scope="row")]
             if place == 0:
                 line.insert(0, element("th", run.name, scope="rowgroup", rowspan=str(len(summaries))))
-            for name in TITLES:
-                found = summary["metrics"][name]
+            for name in METRICS:
+                found = summary_metric(summary, name)
                 is_best = found["mean"] is not None and found["mean"] == best.get((_contest(run, summary), name))
                 line.append(element("td", _figure(found), class_="best" if is_best else None))
             lines.append(line)
-    return table("Figures of the test split", ["run", "labels", *TITLES.values()], lines, kind="scores")
+    return table(
+        "Figures of the test split", ["run", "labels", *(metric.title for metric in METRICS.values())], lines, kind="scores"
+    )
 
 
 def _contest(run: Shown, summary: dict[str, Any]) -> tuple:
@@ -63,11 +65,11 @@ def _best(runs: Sequence[Shown]) -> dict[tuple, float]:
     values: dict[tuple, list[float]] = {}
     for run in runs:
         for summary in run.result["summary"]:
-            for name in TITLES:
-                mean = summary["metrics"][name]["mean"]
+            for name in METRICS:
+                mean = summary_metric(summary, name)["mean"]
                 if mean is not None:
                     values.setdefault((_contest(run, summary), name), []).append(mean)
-    return {key: (min if key[1] in LOWER_IS_BETTER else max)(found) for key, found in values.items() if len(found) > 1}
+    return {key: (min if METRICS[key[1]].lower_is_better else max)(found) for key, found in values.items() if len(found) > 1}
 
 
 def _figure(found: dict[str, float | None]) -> Html:
@@ -85,7 +87,7 @@ def _interval(found: dict[str, float | None]) -> str:
 
 
 def _explained(runs: Sequence[Shown]) -> Html:
-    lower = " and ".join(title for name, title in TITLES.items() if name in LOWER_IS_BETTER)
+    lower = " and ".join(metric.title for metric in METRICS.values() if metric.lower_is_better)
     units = {run.largest["unit"] for run in runs}
     drawn = "whole groups (slides or patients)"
     if units != {"group"}:
@@ -112,7 +114,7 @@ def _over_fractions(runs: Sequence[Shown]) -> list[Html]:
             points = sorted((each["fraction"], each["metrics"][name]) for each in run.result["summary"])
             ends = [[found[end] for _, found in points] for end in ("mean", "low", "high")]
             lines.append(plots.Line(run.number, [fraction for fraction, _ in points], *ends))
-        title = TITLES[name]
+        title = METRICS[name].title
         alt = f"{title} over the share of labels, of {', '.join(run.name for run in runs)}; the figures are in the table"
         drawn.append(figure(plots.over_fractions(lines), title[:1].upper() + title[1:], alt=alt))
     return [row(*drawn), run_legend(runs), note("Bars: 95 % intervals.")]
