@@ -1,6 +1,8 @@
 """What all tests share: drawn shard sets, and one Ray for the whole run."""
 
+import dataclasses
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,6 +40,37 @@ def small_set(tmp_path_factory) -> Path:
         shard_patches=30,
     )
     return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def pretrained_config(small_set, tmp_path_factory):
+    """The config of a finished run: test_resnet after an epoch of SimCLR on small_set, without Ray. Its storage is for reading;
+    `pretrained_copy` has the run in a folder of its own."""
+    from train.config import PretrainConfig
+    from train.stages.pretraining import pretrain
+
+    config = PretrainConfig(
+        data=str(small_set),
+        name="tiny",
+        backbone="test_resnet",
+        image_size=32,
+        batch_size=16,
+        epochs=1,
+        projection_dim=16,
+        workers=0,
+        threads=1,
+        log_every=1,
+        storage=str(tmp_path_factory.mktemp("pretrained")),
+    )
+    pretrain(config)
+    return config
+
+
+@pytest.fixture
+def pretrained_copy(pretrained_config, tmp_path):
+    """The same with a copy of the run, which a test may write to."""
+    shutil.copytree(pretrained_config.storage, tmp_path / "runs")
+    return dataclasses.replace(pretrained_config, storage=str(tmp_path / "runs"))
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,16 @@
 """Small trees of drawn images, and a way to run the scripts."""
 
+import contextlib
 import io
 import os
+import runpy
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,6 +53,30 @@ def run_python(script: str, *arguments: object, cwd: Path | None = None) -> subp
     environment = {**os.environ, "COLUMNS": "140"}
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd or ROOT, env=environment, timeout=120, check=False)
+
+
+def call_script(script: str, *arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    """Run a script of the project in this process: as run_python, but without the seconds that a new process imports for.
+
+    Gives what run_python gives: an exception that the script lets through becomes a traceback and exit code 1. What child
+    processes print is not caught.
+    """
+    command, code = [str(ROOT / script), *map(str, arguments)], 0
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        patch.setattr(sys, "argv", command)
+        patch.setenv("COLUMNS", "140")
+        patch.chdir(cwd or ROOT)
+        try:
+            runpy.run_path(command[0], run_name="__main__")
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
+        except Exception:
+            traceback.print_exc()
+            code = 1
+    return subprocess.CompletedProcess(command, code, stdout.getvalue(), stderr.getvalue())
 
 
 def assert_refused(done: subprocess.CompletedProcess, *words: str) -> None:
