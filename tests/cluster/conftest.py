@@ -70,7 +70,7 @@ def settings(shards: Path, storage: Path) -> dict:
     }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cluster(undisturbed, tmp_path_factory) -> Iterator[Cluster]:
     """Both machines up, as the documentation says."""
     with two_nodes(tmp_path_factory.mktemp("rig")) as rig:
