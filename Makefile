@@ -15,6 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 INSTALLED := $(VENV)/installed
+PROCESSES ?= 2
 
 .PHONY: demo study watch test test-faults system-packages soak lint bench-smoke gpu-check gpu-bench clean-demo
 .DELETE_ON_ERROR:
@@ -28,11 +29,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# In two processes, which take 4 GB. One thread each: tiny models gain nothing from more.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
+
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not faults" $(ARGS)
+	$(PYTEST) -m "not faults" $(ARGS)
 
 test-faults: $(INSTALLED)
-	$(BIN)/python -m pytest -m faults $(ARGS)
+	$(PYTEST) -m faults $(ARGS)
 
 system-packages:
 	.ci/system-packages

@@ -1,6 +1,7 @@
 """What all tests share: drawn shard sets, and one Ray for the whole run."""
 
 import dataclasses
+import functools
 import os
 import shutil
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sharding.packing import build_shards
-from tests.helpers import S3_SECRET, breast_files, write_tree
+from tests.helpers import ROOT, S3_SECRET, breast_files, write_tree
 from tests.outcomes import Outcomes
 
 
@@ -23,6 +24,31 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.pluginmanager.register(Outcomes(no_skips=config.getoption("--no-skips")), "outcomes")
+
+
+@functools.cache
+def _group(file: str) -> str:
+    """Tests of a group share a process of pytest-xdist: those of a file, of all files that use our Ray, of tests/cluster."""
+    if file.startswith("tests/cluster/"):
+        return "cluster"
+    return "ray" if "ray_here" in (ROOT / file).read_text(encoding="utf-8") else file
+
+
+def pytest_collection_modifyitems(items):
+    """The large groups come first, so that no process waits for them at the end."""
+    order = {"cluster": 0, "ray": 1}
+    items.sort(key=lambda item: order.get(_group(item.nodeid.split("::")[0]), 2))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return _group(nodeid.split("::")[0])
+
+    return ByGroup(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,9 @@
 
 `pytest --no-skips` fails where a test was skipped, was expected to fail, or was left out although -m asks for it. Every run lists
 the tests that took more than 10 s of processor time and have no docstring. Processor time is the same on a busy machine.
+
+With pytest-xdist the processes that run tests have an `Outcomes` each, and so has the one that reports. It sees each test's
+report, but what was left out before the tests began it has to be told by the others.
 """
 
 import os
@@ -23,6 +26,7 @@ class Outcomes:
     def __init__(self, *, no_skips: bool, slow_seconds: float = 10.0):
         self.no_skips, self.slow_seconds = no_skips, slow_seconds
         self.not_run: list[str] = []
+        self._left_out: set[str] = set()  # before it began
         self.unexplained: list[str] = []
 
     @pytest.hookimpl(wrapper=True)
@@ -36,17 +40,14 @@ class Outcomes:
                 item.user_properties.append((_CPU, seconds))
 
     def pytest_runtest_logreport(self, report) -> None:
-        self._note(report)
+        if report.skipped or hasattr(report, "wasxfail"):
+            self.not_run.append(_why(report))
         if report.when == "teardown" and (seconds := dict(report.user_properties).get(_CPU)):
             self.unexplained.append(f"{report.nodeid}: {seconds:.0f} s")
 
     def pytest_collectreport(self, report) -> None:
-        self._note(report)
-
-    def _note(self, report) -> None:
-        if report.skipped or hasattr(report, "wasxfail"):
-            why = report.longrepr[2] if isinstance(report.longrepr, tuple) else getattr(report, "wasxfail", "")
-            self.not_run.append(f"{report.nodeid}: {why.removeprefix('Skipped: ') or 'no reason given'}")
+        if report.skipped:
+            self._left_out.add(_why(report))
 
     def pytest_deselected(self, items) -> None:
         """-m "not faults" and -m faults together are all tests. Whatever else leaves one out, such as -k, hides it."""
@@ -54,9 +55,17 @@ class Outcomes:
         for item in items:
             of_faults = item.get_closest_marker("faults") is not None
             if faults_only.get(item.config.option.markexpr, of_faults) == of_faults:
-                self.not_run.append(f"{item.nodeid}: deselected")
+                self._left_out.add(f"{item.nodeid}: deselected")
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node, error) -> None:
+        self._left_out.update(getattr(node, "workeroutput", {}).get("left_out", []))
 
     def pytest_sessionfinish(self, session, exitstatus) -> None:
+        if (told := getattr(session.config, "workeroutput", None)) is not None:
+            told["left_out"] = sorted(self._left_out)
+            return
+        self.not_run += sorted(self._left_out)
         if self.no_skips and self.not_run and exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -67,3 +76,8 @@ class Outcomes:
         if self.no_skips and self.not_run:
             terminalreporter.section(f"--no-skips: {len(self.not_run)} tests did not run", red=True)
             terminalreporter.write_line("\n".join(self.not_run))
+
+
+def _why(report) -> str:
+    why = report.longrepr[2] if isinstance(report.longrepr, tuple) else getattr(report, "wasxfail", "")
+    return f"{report.nodeid}: {why.removeprefix('Skipped: ') or 'no reason given'}"

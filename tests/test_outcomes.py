@@ -78,7 +78,12 @@ def test_the_two_halves_leave_nothing_out(run, arguments):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["-k", "fault"], ["-m", "not faults", "--deselect", "test_it.py::test_plain"], ["-m", "not faults", "-k", "other"]],
+    [
+        ["-k", "fault"],
+        ["-m", "not faults", "--deselect", "test_it.py::test_plain"],
+        ["-m", "not faults", "-k", "other"],
+        ["-m", "not faults", "-k", "other", "-n", "1"],
+    ],
 )
 def test_what_is_left_out_by_other_means_fails(run, arguments):
     done = run(*arguments, test_it=PLAIN + "\ndef test_other():\n    pass\n")
@@ -86,8 +91,9 @@ def test_what_is_left_out_by_other_means_fails(run, arguments):
     assert "test_it.py::test_plain: deselected" in done.stdout.str()
 
 
-def test_a_skip_fails_and_is_named(run):
-    done = run(test_it=SKIPS, test_module="import pytest\npytest.importorskip('not_there')", test_plain=PLAIN)
+@pytest.mark.parametrize("processes", [[], ["-n", "2"]])
+def test_a_skip_fails_and_is_named(run, processes):
+    done = run(*processes, test_it=SKIPS, test_module="import pytest\npytest.importorskip('not_there')", test_plain=PLAIN)
     assert done.ret == 1
     said = done.stdout.str().split("did not run")[1]
     for each in ("rig: no rig", "sshd: no sshd", "root: no root", "later: later", "already: already"):
