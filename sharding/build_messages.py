@@ -30,16 +30,17 @@ def refusals(scan: Scan, contents: Contents, out: Path, strict: bool) -> list[st
 def treatments(scan: Scan, contents: Contents, treatment: Treatment) -> list[str]:
     """The sentences on converted images, on what their encoding lost, and on those that no GPU decodes."""
     notes = []
-    if count := contents.converted.total():
-        kinds = ", ".join(f"{number:,} {what}" for what, number in contents.converted.most_common(8))
-        more = ", ..." if len(contents.converted) > 8 else ""
+    converted = contents.counts["converted"]
+    if count := converted.total():
+        kinds = ", ".join(f"{number:,} {what}" for what, number in converted.most_common(8))
+        more = ", ..." if len(converted) > 8 else ""
         notes.append(f"{count:,} {'image was' if count == 1 else 'images were'} converted: {kinds}{more}")
     if len(contents.psnr):
         worst = int(np.argmin(contents.psnr))
         mean = float(contents.psnr.mean(dtype=np.float64))
         source = _source(scan, int(contents.psnr_files[worst]))
         notes.append(f"PSNR of what was encoded with loss: mean {mean:.1f} dB, worst {contents.psnr[worst]:.1f} dB ({source})")
-    if (count := contents.formats["png"]) and treatment.encode == "keep":
+    if (count := contents.counts["format"]["png"]) and treatment.encode == "keep":
         notes.append(
             f"{count:,} PNG will be decoded on the CPU in training; --encode jpeg:95 or jpeg2000 (lossless) lets a GPU do it"
         )

@@ -24,6 +24,8 @@ FORMAT_VERSION = 2
 
 WORDS = pa.dictionary(pa.int32(), pa.string())  # few different values: stored once each
 
+# To add a column: its name and type here, and its value in the row that `sharding.shard_writer` writes for each file. Sets
+# that were packed before the column existed stay readable: in these it is null.
 COLUMNS = {
     "id": pa.int64(),  # row number
     "key": pa.string(),  # the sample's name in the tar
@@ -44,6 +46,7 @@ COLUMNS = {
     "source_sha256": pa.string(),  # of the source's bytes; null where they are the image's
     "source": pa.string(),  # path as given
 }
+REQUIRED_COLUMNS = ("id", "key", "shard", "offset", "size", "label", "class", "group", "split", "format", "sha256", "source")
 QUARANTINE_COLUMNS = {"source": pa.string(), "reason": pa.string(), "detail": pa.string(), "sha256": pa.string()}
 
 
@@ -85,7 +88,8 @@ def read_dataset(shards: str | Path) -> dict:
 def read_manifest(shards: str | Path, *, columns: Sequence[str] | None = None) -> pa.Table:
     """One row per patch, in id order; columns as in COLUMNS, and then one for each further field of the layout.
 
-    columns: the only ones to read, for a set whose whole manifest would take gigabytes.
+    columns: the only ones to read, for a set whose whole manifest would take gigabytes. A column of COLUMNS that did not exist
+    yet when the set was packed is null in every row.
     Raises ValueError as read_dataset does, and where manifest.parquet is missing or damaged.
     """
     read_dataset(shards)
@@ -98,8 +102,14 @@ def read_manifest(shards: str | Path, *, columns: Sequence[str] | None = None) -
         raise ValueError(f"{path} is missing: pack the set again, or copy it again") from None
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is damaged: pack the set again, or copy it again") from error
-    if missing := [name for name in columns or COLUMNS if name not in table.column_names]:
-        raise ValueError(f"{path} has no column {missing[0]!r}: pack the set again, or copy it again")
+    missing = [name for name in columns or COLUMNS if name not in table.column_names]
+    for name in missing:
+        if name in REQUIRED_COLUMNS or name not in COLUMNS:
+            raise ValueError(f"{path} has no column {name!r}: pack the set again, or copy it again")
+        table = table.append_column(name, pa.nulls(len(table), COLUMNS[name]))
+    if missing:
+        order = columns or [*COLUMNS, *(name for name in table.column_names if name not in COLUMNS)]
+        table = table.select(order)
     return table.unify_dictionaries().combine_chunks()
 
 

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sharding.manifest import COLUMNS, QUARANTINE_COLUMNS, WORDS
-from sharding.shard_writer import read_note
+from sharding.shard_writer import ROWS, read_note
 from sharding.sources.scan import source_names
 from sharding.splits.assign import content_digests
 from sharding.staging import write_whole
@@ -45,8 +45,9 @@ class Contents:
     """What the shards of one build hold. Arrays have one entry per packed patch, in id order.
 
     files: (n,) int64, the row in the scan; contents: (n, 2) uint64, the first 16 bytes of each source's sha256. digests: the
-    sha256 of each written file. formats, codings, converted, refused: how many of each. psnr: (m,) dB, those that were measured,
-    and psnr_files: (m,) their rows in the scan. first_refused: the row in the scan, and the detail.
+    sha256 of each written file. counts: for each column of words that the notes fill, how many patches have which word; reasons:
+    how many files were refused for which. psnr: (m,) dB, those that were measured, and psnr_files: (m,) their rows in the scan.
+    first_refused: the row in the scan, and the detail.
     """
 
     files: np.ndarray
@@ -54,9 +55,7 @@ class Contents:
     psnr: np.ndarray
     psnr_files: np.ndarray
     digests: dict[str, str]
-    formats: Counter
-    codings: Counter
-    converted: Counter
+    counts: dict[str, Counter]
     refused: Counter
     first_refused: tuple[int, str] | None
 
@@ -65,7 +64,8 @@ def read_contents(written: Written) -> Contents:
     """What the notes say, column by column."""
     files, contents, psnr, psnr_files = [], [], [], []
     digests: dict[str, str] = {}
-    counted: dict[str, Counter] = {name: Counter() for name in ("format", "coding", "converted", "reason")}
+    counts = {name: Counter[str]() for name in ROWS.names if COLUMNS.get(name) == WORDS}
+    refused = Counter[str]()
     first_refused = None
     for _, rows, note, names in written.notes():
         digests |= names
@@ -76,7 +76,7 @@ def read_contents(written: Written) -> Contents:
         known = pc.is_valid(good["psnr"]).to_numpy()
         psnr.append(good["psnr"].to_numpy()[known])
         psnr_files.append(files[-1][known])
-        for name, counter in counted.items():
+        for name, counter in {**counts, "reason": refused}.items():
             counter.update({row["values"]: row["counts"] for row in pc.value_counts(note[name].drop_null()).to_pylist()})
         if first_refused is None and len(good) < len(note):
             place = pc.index(packed, False).as_py()
@@ -87,10 +87,8 @@ def read_contents(written: Written) -> Contents:
         psnr=np.concatenate(psnr),
         psnr_files=np.concatenate(psnr_files),
         digests=digests,
-        formats=counted["format"],
-        codings=counted["coding"],
-        converted=counted["converted"],
-        refused=counted["reason"],
+        counts=counts,
+        refused=refused,
         first_refused=first_refused,
     )
 
@@ -104,8 +102,7 @@ def write_manifest(
     null. The code of "class" is the label. before: the manifest of the set that grows.
     """
     none = np.zeros(0, np.int64)
-    noted = {"format": contents.formats, "coding": contents.codings, "converted": contents.converted}
-    columns = columns | {name: (none, list(counter)) for name, counter in noted.items()}
+    columns = columns | {name: (none, list(counter)) for name, counter in contents.counts.items()}
     dictionaries = {name: _merged(names, before, name) for name, (_, names) in columns.items()}
     extra = [name for name in columns if name not in COLUMNS]
     schema = pa.schema([(name, COLUMNS.get(name, WORDS)) for name in [*COLUMNS, *extra]])
@@ -127,7 +124,7 @@ def write_manifest(
             values["source_sha256"] = pc.if_else(same, pa.scalar(None, pa.string()), good["source_sha256"])
             values["source"] = written.sources(rows, packed)
             for name, (codes, names) in columns.items():
-                if name not in noted:
+                if name not in contents.counts:
                     values[name] = pa.array(names, pa.string()).take(pa.array(codes[here], mask=codes[here] < 0))
             yield _table(values | {name: _as_words(values[name], words) for name, words in dictionaries.items()}, schema)
             done = here.stop

@@ -17,28 +17,20 @@ import pyarrow as pa
 
 from sharding.images.image_checks import Refusal, silent_decoders
 from sharding.images.image_processing import Treatment, treat
-from sharding.manifest import FORMAT_VERSION, index_file, shard_file
+from sharding.manifest import COLUMNS, FORMAT_VERSION, WORDS, index_file, shard_file
 from sharding.process_pool import tick
 from sharding.shard_format import BLOCK, EXTENSIONS, index_text, member, sample_key, tar_end
 from sharding.sources.archives import FileReader
 from sharding.staging import rows_file, write_pieces, write_whole
 
-# What a note says of each source file. `reason` is null where it was packed; then what follows is as in the manifest.
+# What a note says of each source file. `reason` is null where it was packed; then all other columns but `detail` are as in the
+# manifest. Those that a single shard does not know are filled in by `sharding.manifest_writer`.
 ROWS = pa.schema(
-    {
-        "reason": pa.string(),
-        "detail": pa.string(),
-        "source_sha256": pa.string(),  # null where the file could not be read
-        "key": pa.string(),
-        "offset": pa.int64(),
-        "size": pa.int64(),
-        "width": pa.int32(),
-        "height": pa.int32(),
-        "format": pa.string(),
-        "coding": pa.string(),
-        "converted": pa.string(),
-        "psnr": pa.float32(),
-        "sha256": pa.string(),
+    {"reason": pa.string(), "detail": pa.string()}
+    | {
+        name: pa.string() if kind == WORDS else kind
+        for name, kind in COLUMNS.items()
+        if name not in ("id", "shard", "label", "class", "group", "split", "source")
     }
 )
 _TICK = 32  # files between two words on progress
@@ -133,16 +125,11 @@ def _tar_pieces(task: ShardTask, treatment: Treatment, reader: FileReader, rows:
             continue
         key = sample_key(task.number, len(rows.labels), os.path.basename(os.fsdecode(place[1])))
         rows.add(
+            **stored._asdict(),  # of a manifest column's name, each field fills it
             source_sha256=digest,
             key=key,
             offset=length + BLOCK,
             size=len(stored.data),
-            width=stored.width,
-            height=stored.height,
-            format=stored.format,
-            coding=stored.coding,
-            converted=stored.converted,
-            psnr=stored.psnr,
             sha256=digest if stored.converted is None else hashlib.sha256(stored.data).hexdigest(),
         )
         rows.labels.append(label)
@@ -178,6 +165,8 @@ def _is_there(task: ShardTask, identity: str, folder: Path) -> bool:
         if (schema.metadata or {}).get(b"identity") != identity.encode():
             return False
         note = read_note(folder, task.number)
+        if note.rows.schema != ROWS:  # of a version with other columns
+            return False
         for name, digest in note.files.items():
             with (folder / name).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != digest:
