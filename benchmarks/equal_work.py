@@ -42,11 +42,10 @@ from measuring import RunFailed, chosen, machine, new_path, record_of, run_fresh
 from step_peers import PEERS, Environment, environment_of  # noqa: E402
 
 from sharding.cli import option, required, run_script  # noqa: E402
+from sharding.drawn_patches.dataset import LAYOUTS, DrawConfig, draw_set  # noqa: E402
 from sharding.manifest import read_dataset, read_manifest  # noqa: E402
 from sharding.packing import build_shards  # noqa: E402
 from sharding.process_pool import available_cores  # noqa: E402
-from sharding.synthetic import LAYOUTS, draw_set  # noqa: E402
-from sharding.synthetic import Config as DrawConfig  # noqa: E402
 
 _PACKAGES = ("torch", "torchvision", "timm", "pillow", "nvidia-dali-cuda130", "scikit-learn")
 _SLIDES = 24

@@ -32,11 +32,10 @@ from step_model import METHOD, WEIGHT_DECAY, model_step
 from pipelines.loader import ViewLoader
 from pipelines.recipes import get_recipe
 from pipelines.shard_reader import ShardReader
+from sharding.drawn_patches.dataset import LAYOUTS, DrawConfig, draw_set
 from sharding.manifest import fingerprint
 from sharding.packing import build_shards
 from sharding.process_pool import available_cores
-from sharding.synthetic import LAYOUTS, draw_set
-from sharding.synthetic import Config as DrawConfig
 from train.records.data import Input, SetInput, place_of
 from train.records.runs import Run, versions
 from train.trainer.loop import Job, fit, plain_place

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import PIL.Image
 
-from sharding.synthetic import draw_patch, patch_classes
+from sharding.drawn_patches.patches import draw_patch, patch_classes
 
 LAYOUT = "{class}/{slide}/{name}"
 EXTENSIONS = (".jpg", ".jpeg", ".png")  # what every contender takes

@@ -30,8 +30,8 @@ from pipelines.recipes import RECIPES, ColourJitter, GaussianBlur, RandomCrop, R
 from pipelines.torchvision_reference import decode, reference_view, reference_views  # noqa: E402
 from pipelines.views import draw_views  # noqa: E402
 from sharding.cli import option, run_script  # noqa: E402
+from sharding.drawn_patches.patches import draw_patch, encode  # noqa: E402
 from sharding.process_pool import available_cores  # noqa: E402
-from sharding.synthetic import draw_patch, encode  # noqa: E402
 from train.records.runs import code_commit, versions, write_json, write_text  # noqa: E402
 
 SEED = 42

@@ -39,10 +39,9 @@ from measuring import (  # noqa: E402
 )
 
 from sharding.cli import option, required, run_script  # noqa: E402
+from sharding.drawn_patches.dataset import LAYOUTS, DrawConfig, draw_set  # noqa: E402
 from sharding.packing import build_shards  # noqa: E402
 from sharding.process_pool import available_cores  # noqa: E402
-from sharding.synthetic import LAYOUTS, draw_set  # noqa: E402
-from sharding.synthetic import Config as DrawConfig  # noqa: E402
 from train.records.runs import Run, write_json  # noqa: E402
 
 _PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130")

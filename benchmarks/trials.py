@@ -43,8 +43,8 @@ from measuring import (  # noqa: E402
 )
 from patch_set import patch_set  # noqa: E402
 
-from sharding import synthetic  # noqa: E402
 from sharding.cli import option, required, run_script  # noqa: E402
+from sharding.drawn_patches.dataset import DrawConfig, draw_set  # noqa: E402
 from sharding.packing import build_shards  # noqa: E402
 from sharding.process_pool import available_cores  # noqa: E402
 from train.records.runs import Run, write_json  # noqa: E402
@@ -191,9 +191,7 @@ def main(config: Config) -> None:
 
 
 def _tiny_set(work: Path) -> str:
-    images = synthetic.draw_set(
-        synthetic.Config(out=str(work / "tiny-images"), organ="breast", patches=240, size=48, slides=12, seed=1)
-    )
+    images = draw_set(DrawConfig(out=str(work / "tiny-images"), organ="breast", patches=240, size=48, slides=12, seed=1))
     layout = "{class}/{slide}/{name}"
     return str(build_shards([images], work / "tiny-shards", layout=layout, group_by="slide", split="train=0.7,test=0.3").out)
 

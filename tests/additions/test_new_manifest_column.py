@@ -9,10 +9,17 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from pipelines.loader import ViewLoader
+from pipelines.recipes import RECIPES
+from sharding.manifest import COLUMNS, WORDS, read_manifest
 from sharding.packing import build_shards
+from sharding.selection import select
 from tests.helpers import BREAST_LAYOUT, ROOT, encoded, write_tree
 
 COLUMN = '    "sha256": pa.string(),  # of the image'
@@ -22,18 +29,12 @@ IN_SHARD_WRITER = "            brightness=stored.data[-3],\n            scanner=
 
 USE = """
 import json, sys
-from pipelines.loader import ViewLoader
-from pipelines.recipes import RECIPES
 from sharding.manifest import COLUMNS, read_manifest
 from sharding.packing import build_shards
-from sharding.selection import select
 
 sources, old, new, layout = sys.argv[1:]
 assert "brightness" in COLUMNS
 before = read_manifest(old)
-ids = select(before, fraction=0.5)
-with ViewLoader(old, ids, batch_size=8, image_size=16, recipe=RECIPES["simclr"], seed=1, rank=0, world_size=1, device="cpu") as loader:
-    batch = next(iter(loader))
 build_shards([sources + "/first"], new, layout=layout)
 build_shards([sources + "/first", sources + "/second"], old, layout=layout, append=True)
 names = ["brightness", "scanner", "source", "size"]
@@ -41,7 +42,6 @@ print(json.dumps({
     "before": before.select(["brightness", "scanner"]).to_pylist(),
     "columns": [before.column_names, read_manifest(new).column_names],
     "subset": read_manifest(old, columns=["scanner", "id"]).column_names,
-    "batch": list(batch.views.shape),
     "new": read_manifest(new, columns=names).to_pylist(),
     "grown": read_manifest(old, columns=names).to_pylist(),
 }))
@@ -63,7 +63,7 @@ def changed(tmp_path):
 
 def run(copy, *arguments):
     command = [sys.executable, *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": f"{copy}:{ROOT}"}
+    environment = {**os.environ, "PYTHONPATH": str(copy)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=copy, env=environment, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -84,10 +84,9 @@ def test_new_columns_have_values_in_new_sets_and_nulls_in_old_ones(tmp_path, cha
     assert told["before"] == [{"brightness": None, "scanner": None}] * 24
     assert told["columns"][0] == told["columns"][1]
     assert told["subset"] == ["scanner", "id"]
-    assert told["batch"] == [2, 8, 3, 16, 16]
 
     def expected(row):
-        data = open(row["source"], "rb").read()
+        data = Path(row["source"]).read_bytes()
         return data[-3], "abc"[len(data) % 3]
 
     for row in told["new"] + told["grown"][24:]:
@@ -95,3 +94,23 @@ def test_new_columns_have_values_in_new_sets_and_nulls_in_old_ones(tmp_path, cha
     assert (len(told["new"]), len(told["grown"])) == (24, 36)
     assert {(row["brightness"], row["scanner"]) for row in told["grown"][:24]} == {(None, None)}
     assert "36 patches are as they were packed" in run(changed, "sharding/inspect_shards.py", old, "--verify", "--workers", 1)
+
+
+def test_training_reads_a_set_that_lacks_the_columns(small_set, monkeypatch):
+    monkeypatch.setitem(COLUMNS, "brightness", pa.float32())
+    monkeypatch.setitem(COLUMNS, "scanner", WORDS)
+    manifest = read_manifest(small_set)
+    assert manifest["brightness"].null_count == manifest["scanner"].null_count == len(manifest)
+    ids = select(manifest, split="train", fraction=0.5)
+    settings = dict(batch_size=8, image_size=16, recipe=RECIPES["simclr"], seed=1, backend="torchvision")
+    with ViewLoader(small_set, ids, **settings) as loader:
+        assert next(iter(loader)).views.shape == (2, 8, 3, 16, 16)
+
+
+def test_a_set_without_a_column_that_it_always_had_is_damaged(small_set, tmp_path):
+    copy = shutil.copytree(small_set, tmp_path / "set")
+    table = pq.read_table(copy / "manifest.parquet")
+    pq.write_table(table.drop(["offset"]), copy / "manifest.parquet")
+    for columns in (None, ["offset"]):
+        with pytest.raises(ValueError, match="has no column 'offset'"):
+            read_manifest(copy, columns=columns)

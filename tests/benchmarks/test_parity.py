@@ -14,7 +14,7 @@ import torch
 from pipelines.recipes import get_recipe
 from pipelines.torchvision_reference import reference_views
 from sharding.cli import run_script
-from sharding.synthetic import draw_patch, encode
+from sharding.drawn_patches.patches import draw_patch, encode
 from tests.helpers import assert_refused, encoded, write_tree
 
 ROOT = Path(__file__).resolve().parents[2]

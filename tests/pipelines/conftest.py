@@ -8,8 +8,8 @@ import torch
 from nvidia.dali.plugin.numba import NumbaFunction
 from PIL import Image
 
+from sharding.drawn_patches.patches import draw_patch, encode
 from sharding.packing import build_shards
-from sharding.synthetic import draw_patch, encode
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,7 +9,9 @@ import PIL.Image
 import pytest
 
 from sharding import synthetic
-from sharding.synthetic import Config, draw_patch, draw_set, encode, patch_classes
+from sharding.drawn_patches import dataset
+from sharding.drawn_patches.dataset import DrawConfig, draw_set
+from sharding.drawn_patches.patches import draw_patch, encode, patch_classes
 
 
 def contents(folder):
@@ -18,10 +20,10 @@ def contents(folder):
 
 def test_the_same_arguments_draw_the_same_bytes_with_any_number_of_workers(tmp_path):
     config = {"patches": 70, "size": 40, "slides": 4, "seed": 3}
-    one = draw_set(Config(out=str(tmp_path / "one"), workers=1, **config))
-    two = draw_set(Config(out=str(tmp_path / "two"), workers=2, **config))
+    one = draw_set(DrawConfig(out=str(tmp_path / "one"), workers=1, **config))
+    two = draw_set(DrawConfig(out=str(tmp_path / "two"), workers=2, **config))
     assert contents(one) == contents(two)
-    other = draw_set(Config(out=str(tmp_path / "other"), workers=1, **{**config, "seed": 4}))
+    other = draw_set(DrawConfig(out=str(tmp_path / "other"), workers=1, **{**config, "seed": 4}))
     images = [{v for k, v in contents(folder).items() if k.endswith(".jpg")} for folder in (one, other)]
     assert [len(i) for i in images] == [70, 70]
     assert not images[0] & images[1]
@@ -29,7 +31,7 @@ def test_the_same_arguments_draw_the_same_bytes_with_any_number_of_workers(tmp_p
 
 
 def test_breast_has_classes_slides_and_plain_jpegs(tmp_path):
-    folder = draw_set(Config(out=str(tmp_path / "breast"), patches=60, size=48, slides=5, workers=1))
+    folder = draw_set(DrawConfig(out=str(tmp_path / "breast"), patches=60, size=48, slides=5, workers=1))
     paths = [path.relative_to(folder).parts for path in folder.rglob("*.jpg")]
     assert Counter(kind for kind, _, _ in paths) == {"benign": 30, "in_situ": 18, "invasive": 12}
     slides = {slide for _, slide, _ in paths}
@@ -40,7 +42,7 @@ def test_breast_has_classes_slides_and_plain_jpegs(tmp_path):
 
 
 def test_kidney_has_no_classes(tmp_path):
-    folder = draw_set(Config(out=str(tmp_path / "kidney"), organ="kidney", patches=9, size=48, slides=3, workers=1))
+    folder = draw_set(DrawConfig(out=str(tmp_path / "kidney"), organ="kidney", patches=9, size=48, slides=3, workers=1))
     paths = [path.relative_to(folder).parts for path in folder.rglob("*.jpg")]
     assert Counter(slide for slide, _ in paths) == {"KI-001": 3, "KI-002": 3, "환자 03": 3}
 
@@ -111,12 +113,12 @@ def test_the_script_draws_once_and_never_over_something_else(tmp_path):
 )
 def test_arguments_out_of_range_are_refused(tmp_path, name, value):
     with pytest.raises(ValueError, match=name):
-        draw_set(Config(**{"out": str(tmp_path / "set"), name: value}))
+        draw_set(DrawConfig(**{"out": str(tmp_path / "set"), name: value}))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(synthetic, "encode", lambda patch: 1 / 0)
+    monkeypatch.setattr(dataset, "encode", lambda patch: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        draw_set(Config(out=str(tmp_path / "set"), patches=3, size=32, workers=1))
+        draw_set(DrawConfig(out=str(tmp_path / "set"), patches=3, size=32, workers=1))
     assert not list(tmp_path.iterdir())

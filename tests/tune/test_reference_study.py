@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sharding import synthetic
+from sharding.drawn_patches.dataset import DrawConfig, draw_set
 from sharding.packing import build_shards
 from tests.helpers import ROOT
 from train.records.runs import Run
@@ -33,7 +33,7 @@ def demo(tmp_path) -> Path:
         ("breast", {"layout": "{class}/{slide}/{name}", "split": "train=0.7,test=0.3"}),
     ):
         images = tmp_path / "demo" / "images" / organ
-        synthetic.draw_set(synthetic.Config(out=str(images), organ=organ, patches=300, size=48, slides=12, seed=1))
+        draw_set(DrawConfig(out=str(images), organ=organ, patches=300, size=48, slides=12, seed=1))
         build_shards([images], tmp_path / "demo" / "shards" / organ, group_by="slide", **settings)
     weights = tmp_path / "demo" / "weights" / "random_in_place_of_imagenet.safetensors"
     random_weights.main(random_weights.RandomWeightsConfig(backbone="test_resnet", out=str(weights)))

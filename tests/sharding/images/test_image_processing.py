@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from sharding.drawn_patches.patches import draw_patch
 from sharding.images.image_checks import Refusal, read_header, silent_decoders
 from sharding.images.image_processing import Stored, Treatment, check_stored, tissue_share, treat
 from sharding.images.pillow_decoder import picture_of
-from sharding.synthetic import draw_patch
 from tests.helpers import encoded
 
 KEEP = Treatment()
