@@ -15,13 +15,17 @@ from collections.abc import Callable, Sequence
 import rich.console
 from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter
 
+_AS_DEFAULT = object()
 
-def option(default, text: str, *, identity: bool = True):
+
+def option(default, text: str, *, identity: bool = True, old_default=_AS_DEFAULT):
     """A config field that becomes `--field-name`, with its default and its line of help.
 
     identity: whether the field decides the result; where, how fast and by how many something is done does not.
+    old_default: the value that holds for records made before the field existed, where it is not `default`: what the code did
+    then. Keep it when you give the field another default later.
     """
-    metadata = {"help": text, "identity": identity}
+    metadata = {"help": text, "identity": identity, "old_default": default if old_default is _AS_DEFAULT else old_default}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -35,6 +39,12 @@ def required(text: str, *, identity: bool = True):
 def positional(text: str, *, identity: bool = True):
     """A config field that is given by its place; a list takes one or more."""
     return dataclasses.field(metadata={"help": text, "identity": identity, "positional": True})
+
+
+def old_defaults(config_class: type) -> dict[str, typing.Any]:
+    """By field, the value that holds for a record made before the field existed. Fields without a default have none."""
+    fields = dataclasses.fields(config_class)
+    return {field.name: field.metadata["old_default"] for field in fields if "old_default" in field.metadata}
 
 
 class _HelpFormatter(DefaultHelpFormatter):

@@ -22,15 +22,26 @@ from typing import Any
 import yaml
 
 from pipelines.remote_folder import RemoteFolder, is_url
+from sharding.cli import old_defaults
 from train.records.data import place_of
 from train.records.remote_run import CELLS, RESULT_NAME, Mirror
 
 # Raise a stage's version when the same config and data would come out with other figures.
 STAGE_VERSIONS = {"pretrain": 2, "linear": 3, "knn": 1, "finetune": 3, "supervised": 3}
 
-# Fields that came later, and the value that stands for what was done before: where they have it they are left out, so that the
-# keys of earlier runs stay what they are.
-_LATER = {"shuffle_window": None, "micro_batch": None, "projection_layers": 2, "lr_rule": "linear", "schedule": "cosine"}
+# The fields that the first release had stand in the key whatever their value. Never add one: a later field is left out of the key
+# where it has the value that holds for older runs (see sharding.cli.option), so that their keys stay what they are.
+_ALWAYS_IN_KEY = {
+    "PretrainConfig": {
+        "method", "recipe", "backbone", "split", "fraction", "image_size", "batch_size", "projection_dim", "temperature",
+        "optimizer", "learning_rate", "weight_decay", "epochs", "warmup_epochs", "precision", "seed",
+    },
+    "EvaluateConfig": {
+        "mode", "split", "test_split", "validation_split", "resplit", "group_aware", "duplicates", "classes", "leave_out",
+        "fraction", "cap", "balance", "validation", "seeds", "protocol", "head", "neighbours", "image_size", "batch_size",
+        "optimizer", "learning_rate", "weight_decay", "epochs", "patience", "warmup_epochs", "precision", "seed", "draws",
+    },
+}  # fmt: skip
 
 _PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "ray", "numpy", "numba", "pyarrow", "torchmetrics")
 
@@ -57,9 +68,10 @@ class Stage:
 
 
 def identity(config) -> dict[str, Any]:
-    """A config's fields that decide the result."""
+    """A config's fields that decide the result, without later ones that have the value that holds for older runs."""
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.metadata["identity"]}
-    return {name: value for name, value in fields.items() if name not in _LATER or value != _LATER[name]}
+    optional = {name: value for name, value in old_defaults(config).items() if name not in _ALWAYS_IN_KEY[type(config).__name__]}
+    return {name: value for name, value in fields.items() if name not in optional or value != optional[name]}
 
 
 class Run:
@@ -135,7 +147,7 @@ class Run:
         its first step (a misspelt backbone, say) holds nothing to lose, and its name is free.
         """
         if (self.folder / "run.json").exists():
-            differences = _differences(self.record["stage"], stage.describe())
+            differences = _differences(self.record["stage"], stage.describe(), old_defaults(config))
             if differences and self.has_work():
                 raise ValueError(
                     f"the name {self.name!r} is taken by a run with {', '.join(differences)}:"
@@ -276,11 +288,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _differences(theirs: dict, ours: dict) -> list[str]:
-    """Each field in which two stages differ, as a person reads it."""
+def _differences(theirs: dict, ours: dict, defaults: dict[str, Any]) -> list[str]:
+    """Each field in which two stages differ, as a person reads it. defaults: of fields that one of them lacks."""
     if theirs["kind"] != ours["kind"]:
         return [f"stage {theirs['kind']} (now {ours['kind']})"]
-    before, now = (_LATER | part["config"] for part in (theirs, ours))
+    before, now = (defaults | part["config"] for part in (theirs, ours))
     found = [
         f"{name} {before.get(name)} (now {now.get(name)})"
         for name in sorted(before.keys() | now.keys())
