@@ -8,6 +8,7 @@
 # make bench-smoke   is something of ours slower than it was? Ratios against benchmarks/smoke.json (a minute, ARGS=--update writes it)
 # make gpu-check   one command for a host with a GPU (DRY=1 for the same on a CPU)
 # make gpu-bench   every figure that only a GPU shows, in 8 minutes (DRY=1 on a CPU, DATA=shards/oral to pretrain on a set of yours)
+# make reference   docs/reference.md, from the scripts' configs
 # The first of them makes the virtual environment (about 5 minutes, 5 GB); the others find it made.
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ DEMO := demo
 INSTALLED := $(VENV)/installed
 PROCESSES ?= 2
 
-.PHONY: demo study watch test test-faults system-packages soak lint bench-smoke gpu-check gpu-bench clean-demo
+.PHONY: demo study watch test test-faults system-packages soak lint bench-smoke gpu-check gpu-bench clean-demo reference
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -76,6 +77,9 @@ watch:
 	@command -v prometheus >/dev/null || { echo "make watch needs prometheus: apt-get install --no-install-recommends prometheus"; exit 2; }
 	prometheus --config.file=monitoring/prometheus.yml --web.listen-address=127.0.0.1:9090 \
 		--storage.tsdb.path=$(HOME)/.local/share/patchclr/prometheus --storage.tsdb.retention.time=90d
+
+reference: $(INSTALLED)
+	$(BIN)/python docs/make_reference.py
 
 clean-demo:
 	rm -rf $(DEMO)

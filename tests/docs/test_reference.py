@@ -1,0 +1,22 @@
+"""docs/reference.md is what the scripts' configs say."""
+
+from docs.make_reference import COMMAND, PAGE, SCRIPTS, reference
+from tests import test_architecture
+
+
+def test_the_reference_is_current():
+    assert PAGE.read_text() == reference(), f"docs/reference.md is out of date: run `{COMMAND}` (or `make reference`)"
+
+
+def test_every_script_is_in_it():
+    assert set(SCRIPTS) == set(test_architecture.SCRIPTS)
+
+
+def test_what_it_says_of_flags():
+    text = reference()
+    assert "| `SOURCES` | text ... | required | " in text
+    assert "| `--check` | `decode`, `header` | `decode` | " in text
+    assert "| `--fraction` | number ... | `1.0` | " in text
+    assert "| `--strict` | switch | off | " in text
+    assert "| `--compile` | switch |  | " in text
+    assert "%%" not in text
