@@ -72,7 +72,9 @@ def _about(module: types.ModuleType) -> str:
 def _row(field: dataclasses.Field, hint: Any) -> tuple[str, str, str, str]:
     flag = field.name.upper() if field.metadata.get("positional") else "--" + field.name.replace("_", "-")
     text = field.metadata["help"].replace("%%", "%")
-    return f"`{flag}`", _values(hint), _default(field), _escaped(text)
+    choices = field.metadata.get("choices")
+    values = _values(Literal[tuple(choices)]) if choices is not None else _values(hint)
+    return f"`{flag}`", values, _default(field), _escaped(text)
 
 
 def _values(hint: Any) -> str:
