@@ -31,7 +31,7 @@ from pipelines.torchvision_reference import reference_views
 from pipelines.views import OPERATIONS, draw_views
 from sharding.manifest import fingerprint
 from sharding.selection import select
-from tests.helpers import assert_refused, open_files, run_python
+from tests.helpers import assert_refused, call_script, open_files, run_python
 
 GAP, CAPTION, TITLE, CELL = 8, 38, 34, 192
 SIMCLR = get_recipe("simclr")
@@ -485,7 +485,7 @@ def test_script_makes_a_picture(shard_set, tmp_path):
 
 def test_script_shows_a_step_of_a_run(write_run, tmp_path):
     run = write_run()
-    done = run_python("pipelines/preview.py", "--run", "runs/kidney", "--step", 2, "--out", "views.png", cwd=tmp_path)
+    done = call_script("pipelines/preview.py", "--run", "runs/kidney", "--step", 2, "--out", "views.png", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "views.png\n", "")
     expected = step_sheet(dataclasses.replace(read_training(run), name="runs/kidney"), 2, patches=8)
     with Image.open(tmp_path / "views.png") as picture:
@@ -499,7 +499,7 @@ def test_folder_that_is_no_shard_set(tmp_path):
 
 
 def test_script_refuses_a_run_without_a_record(tmp_path):
-    done = run_python("pipelines/preview.py", "--run", "runs/kidney", "--step", 2, "--out", "views.png", cwd=tmp_path)
+    done = call_script("pipelines/preview.py", "--run", "runs/kidney", "--step", 2, "--out", "views.png", cwd=tmp_path)
     assert_refused(done, "runs/kidney/run.json: no such file")
     assert not list(tmp_path.iterdir())
 

@@ -9,7 +9,7 @@ from sharding.build import main
 from sharding.build_config import BuildConfig, commands_of, packed_by
 from sharding.cli import parse
 from sharding.manifest import fingerprint
-from tests.helpers import BREAST_LAYOUT, breast_files, encoded, run_python, write_tree
+from tests.helpers import BREAST_LAYOUT, breast_files, call_script, encoded, write_tree
 
 
 def pack(command):
@@ -96,5 +96,5 @@ def test_each_growth_has_its_command(breast, tmp_path):
 def test_inspection_shows_a_command_that_a_shell_takes(tmp_path):
     tree = write_tree(tmp_path / "유방 (breast)", breast_files({"Benign": 4}))
     pack([tree, "--layout", BREAST_LAYOUT, "--out", tmp_path / "set"])
-    shown = run_python("sharding/inspect_shards.py", tmp_path / "set").stdout
+    shown = call_script("sharding/inspect_shards.py", tmp_path / "set").stdout
     assert f"packed by: python sharding/build.py '{tree}' --layout '{BREAST_LAYOUT}' --out {tmp_path}/set\n" in shown

@@ -1,4 +1,4 @@
-"""The two scripts, as a user runs them: what goes wrong is one sentence and exit code 2, and leaves nothing behind."""
+"""The two scripts: what goes wrong is one sentence and exit code 2, and leaves nothing behind."""
 
 import re
 import shutil
@@ -9,11 +9,11 @@ import pytest
 
 from sharding.inspect_shards import verify
 from sharding.packing import build_shards
-from tests.helpers import BREAST_LAYOUT, ROOT, assert_refused, encoded, run_python, write_tree
+from tests.helpers import BREAST_LAYOUT, ROOT, assert_refused, call_script, encoded, run_python, write_tree
 
 
 def build(*arguments, cwd=None):
-    return run_python("sharding/build.py", *arguments, cwd=cwd)
+    return call_script("sharding/build.py", *arguments, cwd=cwd)
 
 
 def test_build_then_inspect(breast, tmp_path):
@@ -22,7 +22,7 @@ def test_build_then_inspect(breast, tmp_path):
         breast, "--out", "shards/breast", "--layout", BREAST_LAYOUT, "--where", "magnification=x40",
         "--split", "train=0.8,test=0.2", "--group-by", "slide", "--encode", "keep", "--workers", 2, "--seed", 42,
     ]  # fmt: skip
-    done = build(*arguments, cwd=tmp_path)
+    done = run_python("sharding/build.py", *arguments, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "56 images found = 55 packed + 1 quarantined" in done.stdout
     assert f"1 image was refused (1 undecodable), the first: {breast}/Benign/S B0/x40/cut.jpg" in done.stdout
@@ -158,12 +158,12 @@ def test_verify_finds_any_damage(small_set, tmp_path, damage, words):
 def test_inspect_refuses_in_one_sentence(small_set, tmp_path):
     copy = shutil.copytree(small_set, tmp_path / "set")
     change_byte(copy / "shard-000000.tar", 600)
-    assert run_python("sharding/inspect_shards.py", copy).returncode == 0  # it was not asked to verify
-    assert_refused(run_python("sharding/inspect_shards.py", copy, "--verify"), "shard-000000.tar")
-    assert_refused(run_python("sharding/inspect_shards.py", tmp_path / "nowhere"), "no such folder")
-    assert_refused(run_python("sharding/inspect_shards.py", tmp_path), "not a shard set")
+    assert call_script("sharding/inspect_shards.py", copy).returncode == 0  # it was not asked to verify
+    assert_refused(call_script("sharding/inspect_shards.py", copy, "--verify"), "shard-000000.tar")
+    assert_refused(call_script("sharding/inspect_shards.py", tmp_path / "nowhere"), "no such folder")
+    assert_refused(call_script("sharding/inspect_shards.py", tmp_path), "not a shard set")
     (copy / "manifest.parquet").write_bytes(b"")
-    assert_refused(run_python("sharding/inspect_shards.py", copy), "damaged")
+    assert_refused(call_script("sharding/inspect_shards.py", copy), "damaged")
 
 
 _BROKEN = """

@@ -1,10 +1,18 @@
-"""The scripts as a user runs them."""
+"""The scripts: each starts in a process of its own, and refuses what a user did wrong."""
 
 import pytest
 
-from tests.helpers import assert_refused, run_python
+from tests.helpers import assert_refused, call_script, run_python
 
-SCRIPTS = ("train/pretrain.py", "train/evaluate.py", "train/report.py", "tune/grid.py", "pipelines/preview.py")
+SCRIPTS = (
+    "train/pretrain.py",
+    "train/evaluate.py",
+    "train/embed.py",
+    "train/report.py",
+    "train/doctor.py",
+    "tune/grid.py",
+    "pipelines/preview.py",
+)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -16,14 +24,14 @@ def test_help_names_every_flag(script):
 
 
 def test_pretrain_refuses_a_missing_set(tmp_path):
-    done = run_python("train/pretrain.py", "--data", tmp_path / "none", "--name", "x", "--storage", tmp_path / "runs")
+    done = call_script("train/pretrain.py", "--data", tmp_path / "none", "--name", "x", "--storage", tmp_path / "runs")
     assert_refused(done, "pretrain.py:", str(tmp_path / "none"))
     assert not (tmp_path / "runs").exists()
 
 
 def test_pretrain_refuses_a_wrong_flag(tmp_path):
     assert_refused(
-        run_python("train/pretrain.py", "--data", tmp_path, "--name", "x", "--batch-size", "many"), "batch_size", "many"
+        call_script("train/pretrain.py", "--data", tmp_path, "--name", "x", "--batch-size", "many"), "batch_size", "many"
     )
 
 
@@ -35,17 +43,17 @@ def test_a_set_from_the_future_is_refused(tmp_path, small_set):
     dataset = json.loads((tmp_path / "shards" / "dataset.json").read_text())
     dataset["format_version"] += 1
     (tmp_path / "shards" / "dataset.json").write_text(json.dumps(dataset))
-    done = run_python("train/evaluate.py", "--data", tmp_path / "shards", "--storage", tmp_path / "runs")
+    done = call_script("train/evaluate.py", "--data", tmp_path / "shards", "--storage", tmp_path / "runs")
     assert_refused(done, "has format 3", "upgrade PatchCLR")
     assert not (tmp_path / "runs").exists()
 
 
 def test_report_refuses_what_is_no_run(tmp_path):
-    assert_refused(run_python("train/report.py", "nothing", "--storage", tmp_path), "nothing", "no run of that name")
+    assert_refused(call_script("train/report.py", "nothing", "--storage", tmp_path), "nothing", "no run of that name")
 
 
 def test_grid_refuses_a_misspelt_field(tmp_path):
     (tmp_path / "study.yaml").write_text("stages: {a: {pretrain: {data: x, epohs: 3}}}\n")
     assert_refused(
-        run_python("tune/grid.py", tmp_path / "study.yaml"), "study.yaml:1: stages: a: pretrain", "epohs", "did you mean epochs?"
+        call_script("tune/grid.py", tmp_path / "study.yaml"), "study.yaml:1: stages: a: pretrain", "epohs", "did you mean epochs?"
     )

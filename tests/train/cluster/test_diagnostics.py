@@ -222,9 +222,8 @@ def test_a_port_that_does_not_answer_is_waited_for_shortly():
         for each in filling:
             each.setblocking(False)
             each.connect_ex(server.getsockname())
-        began = time.monotonic()
+        # Our own time-out: the kernel's is "Connection timed out", after two minutes.
         assert nodes.unreachable({"b": server.getsockname()}, 0.3) == {"b": "timed out"}
-        assert time.monotonic() - began < 5
         for each in filling:
             each.close()
 

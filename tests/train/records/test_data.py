@@ -21,7 +21,7 @@ from pipelines.shard_reader import ShardReader
 from sharding.build_config import packed_by
 from sharding.manifest import fingerprint, read_manifest
 from sharding.selection import select
-from tests.helpers import assert_refused, open_files, run_python
+from tests.helpers import assert_refused, call_script, open_files
 from train.cluster.launcher import run_job
 from train.config import EvaluateConfig, PretrainConfig
 from train.records.data import Input, SetInput, gib, open_set, parse_mix, place_of
@@ -283,7 +283,7 @@ def test_what_cannot_be_read_is_one_sentence_and_leaves_no_run(settings, other_s
 
 def test_mix_on_the_command_line(tmp_path, small_set, other_set):
     flags = ("--data", small_set, "--name", "x", "--storage", tmp_path / "runs", "--split", "test")
-    done = run_python("train/pretrain.py", *flags, "--mix", f"{other_set}=1", f"{small_set}=2", "--shuffle-window", 2)
+    done = call_script("train/pretrain.py", *flags, "--mix", f"{other_set}=1", f"{small_set}=2", "--shuffle-window", 2)
     assert_refused(done, "pretrain.py:", "size=16: there is no split 'test'")
     assert not (tmp_path / "runs").exists()
 

@@ -12,7 +12,7 @@ import torch
 from models.backbones import build_backbone
 from pipelines.recipes import get_recipe
 from pipelines.shard_reader import ShardReader
-from tests.helpers import run_python
+from tests.helpers import call_script
 from train.config import EmbedConfig
 from train.scoring.features import compute_features
 from train.stages import embedding, feature_cache
@@ -135,7 +135,7 @@ def test_workers_write_the_same(ray_here, config, tmp_path):
 def test_the_script(config):
     flags = [text for name in ("data", "backbone", "architecture", "image_size", "out") for text in
              (f"--{name.replace('_', '-')}", str(getattr(config, name)))]  # fmt: skip
-    done = run_python("train/embed.py", *flags)
+    done = call_script("train/embed.py", *flags)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == config.out, done.stderr
-    again = run_python("train/embed.py", *flags, "--seed", "5")
+    again = call_script("train/embed.py", *flags, "--seed", "5")
     assert again.returncode == 2 and "holds other embeddings" in again.stderr
