@@ -10,7 +10,7 @@ import select
 import signal
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import rich.console
 from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter
@@ -18,14 +18,20 @@ from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter
 _AS_DEFAULT = object()
 
 
-def option(default, text: str, *, identity: bool = True, old_default=_AS_DEFAULT):
+def option(default, text: str, *, identity: bool = True, old_default=_AS_DEFAULT, choices: Collection[str] | None = None):
     """A config field that becomes `--field-name`, with its default and its line of help.
 
     identity: whether the field decides the result; where, how fast and by how many something is done does not.
     old_default: the value that holds for records made before the field existed, where it is not `default`: what the code did
     then. Keep it when you give the field another default later.
+    choices: the values that are accepted, such as the keys of a registry, to which names may still be added later.
     """
-    metadata = {"help": text, "identity": identity, "old_default": default if old_default is _AS_DEFAULT else old_default}
+    metadata = {
+        "help": text,
+        "identity": identity,
+        "old_default": default if old_default is _AS_DEFAULT else old_default,
+        "choices": choices,
+    }
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -83,6 +89,8 @@ def build_parser(config_class: type, *, prog: str, description: str, exit_on_err
             settings["action"] = ActionYesNo(no_prefix="no-")
         elif typing.get_origin(hint) is list:
             settings |= {"type": typing.get_args(hint)[0], "nargs": "+"}
+        elif field.metadata.get("choices") is not None:
+            settings["choices"] = field.metadata["choices"]
         else:
             settings["type"] = hint
         if field.metadata.get("positional"):

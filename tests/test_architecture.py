@@ -36,8 +36,8 @@ ROOMS = {
     "train/scoring": set(),
     "train/trainer": {"train", "train/records", "train/scoring"},
     "train/cluster": {"train", "train/records", "train/trainer"},
-    "train/reporting": {"train/records", "train/scoring"},
-    "train/reporting/sections": {"train/records", "train/scoring"},
+    "train/reporting": {"train/records", "train/scoring", "train/trainer"},
+    "train/reporting/sections": {"train/records", "train/scoring", "train/trainer"},
     "train/stages": {"train", "train/records", "train/scoring", "train/trainer", "train/cluster", "train/reporting"},
 }
 # Outside packages that are the business of few modules, by their dotted prefix.

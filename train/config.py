@@ -10,6 +10,7 @@ from typing import Literal
 from jsonargparse.typing import restricted_string_type
 
 from sharding.cli import option, required
+from train.trainer.methods import METHODS, method_summaries
 
 Precision = Literal["fp32", "bf16", "fp64"]
 Optimizer = Literal["lars", "adam", "adamw", "sgd"]
@@ -47,11 +48,7 @@ class PretrainConfig:
 
     data: str = required(_DATA, identity=False)
     name: str = required(_NAME, identity=False)
-    method: Literal["simclr", "rotnet", "rotnet-jitter"] = option(
-        "simclr",
-        "what is learnt: simclr (NT-Xent on two views), rotnet (by which quarter turn each of four views was turned), or"
-        " rotnet-jitter (the same, with colours of its own for each turn)",
-    )
+    method: str = option("simclr", f"what is learnt. {method_summaries()}", choices=METHODS)
     recipe: Literal["simclr", "simclr-mild", "simclr-blur", "pathology", "rotnet", "rotnet-jitter"] | None = option(
         None,
         "augmentation; default: the method's own. For simclr: the paper's, milder (small patches), with blur, or with stain"

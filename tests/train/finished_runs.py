@@ -14,6 +14,7 @@ from train.config import PretrainConfig
 from train.records.runs import Run, Stage
 from train.reporting.gallery import leave_exhibits
 from train.scoring.metrics import METRICS, score
+from train.trainer.methods import METHODS
 
 ODD = "R&D <i>신장 'a\" $x$ $y"  # what a folder may be called
 ODD_CLASS = "종양 <script>alert(1)</script> &"
@@ -21,10 +22,17 @@ JPEG = b"\xff\xd8\xff not really"
 
 
 def run_of(storage: Path, name: str, kind: str, result: dict, rows=(), *, data: str = "d" * 64) -> Run:
-    """A finished run of that result. rows: of metrics.jsonl."""
+    """A finished run of that result, of the method that it is named after, or else SimCLR. rows: of metrics.jsonl."""
     shards = str(storage / "no shards")
     run = Run(storage / name)
-    settings = {"method": "simclr", "recipe": "simclr", "image_size": 64, "seed": 7, "backbone": "resnet18", "epochs": 3}
+    settings = {
+        "method": name if name in METHODS else "simclr",
+        "recipe": "simclr",
+        "image_size": 64,
+        "seed": 7,
+        "backbone": "resnet18",
+        "epochs": 3,
+    }
     command = "python sharding/build.py '신장 <1>' --group-by slide --out 'no shards'"
     sets = [{"shards": shards, "weight": 1.0, "fingerprint": data, "packed_by": [command]}]
     recipe = "simclr" if kind == "pretrain" else "eval"

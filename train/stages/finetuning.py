@@ -84,7 +84,7 @@ def train_cell(
         )
         for line in [*model, describe_rate(job)]:
             say(line)
-        with follow(run, steps=job.steps, title=folder.name, starting="starting"):
+        with follow(run, steps=job.steps, title=folder.name, starting="starting", accuracy=job.method.accuracy):
             run_job(job, config.workers, config.gpus_per_worker, config.cpus_per_worker)
     device = read_json(folder / "engine.json", "remove this folder, and it is trained again")["device"]
     backbone = build_backbone(job.backbone, job.image_size)

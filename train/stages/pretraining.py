@@ -20,14 +20,12 @@ from train.reporting.report_writer import write_report
 from train.trainer.grad_cache import check_micro_batch
 from train.trainer.health_checks import Alarms
 from train.trainer.loop import Job
-from train.trainer.methods import Pretext, build_method
+from train.trainer.methods import Method, build_method
 from train.trainer.model_summary import describe_model, describe_rate
 from train.trainer.online_probe import plan_probe
 from train.trainer.optim import peak_learning_rate
 from train.trainer.profiler import SKIPPED, TRACE_NAME, WARM_UP
 from train.trainer.progress import follow
-
-_COMPARE_BY = "runs with different batch sizes are compared by top1 and the probe, not by the loss"
 
 
 def pretrain(config: PretrainConfig) -> Run:
@@ -104,7 +102,7 @@ def pretrain(config: PretrainConfig) -> Run:
         print(f"{run.name}: {line}", flush=True)
     started = time.monotonic()
     starting = "starting the workers" if worker_range(config.workers)[1] else "starting"
-    with follow(run, steps=job.steps, title=run.name, starting=starting, alarms=_alarms(job)):
+    with follow(run, steps=job.steps, title=run.name, starting=starting, accuracy=method.accuracy, alarms=_alarms(job)):
         device = run_job(job, config.workers, config.gpus_per_worker, config.cpus_per_worker)
     if config.profile:
         print(f"{run.name}: {_where_traced(run)}", flush=True)
@@ -129,7 +127,7 @@ def _inputs(config: PretrainConfig) -> tuple[Input, Parent, Run]:
     return chosen, parent, open_run(config.storage, config.name)
 
 
-def _stage(config: PretrainConfig, method: Pretext, precision: str, chosen: Input, parent: Parent) -> Stage:
+def _stage(config: PretrainConfig, method: Method, precision: str, chosen: Input, parent: Parent) -> Stage:
     settled = identity(config) | {"recipe": method.recipe_name, "precision": precision}
     return Stage("pretrain", settled, chosen.fingerprint, parent.key)
 
@@ -215,7 +213,7 @@ def _finish(run, job, stage, seconds, device):
         "init": json.loads((run.folder / "init.json").read_text()),
         "engine": json.loads((run.folder / "engine.json").read_text()),
         "warnings": [text for row in rows for text in alarms.add(row)],
-        "compare_by": _COMPARE_BY if "top1" in last else None,
+        "compare_by": job.method.comparison_note,
     }
     run.finish(result, wall_seconds=seconds, device=device)
     report = write_report([run], run.folder / "report.html")
@@ -223,4 +221,4 @@ def _finish(run, job, stage, seconds, device):
     loss = "is not a number: try a smaller --learning-rate" if last["loss"] is None else f"{last['loss']:.3f}"
     print(f"{run.name}: loss {loss} (nothing learned: {result['nothing_learned_loss']:.3f}), {report}", flush=True)
     if result["compare_by"]:
-        print(f"{run.name}: {_COMPARE_BY}", flush=True)
+        print(f"{run.name}: {result['compare_by']}", flush=True)

@@ -17,20 +17,23 @@ from train.trainer.health_checks import Alarms
 
 _EVERY_SECONDS = 0.3
 _PLAIN_EVERY_SECONDS = 20  # where the console is a file or a pipe: a line now and then
-# The figures of merit, of which a row has one.
-_QUALITIES = ("top1", "rotation_accuracy", "train_accuracy")
 
 
 @contextlib.contextmanager
-def follow(run: Run, *, steps: int, title: str, starting: str, alarms: Alarms | None = None) -> Iterator[None]:
-    """Show the run's progress while the block runs. starting: what is happening until the first step; alarms: what they say is
-    printed when they say it."""
+def follow(
+    run: Run, *, steps: int, title: str, starting: str, accuracy: str | None = None, alarms: Alarms | None = None
+) -> Iterator[None]:
+    """Show the run's progress while the block runs.
+
+    starting: shown until the first step; accuracy: name of a metric, 0 to 1, to show beside the loss; alarms: their warnings are
+    printed as they occur.
+    """
     console = Console()
     stop = threading.Event()
     show = _bar if console.is_terminal else _lines
     tail = Tail(run.folder / "metrics.jsonl")
     tail.read()  # rows of an earlier start: those that stand come again
-    watcher = threading.Thread(target=show, args=(tail, steps, title, starting, alarms, console, stop), daemon=True)
+    watcher = threading.Thread(target=show, args=(tail, steps, title, starting, accuracy, alarms, console, stop), daemon=True)
     watcher.start()
     try:
         with run.mirror.followed() if run.mirror else contextlib.nullcontext():
@@ -40,7 +43,7 @@ def follow(run: Run, *, steps: int, title: str, starting: str, alarms: Alarms | 
         watcher.join()
 
 
-def _bar(tail, steps, title, starting, alarms, console, stop):
+def _bar(tail, steps, title, starting, accuracy, alarms, console, stop):
     pace = Pace(steps)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, console=console) as progress:
@@ -50,13 +53,13 @@ def _bar(tail, steps, title, starting, alarms, console, stop):
             if rows := tail.read():
                 _warn(rows, alarms, title, progress.console)
                 step = rows[-1]["step"]
-                progress.update(task, completed=step, note=_note(rows[-1], steps, pace.left(step, time.monotonic())))
+                progress.update(task, completed=step, note=_note(rows[-1], steps, pace.left(step, time.monotonic()), accuracy))
             if last:
                 return
             last = stop.wait(_EVERY_SECONDS)
 
 
-def _lines(tail, steps, title, starting, alarms, console, stop):
+def _lines(tail, steps, title, starting, accuracy, alarms, console, stop):
     pace = Pace(steps)
     console.print(f"{title}: {starting}", highlight=False, markup=False, soft_wrap=True)
     row, shown, quiet_until = None, 0, 0.0
@@ -68,7 +71,7 @@ def _lines(tail, steps, title, starting, alarms, console, stop):
             left = pace.left(row["step"], time.monotonic())
         if row and row["step"] > shown and (last or time.monotonic() > quiet_until):
             shown, quiet_until = row["step"], time.monotonic() + _PLAIN_EVERY_SECONDS
-            console.print(f"{title}: {_note(row, steps, left)}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"{title}: {_note(row, steps, left, accuracy)}", highlight=False, markup=False, soft_wrap=True)
         if last:
             return
         last = stop.wait(_EVERY_SECONDS)
@@ -80,9 +83,10 @@ def _warn(rows, alarms, title, console):
             console.print(f"{title}: warning: {text}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _note(row, steps, seconds_left):
+def _note(row, steps, seconds_left, accuracy):
     loss = "not a number" if row["loss"] is None else f"{row['loss']:.3f}"
-    quality = next((f" · {name.replace('_', ' ')} {row[name]:.0%}" for name in _QUALITIES if row.get(name) is not None), "")
+    known = accuracy is not None and row.get(accuracy) is not None
+    quality = f" · {accuracy.replace('_', ' ')} {row[accuracy]:.0%}" if known else ""
     images = f" · {row['images_per_s']:.0f} img/s" if "images_per_s" in row else ""  # earlier versions' rows have none
     left = "" if seconds_left is None else f" · {datetime.timedelta(seconds=round(seconds_left))} left"
     loss += f"{quality}{images} · data wait {row['data_wait']:.0%}{left}"

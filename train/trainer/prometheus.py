@@ -7,23 +7,18 @@ and the dashboard of monitoring/ asks for those.
 from pathlib import Path
 
 from train.records.remote_run import CELLS
+from train.trainer.methods import METHODS, Method, Supervised
 
 PREFIX = "patchclr_"
 
-# What the rows of every method and probe may hold. A figure that is not here is a gauge too, without a text.
-_MEANINGS = {
+# Metrics of every run; a method describes its own. A metric without a description is a gauge too.
+_DESCRIPTIONS = {
     "progress": "Steps taken, as a share of all, 0 to 1",
     "epoch": "The epoch that the newest row is of, from 1",
     "step": "Steps taken",
     "learning_rate": "Learning rate of the newest step",
     "loss": "Loss of the newest step, the mean over the workers",
     "gradient_norm": "Norm of the newest step's gradient",
-    "top1": "Share of anchors whose positive is nearer than every negative",
-    "alignment": "Mean squared distance of a patch's two views; lower is better",
-    "uniformity": "Logarithm of the mean Gaussian potential of two patches' embeddings; lower is better",
-    "embedding_std": "1 where embeddings are spread out, 0 where they have collapsed",
-    "rotation_accuracy": "Share of views whose turn is told right; 0.25 by chance",
-    "train_accuracy": "Share of the newest batch that is classified right",
     "validation_loss": "Log loss on the validation part",
     "validation_accuracy": "Accuracy on the validation part",
     "probe_accuracy": "Accuracy of a ridge classifier on frozen features",
@@ -45,7 +40,10 @@ def readings(row: dict[str, float], steps: int) -> dict[str, float]:
 
 def meaning(gauge: str) -> str:
     """A gauge's line of help, empty where there is none."""
-    return _MEANINGS.get(gauge.removeprefix(PREFIX), "")
+    name = gauge.removeprefix(PREFIX)
+    methods: list[type[Method]] = [*METHODS.values(), Supervised]
+    known = [_DESCRIPTIONS, *(method.descriptions for method in methods)]
+    return next((descriptions[name] for descriptions in known if name in descriptions), "")
 
 
 def shown_name(folder: Path) -> str:

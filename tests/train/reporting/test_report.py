@@ -260,7 +260,7 @@ def test_curves_of_several_trainings_are_those_of_one(tmp_path):
 def test_probes_are_drawn_and_shown(tmp_path):
     """Also where a run's last row has none; runs that were not probed are left out of the curve."""
     probed, plain = pretrained(tmp_path, "probed"), pretrained(tmp_path, "plain")
-    final = {"loss": 4.5, "rotation_accuracy": 0.3, "probe_balanced_accuracy": 0.456, "probe_knn_balanced_accuracy": None}
+    final = {"loss": 4.5, "top1": 0.3, "probe_balanced_accuracy": 0.456, "probe_knn_balanced_accuracy": None}
     write_json(probed.folder / "result.json", probed.result | {"final": final})
     rows = probed.metrics()
     rows[1] |= {"probe_balanced_accuracy": 0.456, "probe_knn_balanced_accuracy": None}

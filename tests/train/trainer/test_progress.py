@@ -141,7 +141,9 @@ def test_what_is_shown(tmp_path, monkeypatch, capsys, terminal):
     run = Run(tmp_path)
     path = tmp_path / "metrics.jsonl"
     path.write_text(line_of(10) + line_of(17))  # of an earlier start, whose checkpoint was at step 10
-    with follow(run, steps=40, title="tiny [x]", starting="starting", alarms=Alarms(chance_loss=CHANCE, patience=10)):
+    with follow(
+        run, steps=40, title="tiny [x]", starting="starting", accuracy="top1", alarms=Alarms(chance_loss=CHANCE, patience=10)
+    ):
         write_text(path, line_of(10))
         assert looked.wait(20)
         with path.open("a") as file:

@@ -7,22 +7,15 @@ from train.reporting import plots
 from train.reporting.legends import run_legend
 from train.reporting.markup import Content, Html, figure, note, number, percent, row, table
 from train.reporting.run_view import Shown
+from train.trainer.methods import METHODS, Method, Supervised
 
-# The losses of different tasks have nothing in common, so each task has axes of its own: what its loss is, and the measure by
-# which its rows are known.
-_TASKS = (
-    ("NT-Xent", "top1", "contrastive top-1 accuracy"),
-    ("cross-entropy of quarter turns", "rotation_accuracy", "accuracy of predicted quarter turns"),
-    ("cross-entropy", "train_accuracy", "accuracy on the training batch"),
-)
-# Whatever the task was, these compare.
+# Metrics that mean the same whatever was learnt, and their titles.
 _SHARED = {
     "validation_loss": "loss on the validation labels",
     "learning_rate": "learning rate",
     "probe_balanced_accuracy": "balanced accuracy of the ridge probe",
     "probe_knn_balanced_accuracy": "balanced accuracy of the kNN probe",
     "gradient_norm": "norm of the gradient",
-    "embedding_std": "spread of the embeddings (1: spread out, 0: collapsed)",
 }
 
 
@@ -46,13 +39,12 @@ def _table(runs: Sequence[Shown]) -> Html:
     lines: list[list[Content]] = []
     for run in runs:
         result, final = run.result, run.result["final"]
-        quality = next((final[measure] for _, measure, _ in _TASKS if measure in final), None)
         lines.append(
             [
                 run.name,
                 number(final["loss"]),
                 number(result["nothing_learned_loss"]),
-                percent(quality),
+                percent(final.get(_method_of(run).accuracy)),
                 percent(final.get("probe_balanced_accuracy")),
                 percent(final.get("probe_knn_balanced_accuracy")),
                 number(result["patches_per_s"], 0),
@@ -65,14 +57,22 @@ def _table(runs: Sequence[Shown]) -> Html:
     return table("Pretraining", titles, lines)
 
 
+def _method_of(run: Shown) -> type[Method]:
+    """What the run learnt by. Method itself for one that is no longer registered."""
+    if run.is_judged:
+        return Supervised
+    return METHODS.get(run.record["stage"]["config"]["method"], Method)
+
+
 def _curves(runs: Sequence[Shown]) -> list[Html]:
-    drawn = []
-    for kind, measure, title in _TASKS:
-        chosen = [run for run in runs if any(measure in row for row in run.rows)]
-        drawn += [*_curve(chosen, "loss", f"loss ({kind})"), *_curve(chosen, measure, title)]
-    for measure, title in _SHARED.items():
-        drawn += _curve(runs, measure, title)
-    return drawn
+    """Runs share axes where the metric means the same for all of them: the losses of two tasks have nothing in common."""
+    axes: dict[tuple[str, str], list[Shown]] = {}
+    for run in runs:
+        loss = {"loss": f"loss ({run.record['stage']['config'].get('method')})"}  # unless the method has a title of its own
+        for curve in (loss | _method_of(run).curves).items():
+            axes.setdefault(curve, []).append(run)
+    axes |= {curve: list(runs) for curve in _SHARED.items()}
+    return [drawn for (metric, title), shown in axes.items() for drawn in _curve(shown, metric, title)]
 
 
 def _curve(runs: Sequence[Shown], measure: str, title: str) -> list[Html]:
