@@ -38,8 +38,9 @@ from sharding.packing import build_shards
 from sharding.process_pool import available_cores
 from train.records.data import Input, SetInput, place_of
 from train.records.runs import Run, versions
-from train.trainer.loop import Job, fit, plain_place
-from train.trainer.precision import arithmetic
+from train.trainer.loop import Job, fit
+from train.trainer.precision import backend_settings
+from train.trainer.worker import single_worker
 
 Result = dict[str, Any]
 
@@ -184,7 +185,7 @@ def model(s: Setting, found: Result) -> None:
     def steps(count: int) -> float:
         return _seconds(s.device, (training.step() for _ in range(count))) / count
 
-    with arithmetic(torch.device(s.device), deterministic=False):
+    with backend_settings(torch.device(s.device), deterministic=False):
         found["first_step_seconds"] = round(steps(1), 2)
         steps(1 if s.dry else 5)  # warm-up
         guess = steps(1 if s.dry else 3)
@@ -240,7 +241,7 @@ def joint(s: Setting, found: Result) -> None:
     job = _job(s)
     job.folder.mkdir()
     started = time.monotonic()
-    fit(job, plain_place(job.folder, torch.device(s.device)))
+    fit(job, single_worker(job.folder, torch.device(s.device)))
     rows = Run(job.folder).metrics()
     steady = rows[1:] or rows  # kernels are chosen and loaded in the first one
     rates = [row["patches_per_s"] for row in steady]

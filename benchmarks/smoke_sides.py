@@ -229,8 +229,9 @@ def _loop(task: Task, numbers: Iterator[int]) -> float:
 
     from sharding.manifest import fingerprint
     from train.records.data import Input, SetInput
-    from train.trainer.loop import Job, fit, plain_place
+    from train.trainer.loop import Job, fit
     from train.trainer.methods import SimCLR
+    from train.trainer.worker import single_worker
 
     folder = Path(task.work) / f"run-{next(numbers)}"
     folder.mkdir()
@@ -258,7 +259,7 @@ def _loop(task: Task, numbers: Iterator[int]) -> float:
         card={"method": "simclr", "chain": [], "key": ""},
     )
     times: list[float] = []
-    fit(job, plain_place(folder, torch.device("cpu")), lambda row: times.append(cpu_seconds()))
+    fit(job, single_worker(folder, torch.device("cpu")), lambda row: times.append(cpu_seconds()))
     shutil.rmtree(folder)
     first, last = times
     return (last - first) / _STEPS

@@ -132,10 +132,10 @@ def model(task: Task) -> dict[str, Any]:
     import torch
     from step_model import model_step, step_flops
 
-    from train.trainer.precision import arithmetic, compile_model
+    from train.trainer.precision import backend_settings, compile_model
 
     device = torch.device(task.device)
-    with arithmetic(device, deterministic=False):
+    with backend_settings(device, deterministic=False):
         training = model_step(
             backbone=task.backbone,
             image_size=task.image_size,

@@ -7,11 +7,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.backbones import build_backbone
-from train.trainer.grad_cache import two_pass_backward
+from train.trainer.grad_cache import grad_cache_backward
 from train.trainer.loop import ViewModel
 from train.trainer.methods import SimCLR
 from train.trainer.optim import build_optimizer
-from train.trainer.precision import on_where_it_helps
+from train.trainer.precision import default_on_cuda
 
 METHOD = SimCLR(128, 0.5)  # width of the projection, temperature
 WEIGHT_DECAY = 1e-6
@@ -39,10 +39,10 @@ def model_step(
     """Steps of SimCLR with LARS, always on the same random views, which are as the loop has them from its loader.
 
     precision: fp32, or bf16 under autocast. channels_last: None is the loop's own choice. micro_batch: in two passes, so many
-    patches at a time. What the loop sets for the whole process is the caller's: `train.trainer.precision.arithmetic`.
+    patches at a time. What the loop sets for the whole process is the caller's: `train.trainer.precision.backend_settings`.
     """
     torch.manual_seed(SEED)
-    bf16, last = precision == "bf16", on_where_it_helps(channels_last, torch.device(device))
+    bf16, last = precision == "bf16", default_on_cuda(channels_last, torch.device(device))
     features = build_backbone(backbone, image_size)
     net: Any = ViewModel(features, METHOD.build_head(int(features.num_features))).to(device)  # type: ignore[arg-type]
     views_VBCSS = torch.randn(2, batch_size, 3, image_size, image_size, device=device)
@@ -73,7 +73,7 @@ def model_step(
                 loss = loss_of(net(views_VBCSS))
             loss.backward()
         else:
-            two_pass_backward(net, views_VBCSS, loss_of, micro_batch=micro_batch, reseed=reseed, autocast=autocast)
+            grad_cache_backward(net, views_VBCSS, loss_of, micro_batch=micro_batch, reseed=reseed, autocast=autocast)
         optimizer.step()
 
     return Training(net, step)

@@ -192,10 +192,10 @@ def model_alone(setting: Setting, task: Task, work: Path, found: dict[str, Any])
     import torch
     from step_model import model_step
 
-    from train.trainer.precision import arithmetic
+    from train.trainer.precision import backend_settings
 
     fresh_memory(task.device)
-    with arithmetic(torch.device(task.device), deterministic=False), float32(setting.precision):
+    with backend_settings(torch.device(task.device), deterministic=False), float32(setting.precision):
         training = model_step(
             backbone=task.backbone,
             image_size=task.image_size,

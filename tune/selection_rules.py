@@ -3,7 +3,7 @@
 from typing import Any
 
 from train.records.runs import Run
-from train.trainer.online_probe import plan_probe
+from train.trainer.online_probe import build_probe
 from tune.grid_expansion import leaves
 from tune.schema import FINAL, Selection, Study
 
@@ -22,7 +22,7 @@ def check_probes(study: Study) -> None:
             config = cell.config
             probed = (config.data, config.probe_data, config.split, config.probe_every, config.probe_patches)
             if probed not in asked:
-                probe, line = plan_probe(config)
+                probe, line = build_probe(config)
                 asked[probed] = None if probe else line
             if asked[probed]:
                 raise ValueError(

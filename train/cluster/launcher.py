@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -21,14 +20,15 @@ from train.cluster.diagnostics import preflight
 from train.cluster.ray_cluster import Nodes, alive_nodes, connect, possible_nodes
 from train.cluster.resources import Share, share_of
 from train.config import worker_range
-from train.records.checkpoints import CHECKPOINTS, newest_in
+from train.records.checkpoint_store import LOCK_TIMEOUT_S, CheckpointStore
 from train.records.provenance import RECORD_NAME
-from train.records.remote_run import Mirror
+from train.records.remote_run import Mirror, on_this_node
 from train.records.retry import await_folder
 from train.records.run_lock import await_lease
 from train.records.runs import versions
-from train.trainer.loop import OTHERS_END, TRIES, Job, fit, place_in, plain_place
+from train.trainer.loop import Job, fit
 from train.trainer.prometheus import meaning, readings, shown_name
+from train.trainer.worker import Worker, single_worker
 
 Common = TypeVar("Common")
 Item = TypeVar("Item")
@@ -39,7 +39,7 @@ _PAUSE = 15.0  # seconds that another failure without a new checkpoint makes the
 _LONGEST_PAUSE = 60.0
 _CUT_OFF_S = 15.0  # without the head, after which a worker ends
 _LOOK_S = 2.0  # between two looks for it
-_OTHERS_END = 120.0  # seconds that a worker of an attempt before may go on, where it is cut off (docs/cluster.md)
+_LOCK_TIMEOUT_AGAIN_S = 120.0  # a worker of the attempt before may go on for so long where it is cut off (docs/cluster.md)
 
 
 def run_job(job: Job, workers: str | int, gpus_per_worker: float | None = None, cpus_per_worker: int = 0) -> str:
@@ -51,10 +51,10 @@ def run_job(job: Job, workers: str | int, gpus_per_worker: float | None = None, 
     Raises ValueError when a worker did, with its sentence, and where the cluster has not so much.
     """
     if worker_range(workers)[1] == 0:
-        place = plain_place(job.folder, torch.device("cpu") if gpus_per_worker == 0 else None, url=job.url)
+        worker = single_worker(job.folder, torch.device("cpu") if gpus_per_worker == 0 else None, url=job.url)
         with mirrored(job):
-            fit(job, place, _gauges(job) if _in_a_process_of_ray() else None)
-        return _device_name(place.device)
+            fit(_with_local_init(job), worker, _gauges(job) if _in_a_process_of_ray() else None)
+        return _device_name(worker.device)
     with mirrored(job):
         return _run_on_ray(job, workers, gpus_per_worker, cpus_per_worker)
 
@@ -93,7 +93,7 @@ def map_on_workers(
     """
     least, most = worker_range(workers)
     if most == 0:
-        device = plain_place(Path(), torch.device("cpu") if gpus_per_worker == 0 else None).device.type
+        device = "cuda" if gpus_per_worker != 0 and torch.cuda.is_available() else "cpu"
         for place, item in enumerate(items):
             yield place, function(common, item, device, threads or 0)
         return
@@ -198,9 +198,7 @@ def _attempt(job, least, most, share, *, again) -> BaseException | None:
 
 
 def _newest_checkpoint(job) -> str | None:
-    if job.url:
-        return max(Mirror(job.url, tries=TRIES).checkpoints(), default=None)
-    return newest_in(job.folder / CHECKPOINTS)
+    return CheckpointStore(job.folder, url=job.url).newest()
 
 
 def _reason(error) -> str:
@@ -256,10 +254,15 @@ def _work(config) -> None:
     else:
         await_folder(job.folder)
     if rank < used:
-        device = ray.train.torch.get_device()
-        others_end = _OTHERS_END if config["again"] else OTHERS_END
-        place = place_in(job.folder, device, rank=rank, world_size=used, group=group, url=job.url, others_end=others_end)
-        fit(job, place, _gauges(job) if rank == 0 else None)
+        lock_timeout_s = _LOCK_TIMEOUT_AGAIN_S if config["again"] else LOCK_TIMEOUT_S
+        store = CheckpointStore(job.folder, url=job.url, lock_timeout_s=lock_timeout_s)
+        worker = Worker(store, ray.train.torch.get_device(), rank=rank, world_size=used, group=group)
+        fit(_with_local_init(job), worker, _gauges(job) if rank == 0 else None)
+
+
+def _with_local_init(job: Job) -> Job:
+    """The job, with initial weights that lie on this node: those of a run at a URL are downloaded."""
+    return dataclasses.replace(job, init=on_this_node(job.init))
 
 
 def _end_when_cut_off(head: str) -> None:
@@ -291,13 +294,13 @@ def _gauges(job: Job) -> Callable[[dict[str, float]], None]:
     gauges: dict[str, Gauge] = {}
     tags = {"run": shown_name(job.folder)}
 
-    def tell(row: dict[str, float]) -> None:
+    def set_gauges(row: dict[str, float]) -> None:
         for name, value in readings(row, job.steps).items():
             if name not in gauges:
                 gauges[name] = Gauge(name, description=meaning(name), tag_keys=tuple(tags)).set_default_tags(tags)
             gauges[name].set(value)
 
-    return tell
+    return set_gauges
 
 
 def working(batch_size: int, workers: int) -> int:

@@ -3,10 +3,13 @@
 For figures that are to be compared with a paper's; `train.scoring.logistic` finds the best linear classifier outright. Features
 are taken as they are, not standardised, as published.
 
-Each task (a fraction of the labels and a seed) is trained as if it were alone. Linear heads on the CPU, the usual case, are
-compiled loops, a task per thread: for so few classes the time goes into reading the features, which are read once per epoch,
-row by row, and into what a framework adds to each of thousands of small steps. Perceptrons, whose time goes into products of
-matrices, are stacks of heads in torch, with its optimisers: one at a time on the CPU, together on a GPU.
+Each task (a fraction of the labels and a seed) is trained as if it were alone. There are two implementations:
+
+- Linear heads on the CPU, the usual case, are compiled loops (train/scoring/compiled_heads.py), a task per thread. Heads that are
+  stacked and multiplied by `baddbmm` took 10 times as long (20 heads of 2,048 features and 3 classes, one thread), because each
+  of thousands of small steps copies its rows out of the feature matrix. Their last digits differ too.
+- Perceptrons, whose time goes into products of matrices, are stacks of heads in torch, with its optimisers: one at a time on the
+  CPU, together on a GPU.
 """
 
 import itertools
@@ -18,21 +21,18 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
 from scipy.special import softmax
 from torch.nn.functional import log_softmax
 
 from pipelines.sampler import epoch_order, steps_per_epoch
 from sharding.philox import uniforms
+from train.scoring.compiled_heads import BETAS, EPSILON, MOMENTUM, Layer, linear_epoch, linear_loss
 
 # N rows of the feature matrix, n that a task learns from, m that it is validated on, F features, K classes, T heads in a stack,
 # B rows in a batch, S steps in an epoch, E epochs
 
-MOMENTUM = 0.9  # of sgd
-BETAS, EPSILON = (0.9, 0.999), 1e-8  # of adam: torch.optim's defaults
 MOST_HIDDEN = 512
 _STACK_BYTES = 2**31  # of heads on a GPU and what a step of theirs needs, beside the features
-_REORDERED = {"reassoc", "contract", "nsz", "arcp"}  # sums in any order, so that they are vectorised; NaN stays NaN
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,6 @@ class HeadTask:
     rows: np.ndarray = field(repr=False)
     validation: np.ndarray = field(repr=False)
     seed: int
-
-
-class Layer(NamedTuple):
-    """x -> x @ weight.T + bias. weight: (outputs, inputs); bias: (outputs,)."""
-
-    weight: np.ndarray
-    bias: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -218,130 +211,14 @@ def _compiled_one(features_NF, labels_N, task: HeadTask, classes: int, protocol:
     course, steps = _Course(1, protocol.patience), 0
     for epoch in range(protocol.epochs):
         order = epoch_order(task.rows, seed=task.seed, epoch=epoch)
-        train = _linear_epoch(features_NF, labels_N, order, layer, slope, first, second, steps, *settings)
+        train = linear_epoch(features_NF, labels_N, order, layer, slope, first, second, steps, *settings)
         steps += steps_per_epoch(len(order), protocol.batch_size, drop_last=False)
-        validation = _linear_loss(features_NF, labels_N, task.validation, layer)
+        validation = linear_loss(features_NF, labels_N, task.validation, layer)
         if course.add(epoch + 1, np.array([train]), np.array([validation])).any():
             best = Layer(layer.weight.copy(), layer.bias.copy())
         if not course.running.any():
             break
     return course.head(0, (best,))
-
-
-# Four rows at a time, so that what is read of the weights and of their slopes serves four; the last row stands in for those that
-# are not there. The loops over the features are simple ones, which LLVM vectorises.
-
-
-@njit(cache=True, nogil=True, fastmath=_REORDERED)
-def _four(features_NF, rows, start, stop):
-    b, c, d = min(start + 1, stop - 1), min(start + 2, stop - 1), min(start + 3, stop - 1)
-    return features_NF[rows[start]], features_NF[rows[b]], features_NF[rows[c]], features_NF[rows[d]]
-
-
-@njit(cache=True, nogil=True, fastmath=_REORDERED)
-def _scores(four, layer, scores_4K):
-    a, b, c, d = four
-    for k in range(len(layer.bias)):
-        weight = layer.weight[k]
-        score_a = score_b = score_c = score_d = layer.bias[k]
-        for f in range(len(weight)):
-            score_a += weight[f] * a[f]
-            score_b += weight[f] * b[f]
-            score_c += weight[f] * c[f]
-            score_d += weight[f] * d[f]
-        scores_4K[0, k], scores_4K[1, k], scores_4K[2, k], scores_4K[3, k] = score_a, score_b, score_c, score_d
-
-
-@njit(cache=True, nogil=True, fastmath=_REORDERED)
-def _errors(scores_K, label):
-    """The loss of a row. Its scores become the loss's derivatives by them: softmax less one-hot."""
-    highest = scores_K.max()
-    chosen = scores_K[label] - highest
-    for k in range(len(scores_K)):
-        scores_K[k] = np.exp(scores_K[k] - highest)
-    total = scores_K.sum()
-    for k in range(len(scores_K)):
-        scores_K[k] /= total
-    scores_K[label] -= 1
-    return np.float64(np.log(total) - chosen)
-
-
-@njit(cache=True, nogil=True, fastmath=_REORDERED)
-def _linear_loss(features_NF, labels_N, rows, layer):
-    scores_4K, total = np.empty((4, len(layer.bias)), layer.bias.dtype), 0.0
-    for start in range(0, len(rows), 4):
-        _scores(_four(features_NF, rows, start, len(rows)), layer, scores_4K)
-        for i in range(min(4, len(rows) - start)):
-            total += _errors(scores_4K[i], labels_N[rows[start + i]])
-    return total / len(rows)
-
-
-@njit(cache=True, nogil=True, fastmath=_REORDERED)
-def _slopes(four, errors_4K, slope):
-    """Adds what four rows contribute to the loss's derivatives by the layer's parameters, as a sum over the rows."""
-    a, b, c, d = four
-    for k in range(len(slope.bias)):
-        weight = slope.weight[k]
-        error_a, error_b, error_c, error_d = errors_4K[0, k], errors_4K[1, k], errors_4K[2, k], errors_4K[3, k]
-        for f in range(len(weight)):
-            weight[f] += error_a * a[f] + error_b * b[f] + error_c * c[f] + error_d * d[f]
-        slope.bias[k] += error_a + error_b + error_c + error_d
-
-
-@njit(cache=True, nogil=True, fastmath=_REORDERED)
-def _linear_epoch(features_NF, labels_N, order, layer, slope, first, second, steps, adam, batch_size, rate, decay):
-    """Steps over the rows in that order; changes layer, slope, first and second (the optimiser's moments). Returns the mean loss.
-
-    steps: taken before.
-    """
-    errors_4K, total = np.empty((4, len(layer.bias)), layer.bias.dtype), 0.0
-    for start in range(0, len(order), batch_size):
-        stop = min(start + batch_size, len(order))
-        slope.weight[:] = 0
-        slope.bias[:] = 0
-        for i in range(start, stop, 4):
-            four = _four(features_NF, order, i, stop)
-            _scores(four, layer, errors_4K)
-            for j in range(4):
-                if i + j < stop:
-                    total += _errors(errors_4K[j], labels_N[order[i + j]])
-                else:
-                    errors_4K[j] = 0
-            _slopes(four, errors_4K, slope)
-        steps += 1
-        share = 1 / (stop - start)
-        if adam:
-            _adam(
-                layer.weight.ravel(), slope.weight.ravel(), first.weight.ravel(), second.weight.ravel(), share, decay, rate, steps
-            )
-            _adam(layer.bias, slope.bias, first.bias, second.bias, share, 0.0, rate, steps)
-        else:
-            _sgd(layer.weight.ravel(), slope.weight.ravel(), first.weight.ravel(), share, decay, rate)
-            _sgd(layer.bias, slope.bias, first.bias, share, 0.0, rate)
-    return total / len(order)
-
-
-@njit(cache=True, nogil=True, fastmath=_REORDERED)
-def _adam(w, slope, first, second, share, decay, rate, steps):
-    """Kingma and Ba 2015, algorithm 1, in the arithmetic of torch.optim.Adam. slope: a sum, of which share makes the mean."""
-    number = w.dtype.type  # of the weights: a float64 would make float64 of all that it meets
-    share_, decay_, epsilon = number(share), number(decay), number(EPSILON)
-    rest_1, rest_2 = number(1 - BETAS[0]), number(1 - BETAS[1])
-    rate_, scale = number(rate / (1 - BETAS[0] ** steps)), number(1 / np.sqrt(1 - BETAS[1] ** steps))
-    for i in range(len(w)):
-        g = slope[i] * share_ + decay_ * w[i]
-        first[i] += (g - first[i]) * rest_1
-        second[i] += (g * g - second[i]) * rest_2
-        w[i] -= rate_ * first[i] / (np.sqrt(second[i]) * scale + epsilon)
-
-
-@njit(cache=True, nogil=True, fastmath=_REORDERED)
-def _sgd(w, slope, velocity, share, decay, rate):
-    number = w.dtype.type
-    share_, decay_, rate_, momentum = number(share), number(decay), number(rate), number(MOMENTUM)
-    for i in range(len(w)):
-        velocity[i] = momentum * velocity[i] + slope[i] * share_ + decay_ * w[i]
-        w[i] -= rate_ * velocity[i]
 
 
 # ---- Stacks of heads in torch ----

@@ -108,7 +108,8 @@ def _job(config, seed, chosen, learnt, *, run, data, known, start, key) -> Job:
         outputs = known.labels[chosen.chosen_on]
         validation = Validation(_some(data, chosen.chosen_on, config), outputs, config.patience or None)
     codes = known.set_labels
-    return Job(
+    return Job.from_config(
+        config,
         folder=run.folder,
         url=run.url,
         input=learnt,
@@ -117,19 +118,11 @@ def _job(config, seed, chosen, learnt, *, run, data, known, start, key) -> Job:
         init=start.parent.address,
         image_size=start.image_size,
         batch_size=batch_size_of(config, chosen),
-        epochs=config.epochs,
-        optimizer=config.optimizer,
         peak_learning_rate=_PEAKS[config.mode] if config.learning_rate is None else config.learning_rate,
-        weight_decay=config.weight_decay,
         warmup_epochs=min(config.warmup_epochs, config.epochs / 10),
-        schedule=config.schedule,
-        precision=config.precision,
         seed=seed,
-        threads=config.threads,
         compile=False,
-        log_every=config.log_every,
         checkpoint_every=0,
-        max_failures=config.max_failures,
         card={"method": config.mode, "chain": [*start.parent.chain, f"{config.mode} on {learnt.name}"], "key": key},
         validation=validation,
     )

@@ -22,7 +22,7 @@ from train.trainer.health_checks import Alarms
 from train.trainer.loop import Job
 from train.trainer.methods import Method, build_method
 from train.trainer.model_summary import describe_model, describe_rate
-from train.trainer.online_probe import plan_probe
+from train.trainer.online_probe import build_probe
 from train.trainer.optim import peak_learning_rate
 from train.trainer.profiler import SKIPPED, TRACE_NAME, WARM_UP
 from train.trainer.progress import follow
@@ -33,11 +33,13 @@ def pretrain(config: PretrainConfig) -> Run:
 
     Raises ValueError for what the user can put right: data, names, sizes and weights that do not fit.
     """
+    # ---- What is learnt, from which patches and weights ----
+
     method = build_method(config)
     peak = peak_learning_rate(config.learning_rate, optimizer=config.optimizer, batch_size=config.batch_size, rule=config.lr_rule)
     chosen, parent, run = _inputs(config)
-    probe, probe_line = plan_probe(config)
-    model = functools.partial(
+    probe, probe_line = build_probe(config)
+    describe = functools.partial(
         describe_model,
         method,
         backbone=config.backbone,
@@ -45,9 +47,12 @@ def pretrain(config: PretrainConfig) -> Run:
         init=parent.source,
         weight_decay=config.weight_decay,
     )
-    # Before Ray is asked for its GPUs, so that a mistake shows in seconds. Where there is a run already, its name comes first.
-    model_lines = None if run.has_work() else model()
+    # Before Ray is asked for its GPUs, so that a mistake shows in seconds. Of a run that has begun, the config is compared first.
+    model_lines = None if run.has_work() else describe()
     precision = _settle_precision(config, run)
+
+    # ---- The run's record, unless it is finished ----
+
     stage = _stage(config, method, precision, chosen, parent)
     reads = chosen.describe(
         selection=_selection(config),
@@ -60,33 +65,20 @@ def pretrain(config: PretrainConfig) -> Run:
         print(f"{run.name}: finished already, {run.place}", flush=True)
         return run
     leave_record(run.folder, kind="pretrain", learnt=chosen, parent=parent)
-    job = Job(
+
+    # ---- Train ----
+
+    job = Job.from_config(
+        config,
         folder=run.folder,
         url=run.url,
         input=chosen,
         method=method,
-        backbone=config.backbone,
         init=parent.address,
-        image_size=config.image_size,
-        batch_size=config.batch_size,
-        epochs=config.epochs,
-        optimizer=config.optimizer,
         peak_learning_rate=peak,
-        weight_decay=config.weight_decay,
         warmup_epochs=min(config.warmup_epochs, config.epochs / 10),
-        schedule=config.schedule,
         precision=precision,
-        seed=config.seed,
-        threads=config.threads,
-        compile=config.compile,
-        log_every=config.log_every,
-        checkpoint_every=config.checkpoint_every,
-        max_failures=config.max_failures,
         probe=probe,
-        micro_batch=config.micro_batch,
-        channels_last=config.channels_last,
-        deterministic=config.deterministic,
-        profile=config.profile,
         card={
             "method": config.method,
             "chain": [*parent.chain, f"{config.method} on {chosen.name}"],
@@ -98,7 +90,7 @@ def pretrain(config: PretrainConfig) -> Run:
         f" (split {config.split}), {job.steps:,} steps of {config.batch_size}",
         flush=True,
     )
-    for line in [*(model_lines or model()), describe_rate(job), probe_line]:
+    for line in [*(model_lines or describe()), describe_rate(job), probe_line]:
         print(f"{run.name}: {line}", flush=True)
     started = time.monotonic()
     starting = "starting the workers" if worker_range(config.workers)[1] else "starting"
@@ -106,6 +98,9 @@ def pretrain(config: PretrainConfig) -> Run:
         device = run_job(job, config.workers, config.gpus_per_worker, config.cpus_per_worker)
     if config.profile:
         print(f"{run.name}: {_where_traced(run)}", flush=True)
+
+    # ---- Result and report ----
+
     _finish(run, job, stage, time.monotonic() - started, device)
     return run
 
@@ -159,7 +154,7 @@ def _settle_precision(config: PretrainConfig, run: Run) -> str:
 
 
 def _alarms(job: Job) -> Alarms:
-    return Alarms(chance_loss=job.method.chance_loss(job.batch_size), patience=max(job.warmup_steps, job.steps_per_epoch))
+    return Alarms(chance_loss=job.method.chance_loss(job.batch_size), grace_steps=max(job.warmup_steps, job.steps_per_epoch))
 
 
 def _where_traced(run: Run) -> str:

@@ -23,7 +23,7 @@ class Validation:
     patience: int | None
 
 
-class Stopping:
+class EarlyStopping:
     """Keeps the best weights of a model, a backbone and a head, and says when to stop.
 
     Its state is part of a checkpoint, best weights included: a run that was cut off ends with the same ones.
@@ -35,8 +35,8 @@ class Stopping:
         self.stopped = False
         self._best: dict[str, torch.Tensor] | None = None
 
-    def look(self, model: nn.Module, epoch: int, *, image_size: int, device: str, threads: int | None) -> dict[str, float]:
-        """Judge the model after this epoch: validation_loss (nats) and validation_accuracy, for metrics.jsonl."""
+    def evaluate(self, model: nn.Module, epoch: int, *, image_size: int, device: str, threads: int | None) -> dict[str, float]:
+        """Evaluate the model after this epoch. Returns validation_loss (nats) and validation_accuracy, for metrics.jsonl."""
         validation = self._validation
         training = model.training
         try:
@@ -64,7 +64,7 @@ class Stopping:
         self.stopped = validation.patience is not None and epoch - self.best_epoch >= validation.patience
         return {"validation_loss": loss, "validation_accuracy": float((scores.argmax(1) == target).double().mean())}
 
-    def take_best(self, model: nn.Module) -> None:
+    def load_best(self, model: nn.Module) -> None:
         """Give the model the best weights; its own stay where no loss was a number."""
         if self._best is not None:
             model.load_state_dict(self._best)

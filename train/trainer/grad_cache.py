@@ -24,7 +24,7 @@ def check_micro_batch(micro_batch: int | None, rank_batch: int) -> None:
     )
 
 
-def two_pass_backward(
+def grad_cache_backward(
     model: nn.Module,
     views_VBCSS: torch.Tensor,
     loss_of: Callable[[torch.Tensor], torch.Tensor],

@@ -9,12 +9,12 @@ _COLLAPSED = 0.1  # embedding_std, which is 1 for embeddings that are spread ove
 class Alarms:
     """Fed with the rows of metrics.jsonl, in their order; says each thing once, however often a row comes again.
 
-    chance_loss: of a model that has learnt nothing. patience: steps before which that, and embeddings that lie close together,
-    are no news: warm-up, and at least one epoch.
+    chance_loss: of a model that has learnt nothing. grace_steps: for so many steps a loss like that, and embeddings that lie
+    close together, are normal: warm-up, and at least one epoch.
     """
 
-    def __init__(self, *, chance_loss: float, patience: int):
-        self._chance, self._patience = chance_loss, patience
+    def __init__(self, *, chance_loss: float, grace_steps: int):
+        self._chance, self._grace_steps = chance_loss, grace_steps
         self._said: set[str] = set()
 
     def add(self, row: dict[str, Any]) -> list[str]:
@@ -23,7 +23,7 @@ class Alarms:
         loss, std = row["loss"], row.get("embedding_std")
         if loss is None:
             found["number"] = f"from step {row['step']} on the loss is not a number: try a smaller --learning-rate"
-        if row["step"] >= self._patience:
+        if row["step"] >= self._grace_steps:
             if loss is not None and loss >= (1 - _NEAR_CHANCE) * self._chance:
                 found["chance"] = (
                     f"at step {row['step']} the loss is {loss:.3f}, and a model that has learnt nothing has"

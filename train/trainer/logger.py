@@ -15,11 +15,11 @@ from train.records.retry import PATIENCE, patiently
 from train.records.runs import Run, write_json, write_text
 
 
-class Recorder:
+class MetricsLogger:
     """metrics.jsonl and TensorBoard. Rows after the step that a run goes on from are taken away: they come again.
 
-    init_lines: what was done with the initial weights; engine: how the steps are computed (both are kept as JSON). tell: who else
-    is given each row, as it is. patience: seconds for which storage that fails is waited for; training goes on meanwhile.
+    init_lines: what was done with the initial weights; engine: how the steps are computed (both are kept as JSON). on_row: called
+    with each row. retry_timeout_s: how long to retry on storage that fails; training goes on meanwhile.
     """
 
     def __init__(
@@ -28,9 +28,9 @@ class Recorder:
         step: int,
         init_lines: list[str],
         engine: dict[str, Any],
-        tell: Callable[[dict[str, float]], None] | None = None,
+        on_row: Callable[[dict[str, float]], None] | None = None,
         *,
-        patience: float = PATIENCE,
+        retry_timeout_s: float = PATIENCE,
     ):
         path = run.folder / "metrics.jsonl"
 
@@ -40,10 +40,10 @@ class Recorder:
             write_json(run.folder / "init.json", init_lines)
             write_json(run.folder / "engine.json", engine)
 
-        patiently(begin, run.folder, seconds=patience)
-        self._lines = Lines(path, patience)
-        self._board = _Board(run, step)
-        self._tell = tell
+        patiently(begin, run.folder, seconds=retry_timeout_s)
+        self._lines = Lines(path, retry_timeout_s)
+        self._tensorboard = _TensorBoard(run, step)
+        self._on_row = on_row
 
     def write(self, row: dict[str, float]) -> None:
         """Append a row; a value that is no number (NaN) becomes null.
@@ -52,18 +52,18 @@ class Recorder:
         """
         self._lines.append(json.dumps({k: None if v != v else v for k, v in row.items()}) + "\n")
         if not self._lines.waiting:  # or the disk has no room for the other either
-            self._board.add(row)
+            self._tensorboard.add(row)
         else:
-            self._board.give_up()
-        if self._tell:
-            self._tell(row)
+            self._tensorboard.give_up()
+        if self._on_row:
+            self._on_row(row)
 
     def close(self) -> None:
         """Write what waits, and end TensorBoard's thread. Raises ValueError as `write` does."""
         try:
             self._lines.close()
         finally:
-            self._board.close()
+            self._tensorboard.close()
 
 
 class Lines:
@@ -72,9 +72,9 @@ class Lines:
     Raises ValueError when that has lasted for so many seconds.
     """
 
-    def __init__(self, path: Path, patience: float):
-        self._path, self._patience = path, patience
-        self._file = patiently(lambda: path.open("r+b", buffering=0), path, seconds=patience)
+    def __init__(self, path: Path, retry_timeout_s: float):
+        self._path, self._retry_timeout_s = path, retry_timeout_s
+        self._file = patiently(lambda: path.open("r+b", buffering=0), path, seconds=retry_timeout_s)
         self._written = os.fstat(self._file.fileno()).st_size
         self._waiting = b""
         self._failing_since: float | None = None
@@ -87,10 +87,10 @@ class Lines:
         except OSError as error:
             now = time.monotonic()
             self._failing_since = self._failing_since or now
-            if now - self._failing_since >= self._patience:
+            if now - self._failing_since >= self._retry_timeout_s:
                 raise ValueError(
-                    f"{self._path}: could not be written for {self._patience:.0f} s ({error.strerror}): see that there is room;"
-                    " the same command then goes on from the newest checkpoint"
+                    f"{self._path}: could not be written for {self._retry_timeout_s:.0f} s ({error.strerror}): see that there is"
+                    " room; the same command then goes on from the newest checkpoint"
                 ) from error
         else:
             self._failing_since = None
@@ -103,7 +103,7 @@ class Lines:
     def close(self) -> None:
         """Write what waits, and close the file."""
         with self._file:
-            patiently(self._write, self._path, seconds=self._patience)
+            patiently(self._write, self._path, seconds=self._retry_timeout_s)
 
     def _write(self):
         while self._waiting:
@@ -112,7 +112,7 @@ class Lines:
             self._written, self._waiting = self._written + done, self._waiting[done:]
 
 
-class _Board:
+class _TensorBoard:
     """TensorBoard's copy of the rows. Where its writer fails, a new one begins with all of metrics.jsonl, as soon as it can."""
 
     def __init__(self, run: Run, step: int):

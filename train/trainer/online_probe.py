@@ -67,7 +67,7 @@ class Probe:
         }
 
 
-def plan_probe(config: PretrainConfig) -> tuple[Probe | None, str]:
+def build_probe(config: PretrainConfig) -> tuple[Probe | None, str]:
     """The probe that a config asks for, None for none, and a line that says which, or why none.
 
     The patches are the first of the split that have labels: a set's patches lie in shuffled order, so these are a sample like

@@ -1,4 +1,4 @@
-"""How a device computes a step: what is on where it helps, and what makes every run come out the same to the last bit."""
+"""How a device computes a step: fast settings of the GPU, compilation, and what makes every run equal to the last bit."""
 
 import contextlib
 import os
@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import torch
 
 
-def on_where_it_helps(choice: bool | None, device: torch.device) -> bool:
-    """The choice; None: yes on a GPU."""
+def default_on_cuda(choice: bool | None, device: torch.device) -> bool:
+    """The choice; None is True on a GPU."""
     return device.type == "cuda" if choice is None else choice
 
 
 @contextlib.contextmanager
-def arithmetic(device: torch.device, *, deterministic: bool) -> Iterator[None]:
+def backend_settings(device: torch.device, *, deterministic: bool) -> Iterator[None]:
     """A block in which a GPU computes fast: float32 products in TF32, and cuDNN tries which of its algorithms are fastest.
 
     deterministic: only algorithms that give the same bits every time, on any device; an operation that has none raises
@@ -47,7 +47,7 @@ def compile_model(model: torch.nn.Module, choice: bool | None, device: torch.dev
 
     Returns whether, or why not. A choice of True that does not work raises at the first step.
     """
-    if not on_where_it_helps(choice, device):
+    if not default_on_cuda(choice, device):
         return False
     if choice is None:
         # The compiler needs things that torch does not bring along, such as a C compiler on each node. Nobody asked for it by

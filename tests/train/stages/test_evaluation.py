@@ -262,21 +262,23 @@ def test_early_stopping_goes_on_where_it_was(settings, pretrained, monkeypatch):
 
     saves = []
 
-    real = launcher.plain_place
+    real = launcher.single_worker
 
-    def interrupted(*place_of, **others):
-        place = real(*place_of, **others)
+    def interrupted(*where, **others):
+        worker = real(*where, **others)
+        real_save = worker.store.save
 
         def save(step, write):
-            place.save(step, write)
+            real_save(step, write)
             saves.append(step)
             if len(saves) == 2:
                 raise CutOff
 
-        return dataclasses.replace(place, save=save)
+        worker.store.save = save
+        return worker
 
     with monkeypatch.context() as patch:
-        patch.setattr(launcher, "plain_place", interrupted)
+        patch.setattr(launcher, "single_worker", interrupted)
         with pytest.raises(CutOff):
             judge(settings, **given, name="in parts")
     parts = judge(settings, **given, name="in parts")

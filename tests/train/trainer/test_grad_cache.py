@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from models.ntxent import nt_xent
-from train.trainer.grad_cache import check_micro_batch, two_pass_backward
+from train.trainer.grad_cache import check_micro_batch, grad_cache_backward
 from train.trainer.loop import ViewModel
 
 PATCHES = 12
@@ -65,7 +65,7 @@ def test_loss_embeddings_and_gradient_are_those_of_the_whole_batch(micro_batch, 
     views = 2 if loss_of is contrastive else views
     whole, parts = small_model(), small_model()
     expected = at_once(whole, views_of(views=views), loss_of)
-    found = two_pass_backward(parts, views_of(views=views), loss_of, micro_batch=micro_batch, reseed=no_reseeding)
+    found = grad_cache_backward(parts, views_of(views=views), loss_of, micro_batch=micro_batch, reseed=no_reseeding)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(gradients(parts), gradients(whole), rtol=1e-11, atol=1e-14)
     assert not any(tensor.requires_grad for tensor in found)
@@ -86,7 +86,7 @@ class Recording(nn.Module):
 def test_dropout_draws_the_same_in_both_passes_and_anew_in_each_micro_batch():
     model = Recording(small_model(dropout=0.5))
     views = views_of()[:, :1].expand(-1, PATCHES, -1, -1, -1)  # so that nothing but dropout tells patches apart
-    two_pass_backward(model, views, contrastive, micro_batch=4, reseed=lambda number: torch.manual_seed(70 + number))
+    grad_cache_backward(model, views, contrastive, micro_batch=4, reseed=lambda number: torch.manual_seed(70 + number))
     first, second = model.outputs[:3], model.outputs[3:]
     assert len(second) == 3
     for before, again in zip(first, second, strict=True):
@@ -97,7 +97,7 @@ def test_dropout_draws_the_same_in_both_passes_and_anew_in_each_micro_batch():
 
 def test_running_statistics_are_updated_once():
     model, plain = small_model(norm=True), small_model(norm=True)
-    two_pass_backward(model, views_of(), contrastive, micro_batch=4, reseed=no_reseeding)
+    grad_cache_backward(model, views_of(), contrastive, micro_batch=4, reseed=no_reseeding)
     for part in views_of().split(4, dim=1):
         plain(part)
     assert model.backbone[1].num_batches_tracked == 3
@@ -125,7 +125,7 @@ def test_no_more_than_a_micro_batch_has_a_graph():
     for micro_batch in (2, 12):
         held = most = 0
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            two_pass_backward(small_model(), views_of(), cross_entropy, micro_batch=micro_batch, reseed=no_reseeding)
+            grad_cache_backward(small_model(), views_of(), cross_entropy, micro_batch=micro_batch, reseed=no_reseeding)
         largest[micro_batch] = most
     assert largest[2] < largest[12] / 3
 
@@ -141,7 +141,7 @@ def test_views_keep_their_channels_last():
 
     views = torch.randn(2, 6, 4, 4, 3).permute(0, 1, 4, 2, 3)
     with contextlib.suppress(RuntimeError):  # it has nothing to learn
-        two_pass_backward(Watching(), views, contrastive, micro_batch=2, reseed=no_reseeding)
+        grad_cache_backward(Watching(), views, contrastive, micro_batch=2, reseed=no_reseeding)
     assert formats[:3] == [True] * 3
 
 
@@ -167,7 +167,7 @@ def one_rank(rank, world_size, folder):
         averaged = []
         model.register_comm_hook(averaged, counted)
         views = views_of()[:, rank * own : (rank + 1) * own]
-        loss, _ = two_pass_backward(
+        loss, _ = grad_cache_backward(
             model, views, lambda z, loss_of=loss_of: loss_of(z, dist.group.WORLD), micro_batch=2, reseed=no_reseeding
         )
         results[name] = {"loss": loss, "grads": gradients(model), "averaged": len(averaged)}

@@ -18,7 +18,7 @@ from train.records import retry
 from train.records.retry import await_folder, patiently
 from train.records.runs import Run
 from train.trainer import logger
-from train.trainer.logger import Lines, Recorder
+from train.trainer.logger import Lines, MetricsLogger
 
 
 @contextlib.contextmanager
@@ -33,9 +33,9 @@ def no_file_larger_than(size: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, handler)
 
 
-def recorder_in(folder: Path, step: int = 0, **given) -> Recorder:
+def recorder_in(folder: Path, step: int = 0, **given) -> MetricsLogger:
     folder.mkdir(exist_ok=True)
-    return Recorder(Run(folder), step, [], {}, **given)
+    return MetricsLogger(Run(folder), step, [], {}, **given)
 
 
 def row(step: int) -> dict[str, float]:
@@ -54,7 +54,7 @@ def test_rows_that_a_full_disk_did_not_take_come_when_there_is_room(tmp_path):
     recorded = recorder_in(tmp_path / "run")
     for each in rows[:10]:
         recorded.write(each)
-    recorded._board._writer.flush()
+    recorded._tensorboard._writer.flush()
     size = (tmp_path / "run" / "metrics.jsonl").stat().st_size
     with no_file_larger_than(size + 20):  # within a row; TensorBoard's file is larger already
         for each in rows[10:50]:

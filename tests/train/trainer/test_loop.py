@@ -25,14 +25,16 @@ from sharding.manifest import fingerprint
 from sharding.packing import build_shards
 from tests.helpers import open_files
 from train.records import retry
+from train.records.checkpoint_store import CheckpointStore
 from train.records.checkpoints import CHECKPOINT_NAME
 from train.records.data import Input, SetInput
 from train.records.runs import Run
 from train.trainer import loop
-from train.trainer.logger import Recorder
-from train.trainer.loop import HEAD_NAME, Job, Place, ViewModel, fit, plain_place
+from train.trainer.logger import MetricsLogger
+from train.trainer.loop import HEAD_NAME, Job, ViewModel, fit
 from train.trainer.methods import SimCLR, Supervised
 from train.trainer.optim import build_optimizer
+from train.trainer.worker import Worker, single_worker
 
 CPU = torch.device("cpu")
 
@@ -79,26 +81,32 @@ def job_of(folder, data, **changes) -> Job:
     return dataclasses.replace(job, **changes)
 
 
-def cut_after(place, step):
-    """The place, ending the run right after the checkpoint of that step."""
+def with_save(worker, save):
+    """The worker, saving by this function of the store's own `save`, the step and what writes."""
+    worker.store.save = functools.partial(save, worker.store.save)
+    return worker
 
-    def save(at, write):
-        place.save(at, write)
+
+def cut_after(worker, step):
+    """The worker, ending the run right after the checkpoint of that step."""
+
+    def save(real, at, write):
+        real(at, write)
         if at == step:
             raise CutOff
 
-    return dataclasses.replace(place, save=save)
+    return with_save(worker, save)
 
 
-def cut_before_saving(place, step):
-    """The place, ending the run at that step's checkpoint before it is written: rows of metrics.jsonl are ahead of it."""
+def cut_before_saving(worker, step):
+    """The worker, ending the run at that step's checkpoint before it is written: rows of metrics.jsonl are ahead of it."""
 
-    def save(at, write):
+    def save(real, at, write):
         if at == step:
             raise CutOff
-        place.save(at, write)
+        real(at, write)
 
-    return dataclasses.replace(place, save=save)
+    return with_save(worker, save)
 
 
 def rows_of(folder):
@@ -144,7 +152,7 @@ def test_learns_to_tell_patches_apart(tmp_path, monkeypatch):
         epochs=40,
     )
     job = dataclasses.replace(job, log_every=40, checkpoint_every=1000, peak_learning_rate=2e-3)
-    fit(job, plain_place(job.folder, CPU))
+    fit(job, single_worker(job.folder, CPU))
     (row,) = Run(job.folder).metrics()
     assert row["loss"] < 0.6 * math.log(2 * 8 - 1)
     assert row["top1"] > 0.9
@@ -152,7 +160,7 @@ def test_learns_to_tell_patches_apart(tmp_path, monkeypatch):
 
 def test_what_a_run_leaves(tmp_path, small_set):
     job = job_of(tmp_path / "run", small_set)
-    fit(job, plain_place(job.folder, CPU))
+    fit(job, single_worker(job.folder, CPU))
     rows = Run(job.folder).metrics()
     assert [(row["epoch"], row["step"]) for row in rows] == [(k // 5, k + 1) for k in range(10)]
     assert all(row["loss"] > 0 and 0 <= row["top1"] <= 1 and row["patches_per_s"] > 0 for row in rows)
@@ -176,9 +184,9 @@ def test_what_a_run_leaves(tmp_path, small_set):
 def test_weights_start_from_init(tmp_path, small_set):
     """With a learning rate of next to nothing, what comes out is what went in."""
     first = job_of(tmp_path / "first", small_set, epochs=1)
-    fit(first, plain_place(first.folder, CPU))
+    fit(first, single_worker(first.folder, CPU))
     second = job_of(tmp_path / "second", small_set, epochs=1, init=str(first.folder), peak_learning_rate=1e-30, seed=99)
-    fit(second, plain_place(second.folder, CPU))
+    fit(second, single_worker(second.folder, CPU))
     assert_same_weights(*(load_file(job.folder / "backbone.safetensors") for job in (first, second)))
     assert "tensors loaded" in (second.folder / "init.json").read_text()
 
@@ -188,7 +196,7 @@ def test_seed_decides_everything(tmp_path, small_set):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         job = job_of(tmp_path / name, small_set, epochs=1, seed=seed)
         torch.manual_seed(len(weights))  # what ran before does not matter
-        fit(job, plain_place(job.folder, CPU))
+        fit(job, single_worker(job.folder, CPU))
         weights.append(weights_of(job.folder))
     assert_same_weights(weights[0], weights[1])
     kernels = [name for name, tensor in weights[0].items() if tensor.ndim == 4]
@@ -204,7 +212,7 @@ def test_micro_batches_give_the_same_run(tmp_path, small_set, method):
         ids = np.arange(0, 90, 6)[:12]
         job = job_of(tmp_path / str(micro_batch), small_set, input=input_of(small_set, ids), method=method)
         job = dataclasses.replace(job, precision="fp64", micro_batch=micro_batch, peak_learning_rate=0.1, optimizer="sgd")
-        fit(job, plain_place(job.folder, CPU))
+        fit(job, single_worker(job.folder, CPU))
         found.append((weights_of(job.folder), [row["loss"] for row in Run(job.folder).metrics()]))
     weights, losses = found[0]
     assert len(set(losses)) == 6  # something was learnt
@@ -218,7 +226,7 @@ def test_micro_batches_give_the_same_run(tmp_path, small_set, method):
 def test_a_micro_batch_that_does_not_divide_is_refused(tmp_path, small_set):
     job = job_of(tmp_path / "run", small_set, micro_batch=3)
     with pytest.raises(ValueError, match="--micro-batch 3 must divide the 4 patches"):
-        fit(job, plain_place(job.folder, CPU))
+        fit(job, single_worker(job.folder, CPU))
 
 
 @pytest.mark.parametrize("changes", [{"deterministic": True}, {"channels_last": True}])
@@ -226,7 +234,7 @@ def test_ways_to_compute_give_the_same_on_a_cpu(tmp_path, small_set, changes):
     found = []
     for name, settings in (("plain", {}), ("other", changes)):
         job = job_of(tmp_path / name, small_set, epochs=1, precision="fp64", **settings)
-        fit(job, plain_place(job.folder, CPU))
+        fit(job, single_worker(job.folder, CPU))
         found.append([row["loss"] for row in Run(job.folder).metrics()])
         engine = json.loads((job.folder / "engine.json").read_text())
         assert engine | settings == engine
@@ -240,13 +248,13 @@ def test_ways_to_compute_give_the_same_on_a_cpu(tmp_path, small_set, changes):
 def test_a_step_waits_for_no_value_of_the_device(tmp_path, small_set, optimizer, micro_batch, with_metrics):
     """On tensors that have no values to wait for: asking for one raises."""
     job = job_of(tmp_path, small_set, micro_batch=micro_batch)
-    place = plain_place(tmp_path, CPU)
+    worker = single_worker(tmp_path, CPU)
     with FakeTensorMode():
         backbone = build_backbone(job.backbone, 32)
         model = ViewModel(backbone, job.method.build_head(backbone.num_features))
         fused = build_optimizer(optimizer, model, weight_decay=0.1, fused=True)  # as on a GPU
         batch = Batch(torch.randn(2, 4, 3, 32, 32), torch.arange(4), torch.zeros(4, dtype=torch.int64))
-        values = loop._step(model, fused, batch, 0.1, 5, job, place, with_metrics=with_metrics)
+        values = loop._step(model, fused, batch, 0.1, 5, job, worker, with_metrics=with_metrics)
         with pytest.raises(DataDependentOutputException):
             values["loss"].item()
     assert values.keys() >= ({"loss", "top1", "alignment", "embedding_std", "gradient_norm"} if with_metrics else {"loss"})
@@ -254,11 +262,11 @@ def test_a_step_waits_for_no_value_of_the_device(tmp_path, small_set, optimizer,
 
 
 def test_the_gradient_s_norm_is_that_of_the_whole_gradient(tmp_path, small_set):
-    job, place = job_of(tmp_path, small_set), plain_place(tmp_path, CPU)
-    model, _ = loop._build_model(job, place)
+    job, worker = job_of(tmp_path, small_set), single_worker(tmp_path, CPU)
+    model, _ = loop._build_model(job, worker)
     sgd = build_optimizer("sgd", model, weight_decay=0.5, fused=False)
     batch = Batch(torch.randn(2, 4, 3, 32, 32), torch.arange(4), torch.zeros(4, dtype=torch.int64))
-    values = loop._step(model, sgd, batch, 0.1, 5, job, place, with_metrics=True)
+    values = loop._step(model, sgd, batch, 0.1, 5, job, worker, with_metrics=True)
     whole = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert values["gradient_norm"].item() == pytest.approx(whole.norm().item(), rel=1e-5)
 
@@ -268,7 +276,7 @@ def test_precisions_agree_about_the_loss(tmp_path, small_set, precision):
     losses = []
     for name in ("fp32", precision):
         job = job_of(tmp_path / name, small_set, epochs=1, precision=name, input=input_of(small_set, np.arange(4)))
-        fit(job, plain_place(job.folder, CPU))
+        fit(job, single_worker(job.folder, CPU))
         losses.append(Run(job.folder).metrics()[0]["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=0.02 if precision == "bf16" else 1e-5)
     assert losses[0] != losses[1]
@@ -288,32 +296,32 @@ def test_labels_are_learnt(tmp_path, small_set, monkeypatch):
         peak_learning_rate=3e-3,
     )
     job = dataclasses.replace(job, log_every=60, checkpoint_every=1000)
-    fit(job, plain_place(job.folder, CPU))
+    fit(job, single_worker(job.folder, CPU))
     assert Run(job.folder).metrics()[-1]["train_accuracy"] > 0.8
 
 
 # Checkpoints in the background
 
 
-def writing_late(place, at, go):
-    """The place, writing the checkpoint of that step only once `go` is set."""
+def writing_late(worker, at, go):
+    """The worker, writing the checkpoint of that step only once `go` is set."""
 
-    def save(step, write):
+    def save(real, step, write):
         def late(folder):
             assert go.wait(60)
             write(folder)
 
-        place.save(step, late if step == at else write)
+        real(step, late if step == at else write)
 
-    return dataclasses.replace(place, save=save)
+    return with_save(worker, save)
 
 
 def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(tmp_path, small_set, monkeypatch):
     """The checkpoint of step 2 is written after step 3 was taken, and the run goes on from it as from any other."""
     plain = job_of(tmp_path / "undisturbed", small_set)
-    fit(plain, plain_place(plain.folder, CPU))
+    fit(plain, single_worker(plain.folder, CPU))
     job, go = job_of(tmp_path / "run", small_set, checkpoint_every=2), threading.Event()
-    write = Recorder.write
+    write = MetricsLogger.write
 
     def watched(self, row):
         write(self, row)
@@ -322,36 +330,37 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(t
             raise CutOff
 
     with monkeypatch.context() as patch:
-        patch.setattr(Recorder, "write", watched)
+        patch.setattr(MetricsLogger, "write", watched)
         with pytest.raises(CutOff):
-            fit(job, writing_late(plain_place(job.folder, CPU), 2, go))
+            fit(job, writing_late(single_worker(job.folder, CPU), 2, go))
     assert [path.name for path in (job.folder / "checkpoints").iterdir()] == ["step-000000002"]
-    fit(job, plain_place(job.folder, CPU))
+    fit(job, single_worker(job.folder, CPU))
     assert_same_weights(weights_of(job.folder), weights_of(plain.folder))
     assert rows_of(job.folder) == rows_of(plain.folder)
 
 
-def failing(place: Place, failures: int, patience_of_steps: float = 20) -> Place:
+def failing(worker: Worker, failures: int, wait_of_steps: float = 20) -> Worker:
     """Checkpoints find the disk full so many times. The step after one is sure to see how it ended."""
-    left = [failures]
+    left, wait = [failures], worker.store.wait
 
-    def save(step, write):
+    def save(real, step, write):
         def write_or_fail(folder):
             if left[0]:
                 left[0] -= 1
                 raise OSError(errno.ENOSPC, "No space left on device")
             write(folder)
 
-        place.save(step, write_or_fail)
+        real(step, write_or_fail)
 
-    return dataclasses.replace(place, save=save, wait=lambda s: place.wait(patience_of_steps if s == 0 else s))
+    worker.store.wait = lambda seconds=None: wait(wait_of_steps if seconds == 0 else seconds)
+    return with_save(worker, save)
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run(tmp_path, small_set):
     """Also when no other checkpoint is due for long: every step looks for it."""
     job = job_of(tmp_path / "run", small_set, epochs=40, checkpoint_every=2)
     with pytest.raises(ValueError, match=r"run/checkpoints: could not be written \(No space left on device\)"):
-        fit(job, failing(plain_place(job.folder, CPU, patience=0), 10**6))
+        fit(job, failing(single_worker(job.folder, CPU, retry_timeout_s=0), 10**6))
     assert len(rows_of(job.folder)) == 3
     assert not (job.folder / "backbone.safetensors").exists()
 
@@ -359,7 +368,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(tmp_path, small_set):
 def test_the_last_checkpoint_s_error_ends_the_run_too(tmp_path, small_set):
     job = job_of(tmp_path / "run", small_set, epochs=1, checkpoint_every=5)
     with pytest.raises(ValueError, match="No space left on device"):
-        fit(job, failing(plain_place(job.folder, CPU, patience=0), 10**6, patience_of_steps=0))
+        fit(job, failing(single_worker(job.folder, CPU, retry_timeout_s=0), 10**6, wait_of_steps=0))
     assert len(rows_of(job.folder)) == 5
     assert not (job.folder / "backbone.safetensors").exists()
 
@@ -367,7 +376,7 @@ def test_the_last_checkpoint_s_error_ends_the_run_too(tmp_path, small_set):
 def test_a_disk_that_is_full_for_a_moment_is_waited_for(tmp_path, small_set, monkeypatch, capfd):
     monkeypatch.setattr(retry, "_PAUSE", 0.01)
     job = job_of(tmp_path / "run", small_set, checkpoint_every=2)
-    fit(job, failing(plain_place(job.folder, CPU), 3))
+    fit(job, failing(single_worker(job.folder, CPU), 3))
     assert (job.folder / "backbone.safetensors").exists()
     assert capfd.readouterr().out.count("run/checkpoints: could not be written (No space left on device); trying again") == 1
 
@@ -381,24 +390,24 @@ def test_a_disk_that_is_full_for_a_moment_is_waited_for(tmp_path, small_set, mon
 def test_cut_off_run_ends_as_an_undisturbed_one(tmp_path, small_set, backbone, micro_batch):
     """Cut in mid-epoch, at an epoch's end, and between metrics and their checkpoint. The second backbone has batch norm."""
     plain = job_of(tmp_path / "undisturbed", small_set, backbone=backbone, micro_batch=micro_batch)
-    fit(plain, plain_place(plain.folder, CPU))
+    fit(plain, single_worker(plain.folder, CPU))
     wanted, rows = weights_of(plain.folder), rows_of(plain.folder)
     assert len(rows) == 10
 
-    def check(name, places, **changes):
+    def check(name, cuts, **changes):
         job = job_of(tmp_path / name, small_set, backbone=backbone, micro_batch=micro_batch, **changes)
-        for place in places:
+        for cut in cuts:
             with pytest.raises(CutOff):
-                fit(job, place(plain_place(job.folder, CPU)))
+                fit(job, cut(single_worker(job.folder, CPU)))
             assert not (job.folder / "backbone.safetensors").exists()
-        fit(job, plain_place(job.folder, CPU))
+        fit(job, single_worker(job.folder, CPU))
         assert_same_weights(weights_of(job.folder), wanted)
         assert rows_of(job.folder) == rows
 
-    check("mid-epoch", [lambda place: cut_after(place, 2)])
-    check("epoch's end", [lambda place: cut_after(place, 5)], checkpoint_every=0)
-    check("thrice", [lambda place: cut_before_saving(place, 4), lambda place: cut_before_saving(place, 6),
-                     lambda place: cut_after(place, 10)])  # fmt: skip
+    check("mid-epoch", [lambda worker: cut_after(worker, 2)])
+    check("epoch's end", [lambda worker: cut_after(worker, 5)], checkpoint_every=0)
+    check("thrice", [lambda worker: cut_before_saving(worker, 4), lambda worker: cut_before_saving(worker, 6),
+                     lambda worker: cut_after(worker, 10)])  # fmt: skip
 
 
 def test_cut_off_mixture_in_windows_ends_as_an_undisturbed_one(tmp_path, small_set, other_set):
@@ -411,8 +420,8 @@ def test_cut_off_mixture_in_windows_ends_as_an_undisturbed_one(tmp_path, small_s
         assert (job.input.patches, job.steps) == (44, 22)
         if at:
             with pytest.raises(CutOff):
-                fit(job, cut_after(plain_place(job.folder, CPU), at))
-        fit(job, plain_place(job.folder, CPU))
+                fit(job, cut_after(single_worker(job.folder, CPU), at))
+        fit(job, single_worker(job.folder, CPU))
         weights.append((weights_of(job.folder), rows_of(job.folder)))
     assert_same_weights(weights[0][0], weights[1][0])
     assert weights[0][1] == weights[1][1] and len(weights[0][1]) == 22
@@ -433,14 +442,14 @@ def test_nothing_stays_open(tmp_path, small_set, monkeypatch, ends):
     job = job_of(tmp_path / "run", tmp_path / "shards", epochs=1)
     opened = []
 
-    def save(at, write):
+    def save(real, at, write):
         opened.append(open_files(tmp_path))
         assert threads < set(threading.enumerate())  # TensorBoard's
         if ends == "early":
             raise CutOff
 
     with contextlib.suppress(CutOff):
-        fit(job, dataclasses.replace(plain_place(job.folder, CPU), save=save))
+        fit(job, with_save(single_worker(job.folder, CPU), save))
     assert len(opened) == (1 if ends == "early" else 3)
     assert {"shard-000000.tar", "metrics.jsonl"} <= opened[0]
     assert not open_files(tmp_path)
@@ -451,53 +460,48 @@ def test_nothing_stays_open(tmp_path, small_set, monkeypatch, ends):
 def test_cut_off_before_the_first_checkpoint_starts_over(tmp_path, small_set):
     job = job_of(tmp_path / "run", small_set, epochs=1)
     with pytest.raises(CutOff):
-        fit(job, cut_before_saving(plain_place(job.folder, CPU), 2))
+        fit(job, cut_before_saving(single_worker(job.folder, CPU), 2))
     assert len(rows_of(job.folder)) == 2
-    fit(job, plain_place(job.folder, CPU))
+    fit(job, single_worker(job.folder, CPU))
     assert [row[1] for row in rows_of(job.folder)] == [1, 2, 3, 4, 5]
 
 
 def test_half_a_row_of_metrics_is_taken_away(tmp_path, small_set):
     job = job_of(tmp_path / "run", small_set, epochs=1)
     with pytest.raises(CutOff):
-        fit(job, cut_after(plain_place(job.folder, CPU), 2))
+        fit(job, cut_after(single_worker(job.folder, CPU), 2))
     with open(job.folder / "metrics.jsonl", "a") as file:
         file.write('{"epoch": 0, "step": 3, "lo')
-    fit(job, plain_place(job.folder, CPU))
+    fit(job, single_worker(job.folder, CPU))
     assert [row[1] for row in rows_of(job.folder)] == [1, 2, 3, 4, 5]
 
 
 def test_half_written_checkpoint_is_no_checkpoint(tmp_path):
-    place = plain_place(tmp_path, CPU)
+    store = CheckpointStore(tmp_path)
 
     def write_half(folder):
         (folder / CHECKPOINT_NAME).write_text("half")
         raise CutOff
 
-    with place.restore() as folder:
-        assert folder is None
-    place.save(1, write_half)
+    assert store.newest() is None
+    store.save(1, write_half)
     with pytest.raises(CutOff):
-        place.wait(None)
-    assert not list((tmp_path / "checkpoints").iterdir())
-    with place.restore() as folder:
-        assert folder is None
+        store.wait()
+    assert not list((tmp_path / "checkpoints").iterdir()) and store.newest() is None
     for step in (2, 10, 9_999):
-        place.save(step, lambda folder, step=step: (folder / CHECKPOINT_NAME).write_text(str(step)))
-        place.wait(None)
-        with place.restore() as folder:
-            assert (folder / CHECKPOINT_NAME).read_text() == str(step)
-    place.save(9_999, lambda folder: (folder / CHECKPOINT_NAME).write_text("again"))
-    place.wait(None)
-    with place.restore() as folder:
-        assert (folder / CHECKPOINT_NAME).read_text() == "again"
+        store.save(step, lambda folder, step=step: (folder / CHECKPOINT_NAME).write_text(str(step)))
+        store.wait()
+        assert (store.fetch(store.newest()) / CHECKPOINT_NAME).read_text() == str(step)
+    store.save(9_999, lambda folder: (folder / CHECKPOINT_NAME).write_text("again"))
+    store.wait()
+    assert (store.fetch(store.newest()) / CHECKPOINT_NAME).read_text() == "again"
     assert len(list((tmp_path / "checkpoints").glob("step-*"))) == 1
 
 
 def test_loss_that_is_no_number_becomes_null(tmp_path, small_set):
     """JSON knows no NaN, and a report must open all the same."""
     job = job_of(tmp_path / "run", small_set, epochs=1, peak_learning_rate=1e30)
-    fit(job, plain_place(job.folder, CPU))
+    fit(job, single_worker(job.folder, CPU))
     text = (job.folder / "metrics.jsonl").read_text()
     assert "NaN" not in text and "Infinity" not in text
     assert Run(job.folder).metrics()[-1]["loss"] is None

@@ -17,8 +17,9 @@ from sharding.packing import build_shards
 from train.config import PretrainConfig
 from train.records.data import Input, SetInput
 from train.records.runs import Run
-from train.trainer.loop import Job, fit, plain_place
+from train.trainer.loop import Job, fit
 from train.trainer.methods import METHODS, RotNet, SimCLR, Supervised, build_method
+from train.trainer.worker import single_worker
 
 LABELS = torch.tensor([0, 2, 1, 2])
 
@@ -181,7 +182,7 @@ def test_rotnet_learns_which_way_is_up(tmp_path, name):
         card={},
     )
     job.folder.mkdir()
-    fit(job, plain_place(job.folder, torch.device("cpu")))
+    fit(job, single_worker(job.folder, torch.device("cpu")))
     (row,) = Run(job.folder).metrics()
     assert row["loss"] < 0.5 * math.log(4)
     assert row["rotation_accuracy"] > 0.9

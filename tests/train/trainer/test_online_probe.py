@@ -27,9 +27,10 @@ from train.scoring import features
 from train.scoring.metrics import accuracies
 from train.stages.pretraining import pretrain
 from train.trainer import loop
-from train.trainer.loop import HEAD_NAME, Job, fit, plain_place
+from train.trainer.loop import HEAD_NAME, Job, fit
 from train.trainer.methods import SimCLR
-from train.trainer.online_probe import DECAYS, _tuned_ridge, knn_predictions, plan_probe, ridge_predictions, run_probe
+from train.trainer.online_probe import DECAYS, _tuned_ridge, build_probe, knn_predictions, ridge_predictions, run_probe
+from train.trainer.worker import single_worker
 
 CPU = torch.device("cpu")
 NAMES = {"probe_accuracy", "probe_balanced_accuracy", "probe_knn_accuracy", "probe_knn_balanced_accuracy"}
@@ -59,7 +60,7 @@ def config_of(data, **changes):
 
 
 def plan_of(data, **changes):
-    probe, _ = plan_probe(config_of(data, **changes))
+    probe, _ = build_probe(config_of(data, **changes))
     assert probe is not None
     return probe
 
@@ -176,22 +177,22 @@ def test_every_seed_is_probed_on_the_same_patches(coloured):
 
 def test_a_slide_per_class_is_cut_by_patch(tmp_path):
     data = packed(tmp_path, breast_files({"a": 20, "b": 20}, slides=1), split_by="patch", split="train=0.8,test=0.2")
-    probe, line = plan_probe(config_of(data))
+    probe, line = build_probe(config_of(data))
     assert not probe.by_group and "of other patches, perhaps of the same slides" in line
     assert set(probe.labels[probe.judged]) == set(probe.labels[~probe.judged]) == {0, 1}
 
 
 def test_another_set_is_probed_on_its_own_split(coloured, other_set):
-    probe, line = plan_probe(config_of(other_set, probe_data=str(coloured), probe_every=5))
+    probe, line = build_probe(config_of(other_set, probe_data=str(coloured), probe_every=5))
     assert probe.input.sets[0].shards == str(coloured)
     assert line.startswith("probe every 5 epochs: ") and f"labels of {coloured}, judged on" in line
     assert "of other groups (slides or patients)" in line
 
 
 def test_a_set_without_labels_is_not_probed(other_set, small_set):
-    probe, line = plan_probe(config_of(other_set))
+    probe, line = build_probe(config_of(other_set))
     assert probe is None and line.startswith(f"no probe: {other_set} has no labels of two classes")
-    assert plan_probe(config_of(small_set, probe_every=0)) == (None, "no probe (--probe-every 0)")
+    assert build_probe(config_of(small_set, probe_every=0)) == (None, "no probe (--probe-every 0)")
 
 
 @pytest.mark.parametrize(
@@ -208,7 +209,7 @@ def test_what_cannot_be_probed_is_one_sentence(small_set, other_set, changes, se
     sets = {"other": str(other_set), "small": str(small_set)}
     changes = {name: sets.get(value, value) for name, value in changes.items()}
     with pytest.raises(ValueError, match=sentence):
-        plan_probe(config_of(small_set, **changes))
+        build_probe(config_of(small_set, **changes))
 
 
 @pytest.mark.parametrize(("every", "expected"), [(1, [3, 6, 9, 12, 15]), (2, [6, 12, 15]), (5, [15]), (99, [15])])
@@ -330,31 +331,33 @@ def outcome_of(job):
 
 def test_a_run_with_a_probe_ends_as_one_without_and_its_rows_come_again(tmp_path, small_set):
     job = job_of(tmp_path / "probed", small_set)
-    fit(job, plain_place(job.folder, CPU))
+    fit(job, single_worker(job.folder, CPU))
     weights, rows = outcome_of(job)
     assert [step for step, row in rows.items() if row.keys() >= NAMES] == [8, 16]
     assert not any(row.keys() & NAMES for step, row in rows.items() if step not in (8, 16))
     assert sorted(rows) == [3, 6, 8, 9, 12, 15, 16]
 
     plain = job_of(tmp_path / "plain", small_set, probe=None)
-    fit(plain, plain_place(plain.folder, CPU))
+    fit(plain, single_worker(plain.folder, CPU))
     plain_weights, plain_rows = outcome_of(plain)
     assert all(torch.equal(weights[name], plain_weights[name]) for name in weights | plain_weights)
     without = {step: {name: row[name] for name in row.keys() - NAMES} for step, row in rows.items()}
     assert without == plain_rows | {8: without[8]}
 
     cut = job_of(tmp_path / "cut", small_set)
-    place = plain_place(cut.folder, CPU)
+    worker = single_worker(cut.folder, CPU)
 
     def save(step, write):
         if step == 9:  # the rows of steps 7 to 9 are ahead of the newest checkpoint, the probe's among them
             raise CutOff
-        place.save(step, write)
+        real(step, write)
 
+    real, worker.store.save = worker.store.save, save
     with pytest.raises(CutOff):
-        fit(cut, dataclasses.replace(place, save=save))
+        fit(cut, worker)
+    worker.store.save = real
     assert Run(cut.folder).metrics()[-1]["step"] == 9
-    fit(cut, place)
+    fit(cut, worker)
     cut_weights, cut_rows = outcome_of(cut)
     assert cut_rows == rows
     assert all(torch.equal(weights[name], cut_weights[name]) for name in weights | cut_weights)
@@ -362,7 +365,7 @@ def test_a_run_with_a_probe_ends_as_one_without_and_its_rows_come_again(tmp_path
 
 def test_a_run_that_diverged_goes_on(tmp_path, small_set):
     job = job_of(tmp_path / "run", small_set, peak_learning_rate=1e30, epochs=2)
-    fit(job, plain_place(job.folder, CPU))
+    fit(job, single_worker(job.folder, CPU))
     assert Run(job.folder).metrics()[-1]["probe_accuracy"] is None
 
 

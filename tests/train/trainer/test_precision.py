@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from train.trainer import precision
-from train.trainer.precision import arithmetic, compile_model, on_where_it_helps
+from train.trainer.precision import backend_settings, compile_model, default_on_cuda
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")  # the latter is only looked at
 
@@ -23,8 +23,8 @@ def switches():
 
 @pytest.mark.parametrize(("choice", "on_cpu", "on_gpu"), [(None, False, True), (True, True, True), (False, False, False)])
 def test_on_where_it_helps(choice, on_cpu, on_gpu):
-    assert on_where_it_helps(choice, CPU) is on_cpu
-    assert on_where_it_helps(choice, GPU) is on_gpu
+    assert default_on_cuda(choice, CPU) is on_cpu
+    assert default_on_cuda(choice, GPU) is on_gpu
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_arithmetic_and_its_end(device, deterministic, wanted, monkeypatch):
     found = []
 
     def fail():
-        with arithmetic(device, deterministic=deterministic):
+        with backend_settings(device, deterministic=deterministic):
             found.append(switches())
             assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == deterministic
             raise KeyError

@@ -31,7 +31,7 @@ def line_of(step, **changes):
 
 
 def said(rows, patience=10):
-    alarms = Alarms(chance_loss=CHANCE, patience=patience)
+    alarms = Alarms(chance_loss=CHANCE, grace_steps=patience)
     return [text for row in rows for text in alarms.add(row)]
 
 
@@ -142,7 +142,7 @@ def test_what_is_shown(tmp_path, monkeypatch, capsys, terminal):
     path = tmp_path / "metrics.jsonl"
     path.write_text(line_of(10) + line_of(17))  # of an earlier start, whose checkpoint was at step 10
     with follow(
-        run, steps=40, title="tiny [x]", starting="starting", accuracy="top1", alarms=Alarms(chance_loss=CHANCE, patience=10)
+        run, steps=40, title="tiny [x]", starting="starting", accuracy="top1", alarms=Alarms(chance_loss=CHANCE, grace_steps=10)
     ):
         write_text(path, line_of(10))
         assert looked.wait(20)
