@@ -1,7 +1,7 @@
 """Classifiers on frozen features, trained step by step as published protocols have it: hundreds on one feature matrix.
 
-For figures that are to be compared with a paper's; `train.scoring.logistic` finds the best linear classifier outright. Features
-are taken as they are, not standardised, as published.
+For comparison with a paper's numbers; `train.scoring.logistic` finds the best linear classifier outright. Features are not
+standardised, as published.
 
 Each task (a fraction of the labels and a seed) is trained as if it were alone. There are two implementations:
 
@@ -164,8 +164,8 @@ def _widths(features: int, classes: int, protocol: Protocol) -> tuple[int, ...]:
     return (features, min(features, MOST_HIDDEN), classes) if protocol.head == "mlp" else (features, classes)
 
 
-class _Course:
-    """The losses of T heads so far, which epochs were the best, and who is still in training."""
+class _LossHistory:
+    """The losses of T heads so far, the best epoch of each, and which are still in training."""
 
     def __init__(self, heads: int, patience: int | None):
         self.patience = patience
@@ -174,7 +174,7 @@ class _Course:
         self._losses: list[list[tuple[float, float]]] = [[] for _ in range(heads)]
 
     def add(self, epoch: int, train_T: np.ndarray, validation_T: np.ndarray) -> np.ndarray:
-        """(T,) bool, whose weights are the best so far. epoch: counted from 1. Who is no longer in training is not looked at."""
+        """(T,) bool, whose weights are the best so far. epoch: counted from 1. Heads that have stopped are ignored."""
         for i in np.flatnonzero(self.running):
             self._losses[i].append((train_T[i], validation_T[i]))
         better = self.running & (validation_T < self._lowest)
@@ -208,17 +208,17 @@ def _compiled_one(features_NF, labels_N, task: HeadTask, classes: int, protocol:
     layer = Layer(best.weight.copy(), best.bias.copy())
     slope, first, second = (Layer(np.zeros_like(layer.weight), np.zeros_like(layer.bias)) for _ in range(3))
     settings = (protocol.optimizer == "adam", protocol.batch_size, protocol.learning_rate, protocol.weight_decay)
-    course, steps = _Course(1, protocol.patience), 0
+    history, steps = _LossHistory(1, protocol.patience), 0
     for epoch in range(protocol.epochs):
         order = epoch_order(task.rows, seed=task.seed, epoch=epoch)
         train = linear_epoch(features_NF, labels_N, order, layer, slope, first, second, steps, *settings)
         steps += steps_per_epoch(len(order), protocol.batch_size, drop_last=False)
         validation = linear_loss(features_NF, labels_N, task.validation, layer)
-        if course.add(epoch + 1, np.array([train]), np.array([validation])).any():
+        if history.add(epoch + 1, np.array([train]), np.array([validation])).any():
             best = Layer(layer.weight.copy(), layer.bias.copy())
-        if not course.running.any():
+        if not history.running.any():
             break
-    return course.head(0, (best,))
+    return history.head(0, (best,))
 
 
 # ---- Stacks of heads in torch ----
@@ -259,7 +259,7 @@ def _stacks(tasks: list[HeadTask], most: int, batch_size: int) -> Iterator[list[
 
 
 def _stack(features, labels, tasks: list[HeadTask], initial: list[tuple[Layer, ...]], protocol) -> list[TrainedHead]:
-    """Heads whose steps are taken together. Those that have stopped early go along, and are not looked at."""
+    """Heads whose steps are taken together. Those that have stopped early are still computed, and ignored."""
     device, size = features.device, protocol.batch_size
     layers = [
         _Stacked(_leaf([layer.weight.T for layer in same], device), _leaf([layer.bias[None] for layer in same], device))
@@ -269,7 +269,7 @@ def _stack(features, labels, tasks: list[HeadTask], initial: list[tuple[Layer, .
     best = [parameter.detach().clone() for parameter in parameters]
     optimizer = _optimizer(layers, protocol)
     validation_TM, counted_TM = _padded([task.validation for task in tasks], device)
-    course = _Course(len(tasks), protocol.patience)
+    history = _LossHistory(len(tasks), protocol.patience)
     for epoch in range(protocol.epochs):
         orders = [epoch_order(task.rows, seed=task.seed, epoch=epoch) for task in tasks]
         train_T = torch.zeros(len(tasks), dtype=torch.float64, device=device)
@@ -285,15 +285,15 @@ def _stack(features, labels, tasks: list[HeadTask], initial: list[tuple[Layer, .
                 validation_T += (_losses(features[rows_TB], labels[rows_TB], layers) * counted_TB).sum(1)
         train = train_T.cpu().numpy() / [len(order) for order in orders]
         validation = validation_T.cpu().numpy() / [len(task.validation) for task in tasks]
-        better = torch.from_numpy(course.add(epoch + 1, train, validation)).to(device)
+        better = torch.from_numpy(history.add(epoch + 1, train, validation)).to(device)
         for kept, now in zip(best, parameters, strict=True):
             kept[better] = now.detach()[better]
-        if not course.running.any():
+        if not history.running.any():
             break
     arrays = [parameter.cpu().numpy() for parameter in best]
     pairs = list(zip(arrays[::2], arrays[1::2], strict=True))
     return [
-        course.head(i, tuple(Layer(weight[i].T.copy(), bias[i, 0].copy()) for weight, bias in pairs)) for i in range(len(tasks))
+        history.head(i, tuple(Layer(weight[i].T.copy(), bias[i, 0].copy()) for weight, bias in pairs)) for i in range(len(tasks))
     ]
 
 

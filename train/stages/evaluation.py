@@ -1,4 +1,4 @@
-"""The judging stages: the linear protocol, nearest neighbours, fine-tuning, and the supervised baseline."""
+"""The evaluation stages: linear protocol, nearest neighbours, fine-tuning, supervised baseline."""
 
 import time
 from collections.abc import Sequence

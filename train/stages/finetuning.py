@@ -1,4 +1,4 @@
-"""Judging by training all weights: fine-tuning, and the supervised baseline. A run of its own for each fraction and seed."""
+"""Evaluation by training all weights: fine-tuning, and the supervised baseline. Each fraction and seed has a run of its own."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -68,7 +68,7 @@ def train_cell(
     key: str,
     say: Callable[[str], None],
 ) -> tuple[Cell, np.ndarray, str]:
-    """Train in this run's folder, or go on there, and judge. Returns the cell, the features of its test patches, and the device.
+    """Train in this run's folder, or resume there, and evaluate. Returns the cell, its test patches' features, and the device.
 
     data: the set, whatever its ids.
     """
@@ -95,7 +95,7 @@ def train_cell(
     run.publish()
     with torch.no_grad():
         probabilities = torch.softmax(head.double()(torch.from_numpy(features).double()), dim=1).numpy()
-    return Cell(fraction, seed, chosen, probabilities, {"batch_size": job.batch_size} | _course(run)), features, device
+    return Cell(fraction, seed, chosen, probabilities, {"batch_size": job.batch_size} | _training_summary(run)), features, device
 
 
 def _some(data: SetInput, ids: np.ndarray, config: EvaluateConfig) -> Input:
@@ -129,7 +129,7 @@ def _job(config, seed, chosen, learnt, *, run, data, known, start, key) -> Job:
 
 
 def _test_features(config, backbone, data, chosen, start, folder) -> np.ndarray:
-    """Of the trained weights, which no other run has: kept with the run, so that one that was cut off does not begin anew."""
+    """Features of the test patches by the trained weights, which no other run has: kept with the run for when it is resumed."""
     path = folder / _FEATURES_NAME
     if not path.exists():
         what = FeaturePass(backbone, data.shards, data.fingerprint, "eval", start.image_size, gib(config.cache_gib))
@@ -141,7 +141,7 @@ def _test_features(config, backbone, data, chosen, start, folder) -> np.ndarray:
     return np.load(path)
 
 
-def _course(run: Run) -> dict[str, Any]:
+def _training_summary(run: Run) -> dict[str, Any]:
     """Steps taken, and the epoch whose weights were kept."""
     rows = run.metrics()
     judged = [row for row in rows if row.get("validation_loss") is not None]

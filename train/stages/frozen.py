@@ -1,4 +1,4 @@
-"""Judging frozen features: the linear protocol, and the nearest neighbours' vote."""
+"""Evaluation of frozen features: the linear protocol and k nearest neighbours."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Which labels a judging stage learns from, chooses on, and is judged by."""
+"""Which labels an evaluation trains, validates and tests on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""From predictions to what a paper prints: figures of each cell, intervals by group, and their summary over seeds."""
+"""From predictions to a paper's table: metrics of each cell, intervals by group, and their summary over seeds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Early stopping: the weights of the best validation loss, and an end where it gets no better."""
+"""Early stopping: keep the weights of the lowest validation loss, and stop when it no longer falls."""
 
 import math
 from dataclasses import dataclass, field
@@ -15,8 +15,8 @@ from train.scoring.features import compute_features
 
 @dataclass(frozen=True)
 class Validation:
-    """What is chosen on after every epoch, as plain data. input: the patches; outputs: (n,) which output each should have, in
-    the order of their ids; patience: epochs without a lower loss after which training ends, None: never."""
+    """The validation part, as plain data. input: its patches; outputs: (n,) the right output of each, in the order of their ids;
+    patience: epochs without a lower loss after which training ends, None: never."""
 
     input: Input
     outputs: np.ndarray = field(repr=False)
@@ -24,9 +24,9 @@ class Validation:
 
 
 class EarlyStopping:
-    """Keeps the best weights of a model, a backbone and a head, and says when to stop.
+    """Keeps the best weights of a model (a backbone and a head) and decides when to stop.
 
-    Its state is part of a checkpoint, best weights included: a run that was cut off ends with the same ones.
+    Its state, with the best weights, is part of a checkpoint: a resumed run ends with the same ones.
     """
 
     def __init__(self, validation: Validation):

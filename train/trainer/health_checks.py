@@ -1,4 +1,4 @@
-"""What in a run's figures a person should be told at once: that it learns nothing, collapses, or has blown up."""
+"""Warnings about a run's metrics: the loss is not a number, the model learns nothing, or the embeddings collapse."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ _COLLAPSED = 0.1  # embedding_std, which is 1 for embeddings that are spread ove
 
 
 class Alarms:
-    """Fed with the rows of metrics.jsonl, in their order; says each thing once, however often a row comes again.
+    """Takes the rows of metrics.jsonl in their order. Gives each warning once, also when rows come again after a restart.
 
     chance_loss: of a model that has learnt nothing. grace_steps: for so many steps a loss like that, and embeddings that lie
     close together, are normal: warm-up, and at least one epoch.
@@ -15,10 +15,10 @@ class Alarms:
 
     def __init__(self, *, chance_loss: float, grace_steps: int):
         self._chance, self._grace_steps = chance_loss, grace_steps
-        self._said: set[str] = set()
+        self._given: set[str] = set()
 
     def add(self, row: dict[str, Any]) -> list[str]:
-        """What this row makes worth saying."""
+        """The new warnings that this row gives rise to."""
         found = {}
         loss, std = row["loss"], row.get("embedding_std")
         if loss is None:
@@ -34,6 +34,6 @@ class Alarms:
                     f"at step {row['step']} embedding_std is {std:.3f} (1: spread out, 0: all in one point):"
                     " the embeddings are collapsing"
                 )
-        new = [text for kind, text in found.items() if kind not in self._said]
-        self._said |= found.keys()
+        new = [text for kind, text in found.items() if kind not in self._given]
+        self._given |= found.keys()
         return new

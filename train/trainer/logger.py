@@ -1,4 +1,4 @@
-"""What rank 0 leaves of a run while it goes: metrics.jsonl, TensorBoard, and how fast it is."""
+"""The log that rank 0 writes during training: metrics.jsonl and TensorBoard, with throughput."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from train.records.runs import Run, write_json, write_text
 
 
 class MetricsLogger:
-    """metrics.jsonl and TensorBoard. Rows after the step that a run goes on from are taken away: they come again.
+    """metrics.jsonl and TensorBoard. Rows after the step that a run resumes from are removed: they will be written again.
 
     init_lines: what was done with the initial weights; engine: how the steps are computed (both are kept as JSON). on_row: called
     with each row. retry_timeout_s: how long to retry on storage that fails; training goes on meanwhile.
@@ -67,7 +67,7 @@ class MetricsLogger:
 
 
 class Lines:
-    """A file that lines are appended to. What cannot be written now waits in memory, and is written with what comes next.
+    """A file that lines are appended to. Lines that cannot be written are kept in memory and written with the next one.
 
     Raises ValueError when that has lasted for so many seconds.
     """

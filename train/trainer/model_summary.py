@@ -1,4 +1,4 @@
-"""What a run starts from, found out and said before any worker is started."""
+"""A summary of the model and its optimiser for the console, made before any worker is started."""
 
 from models.backbones import build_backbone
 from models.lars import describe_groups, parameter_groups
@@ -22,7 +22,7 @@ def describe_model(method: Method, *, backbone: str, image_size: int, init: str,
 
 
 def describe_rate(job: Job) -> str:
-    """A line for the console: the optimiser, and the course of its learning rate."""
+    """A line for the console: the optimiser and its learning-rate schedule."""
     warmup = f"{job.warmup_epochs:g} epochs of warm-up, then " if job.warmup_epochs > 0 else ""
-    course = "half a cosine down to 0" if job.schedule == "cosine" else "constant"
-    return f"{job.optimizer}: learning rate {job.peak_learning_rate:g}, {warmup}{course}"
+    schedule = "half a cosine down to 0" if job.schedule == "cosine" else "constant"
+    return f"{job.optimizer}: learning rate {job.peak_learning_rate:g}, {warmup}{schedule}"

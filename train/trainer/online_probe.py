@@ -1,8 +1,8 @@
-"""What the frozen backbone is worth while it trains: a closed-form classifier and nearest neighbours on its features.
+"""The online probe: during pretraining, a ridge classifier and nearest neighbours on the frozen backbone's features.
 
-A monitor, for seconds of work, and no evaluation: it sees labels of the split that is learnt from, never those of the test.
-Each probe leaves four numbers in a row of metrics.jsonl: `probe_accuracy` and `probe_balanced_accuracy` of the ridge classifier,
-`probe_knn_accuracy` and `probe_knn_balanced_accuracy` of the neighbours. They compare runs whose losses do not compare.
+It is a cheap monitor and no evaluation: it uses labels of the training split, never of the test split. Each probe adds four
+numbers to a row of metrics.jsonl: `probe_accuracy` and `probe_balanced_accuracy` of the ridge classifier, and of the neighbours
+`probe_knn_accuracy` and `probe_knn_balanced_accuracy`. They compare runs whose losses cannot be compared.
 """
 
 from dataclasses import dataclass, field

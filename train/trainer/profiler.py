@@ -1,4 +1,4 @@
-"""A trace of a few steady steps, for chrome://tracing or ui.perfetto.dev."""
+"""torch's profiler on a few steps after warm-up: a trace for chrome://tracing or ui.perfetto.dev."""
 
 import contextlib
 from collections.abc import Callable, Iterator

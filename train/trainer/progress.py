@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar that follows metrics.jsonl, wherever the workers are."""
+"""The progress bar of a run. It reads metrics.jsonl, so the workers may be on any node."""
 
 import contextlib
 import datetime

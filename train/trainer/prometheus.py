@@ -1,7 +1,6 @@
-"""What a run shows of itself while it goes, beside its own files: each row of metrics.jsonl as gauges with names and a meaning.
+"""Each row of metrics.jsonl as Prometheus gauges: their names and descriptions.
 
-Who offers them to Prometheus is not known here. Ray does (train/cluster/launcher.py), under these names with `ray_` before them,
-and the dashboard of monitoring/ asks for those.
+Ray exports them (train/cluster/launcher.py) with `ray_` before each name; the dashboard in monitoring/ uses those names.
 """
 
 from pathlib import Path
@@ -38,12 +37,15 @@ def readings(row: dict[str, float], steps: int) -> dict[str, float]:
     return {PREFIX + name: float(value) for name, value in shown.items()}
 
 
+def descriptions() -> dict[str, str]:
+    """What each metric of a run is, by its name: those of every run and of every method."""
+    methods: list[type[Method]] = [*METHODS.values(), Supervised]
+    return _DESCRIPTIONS | {name: text for method in methods for name, text in method.descriptions.items()}
+
+
 def meaning(gauge: str) -> str:
     """A gauge's line of help, empty where there is none."""
-    name = gauge.removeprefix(PREFIX)
-    methods: list[type[Method]] = [*METHODS.values(), Supervised]
-    known = [_DESCRIPTIONS, *(method.descriptions for method in methods)]
-    return next((descriptions[name] for descriptions in known if name in descriptions), "")
+    return descriptions().get(gauge.removeprefix(PREFIX), "")
 
 
 def shown_name(folder: Path) -> str:

@@ -15,7 +15,7 @@ from tests.train.cluster.test_launcher import make_job
 from train.cluster import launcher, ray_cluster
 from train.cluster.launcher import run_job
 from train.records.runs import Run
-from train.trainer.prometheus import _MEANINGS, meaning, readings, shown_name
+from train.trainer.prometheus import descriptions, meaning, readings, shown_name
 
 MONITORING = ROOT / "monitoring"
 DASHBOARD = json.loads((MONITORING / "grafana/dashboards/patchclr.json").read_text())
@@ -96,7 +96,7 @@ def test_a_job_has_the_run_s_name_in_ray_s_dashboard(ray_here, monkeypatch):
 
 def test_the_dashboard_shows_every_figure():
     shown = set(re.findall(r"ray_patchclr_(\w+)\{", " ".join(query for _, query in QUERIES)))
-    assert shown == set(_MEANINGS) - {"step", "probe_accuracy", "probe_knn_accuracy"}  # the probe's are shown balanced
+    assert shown == set(descriptions()) - {"step", "probe_accuracy", "probe_knn_accuracy"}  # the probe's are shown balanced
     panels = DASHBOARD["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     cells = [

@@ -20,7 +20,7 @@ from tests.train.cluster.test_monitoring import DASHBOARD, MONITORING, QUERIES
 from train.cluster import launcher
 from train.cluster.launcher import run_job
 from train.records.runs import Run
-from train.trainer.prometheus import _MEANINGS, PREFIX, meaning, readings
+from train.trainer.prometheus import PREFIX, descriptions, meaning, readings
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(180)]
 
@@ -191,7 +191,7 @@ def test_a_figure_that_is_no_number_is_a_gap(ray_here, prometheus, tmp_path, sma
 def told_all(ray_here, prometheus, tmp_path_factory, small_set):
     """A run that tells every figure there is."""
     job = make_job(tmp_path_factory.mktemp("drawn") / "every figure", small_set)
-    launcher._gauges(job)(dict.fromkeys(set(_MEANINGS) - {"progress"}, 0.25) | {"epoch": 0, "step": 1})
+    launcher._gauges(job)(dict.fromkeys(set(descriptions()) - {"progress"}, 0.25) | {"epoch": 0, "step": 1})
     until(lambda: prometheus.query('ray_patchclr_step{run="every figure"}'), "the drawn run")
 
 

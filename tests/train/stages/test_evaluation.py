@@ -14,7 +14,7 @@ from sharding.packing import build_shards
 from sharding.selection import select
 from tests.helpers import breast_files, write_tree
 from train.cluster import launcher
-from train.config import EvaluateConfig, PretrainConfig
+from train.config import EvaluateConfig
 from train.scoring.metrics import score
 from train.stages import evaluation, feature_cache
 from train.stages.evaluation import evaluate
@@ -22,28 +22,6 @@ from train.stages.pretraining import pretrain
 
 TINY = "test_resnet"
 FROZEN = {"backbone": "scratch", "architecture": TINY, "image_size": 32}
-
-
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory, small_set):
-    return PretrainConfig(
-        data=str(small_set),
-        name="tiny",
-        backbone=TINY,
-        image_size=32,
-        batch_size=16,
-        epochs=1,
-        projection_dim=16,
-        workers=0,
-        threads=1,
-        log_every=1,
-        storage=str(tmp_path_factory.mktemp("runs")),
-    )
-
-
-@pytest.fixture(scope="module")
-def pretrained(settings):
-    return pretrain(settings)
 
 
 def judge(settings, **changes):

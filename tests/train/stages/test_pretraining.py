@@ -12,7 +12,6 @@ import torch
 import yaml
 
 from sharding.manifest import fingerprint
-from train.config import PretrainConfig
 from train.records.runs import Run
 from train.stages import pretraining
 from train.stages.pretraining import pretrain
@@ -20,35 +19,13 @@ from train.stages.pretraining import pretrain
 TINY = "test_resnet"
 
 
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory, small_set):
-    return PretrainConfig(
-        data=str(small_set),
-        name="tiny",
-        backbone=TINY,
-        image_size=32,
-        batch_size=16,
-        epochs=1,
-        projection_dim=16,
-        workers=0,
-        threads=1,
-        log_every=1,
-        storage=str(tmp_path_factory.mktemp("runs")),
-    )
-
-
-@pytest.fixture(scope="module")
-def pretrained(settings):
-    return pretrain(settings)
-
-
-def test_a_run_leaves_what_the_design_says(settings, pretrained):
+def test_a_run_leaves_what_the_design_says(pretrained_config, pretrained):
     left = {path.name for path in pretrained.folder.iterdir()}
     assert left >= {
         "config.yaml", "run.json", "metrics.jsonl", "tensorboard", "checkpoints", "backbone.safetensors", "model_card.json",
         "result.json", "report.html",
     }  # fmt: skip
-    assert yaml.safe_load((pretrained.folder / "config.yaml").read_text()) == dataclasses.asdict(settings)
+    assert yaml.safe_load((pretrained.folder / "config.yaml").read_text()) == dataclasses.asdict(pretrained_config)
     record = pretrained.record
     assert record["status"] == "finished"
     assert record["stage"]["config"]["projection_dim"] == 16
