@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sharding.philox import priorities, uniforms
+from sharding.philox import shuffle_keys, uniforms
 
 
 class Order(NamedTuple):
@@ -36,12 +36,12 @@ def epoch_order(
     ids = np.asarray(ids, np.int64)
     if window is None:
         ids = np.sort(ids)
-        return ids[np.argsort(priorities(ids, seed=seed, stream="order", epoch=epoch), kind="stable")]
+        return ids[np.argsort(shuffle_keys(ids, seed=seed, stream="order", epoch=epoch), kind="stable")]
     assert shards is not None and len(shards) == len(ids) and window >= 1, window
     by_id = np.argsort(ids, kind="stable")
     ids, runs = ids[by_id], _shard_places(np.asarray(shards)[by_id], seed=seed, epoch=epoch) // window
     runs = runs.astype(np.min_scalar_type(runs.max(initial=0)))  # one byte is sorted in half the time of eight
-    return ids[np.lexsort((priorities(ids, seed=seed, stream="order", epoch=epoch), runs))]
+    return ids[np.lexsort((shuffle_keys(ids, seed=seed, stream="order", epoch=epoch), runs))]
 
 
 def _shard_places(shards: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:

@@ -1,10 +1,10 @@
-"""Pack folders of patch images into a shard set.
+"""Pack folders of patch images into a shard set: tars that WebDataset and DALI read, and a manifest with one row per patch.
+
+Every image is fully decoded on the way; images that cannot be decoded are left out and listed in quarantine.parquet. An
+interrupted build continues when it is started again. Example:
 
     python sharding/build.py data/breast --out shards/breast --layout '{class}/{slide}/{magnification}/{name}' \
         --where magnification=x40 --group-by slide --split train=0.8,test=0.2
-
-The set is ready when the command ends: tars that WebDataset and DALI read, and a manifest with one row per patch. Every image
-is fully decoded on the way; what cannot be decoded is left out and listed in quarantine.parquet.
 """
 
 import sys
@@ -19,12 +19,12 @@ from sharding.packing import Summary, build_shards
 
 
 def main(config: BuildConfig) -> None:
-    """Build the set and say what was done."""
+    """Build the set and print a summary."""
     report(build_shards(**asdict(config)))
 
 
 def report(summary: Summary) -> None:
-    """Print the patches per class and split, what is worth knowing, and where the set is."""
+    """Print the patches per class and split, the build's messages, and the set's path."""
     console = Console(soft_wrap=True, highlight=False, markup=False)
     if summary.was_there:
         console.print("The set is there already, with all of these images.")
@@ -45,17 +45,9 @@ def report(summary: Summary) -> None:
     shards = "1 shard" if summary.shards == 1 else f"{summary.shards:,} shards"
     console.print(f"{summary.found:,} images found = {summary.packed:,} packed + {summary.quarantined:,} quarantined")
     if summary.added and summary.added < summary.packed:
-        console.print(f"{summary.added:,} patches were added")
+        console.print("1 patch was added" if summary.added == 1 else f"{summary.added:,} patches were added")
     console.print(f"{summary.name}: {summary.packed:,} patches in {shards}: {summary.out}")
 
 
-DESCRIPTION = (
-    "Pack folders of patch images into a shard set: tars that WebDataset and DALI read, and a manifest with one row per patch. "
-    "Every image is fully decoded on the way; what cannot be decoded is left out and listed in quarantine.parquet. A build that "
-    "was cut off goes on when it is started again. Example: "
-    "python sharding/build.py data/breast --out shards/breast --layout '{class}/{slide}/{magnification}/{name}' "
-    "--where magnification=x40 --group-by slide --split train=0.8,test=0.2"
-)
-
 if __name__ == "__main__":
-    sys.exit(run_script(main, BuildConfig, prog="sharding/build.py", description=DESCRIPTION))
+    sys.exit(run_script(main, BuildConfig, prog="sharding/build.py", description=" ".join((__doc__ or "").split())))

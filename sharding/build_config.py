@@ -1,21 +1,25 @@
-"""The command that packs a set: its flags, and how it is typed again for a set that is there."""
+"""The flags of sharding/build.py, and the command that packs a given set."""
 
 import shlex
-from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from sharding.cli import option, positional, required
+from sharding.cli import old_defaults, option, positional, required
 from sharding.manifest import read_dataset
+from sharding.sources.file_listing import printable
 
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """The settings of a build, as sharding.packing.build_shards takes them."""
+    """The settings of a build.
+
+    dataset.json records the fields whose `identity` is True: they decide what is in the set. For a set that was packed before a
+    field existed, the field's `old_default` holds, which is the default unless given.
+    """
 
     sources: list[str] = positional("folders that hold the images, at any depth, or tars and zips of them")
-    out: str = required("the folder of the shard set, such as shards/breast")
+    out: str = required("the folder of the shard set, such as shards/breast", identity=False)
     layout: str | None = option(
         None,
         "what a path under a source means: a template such as {class}/{slide}/{name}, or regex: and a Python pattern with "
@@ -24,7 +28,7 @@ class BuildConfig:
     table: str | None = option(
         None, "a .csv, .tsv or .parquet with a column path (under a source, or absolute) and fields such as class, group, split"
     )
-    where: list[str] = option([], "take only images with this value of a field, such as magnification=x40; != leaves them out")
+    where: list[str] = option([], "take only images with this value of a field, such as magnification=x40; != excludes them")
     unlabelled: bool = option(False, "store no class; without --layout, take every image at any depth")
     split: str | None = option(
         None, "shares of each class, such as train=0.8,test=0.2, or column:NAME, a field that says it (default: all is train)"
@@ -41,56 +45,72 @@ class BuildConfig:
     check: Literal["decode", "header"] = option("decode", "decode every image in full, or (fast) look at its header only")
     min_size: int = option(1, "refuse images with a side below this, in pixels")
     min_tissue: float = option(0.0, "refuse images with a smaller share of tissue than this, such as 0.05 (0: keep blank ones)")
-    strict: bool = option(False, "stop at refused images and write nothing, instead of listing them in quarantine.parquet")
-    append: bool = option(False, "add what is new to the set that is there, as new shards; nothing of the old changes")
-    name: str | None = option(None, "the set's name (default: that of the folder --out)")
+    strict: bool = option(
+        False, "stop at refused images and write nothing, instead of listing them in quarantine.parquet", identity=False
+    )
+    append: bool = option(
+        False, "add what is new to the set that is there, as new shards; nothing of the old changes", identity=False
+    )
+    name: str | None = option(None, "the set's name (default: that of the folder --out)", identity=False)
     shard_size: float = option(128, "about how large each tar is, in MB")
     shard_patches: int | None = option(None, "at most how many patches each tar holds (never more than 16,384)")
-    workers: int = option(0, "processes to work with (0: one per core)")
+    workers: int = option(0, "processes to work with (0: one per core)", identity=False)
     seed: int = option(42, "seed of the split and of the stored order")
 
 
-def commands_of(shards: str | Path) -> list[list[str]]:
-    """The arguments of the commands that pack this set: of the build, then of each that made it grow.
+# What --append cannot change: new patches get labels and splits by the same rules as old ones.
+FIXED_ARGUMENTS = ("unlabelled", "split", "group_by", "split_by", "duplicates", "seed")
 
-    The same sources, as they were then, give the same fingerprint. Raises ValueError for what is no shard set.
+
+def recorded_arguments(config: BuildConfig) -> dict[str, Any]:
+    """The arguments that dataset.json records, in the order of their fields."""
+    arguments = {each.name: getattr(config, each.name) for each in fields(BuildConfig) if each.metadata["identity"]}
+    arguments["sources"] = [printable(source) for source in config.sources]
+    arguments["table"] = None if config.table is None else printable(config.table)
+    return arguments
+
+
+def commands_of(shards: str | Path) -> list[list[str]]:
+    """The arguments of the commands that pack this set: of the build, then of each append.
+
+    With the sources as they were then, they give the same fingerprint. Raises ValueError when the folder is no shard set.
     """
     return _commands(shards, str(shards))
 
 
 def packed_by(shards: str | Path, place: str | None = None) -> list[str]:
-    """These commands for readers elsewhere: of an absolute path the last part alone is said.
+    """The commands that pack this set, for readers elsewhere: absolute paths are cut to their last part.
 
-    place: folder or URL of the set, of which `shards` may be a copy; None: it is no copy.
+    place: folder or URL of the set when `shards` is a copy of it.
     """
 
-    def shown(word: str) -> str:
-        return Path(word).name if Path(word).is_absolute() else word
+    def shorten(argument: str) -> str:
+        return Path(argument).name if Path(argument).is_absolute() else argument
 
     out = PurePosixPath(place or str(shards)).name
-    return [shlex.join(["python", "sharding/build.py", *map(shown, command)]) for command in _commands(shards, out)]
+    return [shlex.join(["python", "sharding/build.py", *map(shorten, command)]) for command in _commands(shards, out)]
 
 
 def _commands(shards, out):
     dataset = read_dataset(shards)
     if "arguments" not in dataset:  # of another packer
         return []
-    named = [] if dataset["name"] == PurePosixPath(out).name else ["--name", dataset["name"]]
-    end = ["--out", out, *named]
-    grown = [[*_arguments(growth["arguments"]), "--append", *end] for growth in dataset.get("appended", ())]
-    return [[*_arguments(dataset["arguments"]), *end], *grown]
+    end = ["--out", out] if dataset["name"] == PurePosixPath(out).name else ["--out", out, "--name", dataset["name"]]
+    appends = [[*_command_line(append["arguments"]), "--append", *end] for append in dataset.get("appended", ())]
+    return [[*_command_line(dataset["arguments"]), *end], *appends]
 
 
-def _arguments(settled: Mapping[str, Any]) -> list[str]:
-    """What is to be typed for arguments as dataset.json has them, without what goes without saying."""
-    by_column = (settled["split"] or "").startswith("column:")
-    usual = {each.name: each.default if each.default is not MISSING else [] for each in fields(BuildConfig)}
-    usual["split_by"] = "group" if settled["group_by"] and not by_column else "patch"  # what auto comes to
-    words = list(settled["sources"])
-    for name, value in settled.items():
-        if name == "sources" or value == usual[name]:
+def _command_line(recorded: dict[str, Any]) -> list[str]:
+    """The command line that gives the arguments of a dataset.json. Defaults are left out."""
+    recorded = old_defaults(BuildConfig) | recorded
+    defaults = {each.name: each.default if each.default is not MISSING else [] for each in fields(BuildConfig)}
+    by_column = (recorded["split"] or "").startswith("column:")
+    defaults["split_by"] = "group" if recorded["group_by"] and not by_column else "patch"  # what auto means
+    words = list(recorded["sources"])
+    for name, value in recorded.items():
+        if name == "sources" or value == defaults[name]:
             continue
-        words.append(f"--{name.replace('_', '-')}")
-        if value is not True:
+        words.append(f"--{'no-' if value is False else ''}{name.replace('_', '-')}")
+        if not isinstance(value, bool):
             words += map(str, value if isinstance(value, list) else [value])
     return words

@@ -1,11 +1,11 @@
-"""Which decoder takes an image, by what the manifest says of it."""
+"""Which of DALI's decoders takes an image, by its format and coding in the manifest."""
 
-# What a hardware JPEG decoder takes, by NVIDIA's documentation of nvJPEG's hardware backend.
+# Source: NVIDIA's documentation of nvJPEG's hardware backend.
 _HARDWARE = tuple(f"baseline {chroma}" for chroma in ("4:4:4", "4:2:2", "4:2:0"))
 
 
 def decoder_path(image_format: str, coding: str | None) -> str:
-    """What decodes an image in DALI's mixed mode: hardware JPEG (where the GPU has one), CUDA JPEG, nvJPEG2000 or CPU."""
+    """The decoder in DALI's mixed mode: hardware JPEG (if the GPU has one), CUDA JPEG, nvJPEG2000 or CPU."""
     if image_format == "jpeg2000":
         return "nvJPEG2000"
     if image_format != "jpeg" or not coding:

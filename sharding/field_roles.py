@@ -1,4 +1,4 @@
-"""Which fields of a scan say class, group and split, and how the set is to be split."""
+"""Which fields of a scan are the class, the group and the split, and how to split the set."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -16,8 +16,8 @@ _COLUMN = "column:"  # --split column:fold
 
 
 @dataclass(frozen=True)
-class Roles:
-    """split: shares as text, or column:NAME; column: that NAME. by: "patch" or "group"; extra: fields that become columns."""
+class FieldRoles:
+    """split: shares as text, or column:NAME; column: that NAME. by: patch or group. extra: the other fields."""
 
     labelled: bool
     group_by: str | None
@@ -28,8 +28,8 @@ class Roles:
     duplicates: Literal["together", "apart"]
     extra: list[str]
 
-    def words(self, files: pa.Table) -> dict[str, pa.ChunkedArray]:
-        """The manifest's columns that fields fill, for each file."""
+    def columns(self, files: pa.Table) -> dict[str, pa.ChunkedArray]:
+        """The manifest columns that fields fill, for each file."""
         found = {name: files[name] for name in self.extra}
         for name, source in (("class", "class" if self.labelled else None), ("group", self.group_by), ("split", self.column)):
             if source:
@@ -37,7 +37,7 @@ class Roles:
         return found
 
 
-def find_roles(
+def assign_roles(
     scan: Scan,
     *,
     labelled: bool,
@@ -45,10 +45,10 @@ def find_roles(
     group_by: str | None,
     split_by: Literal["auto", "patch", "group"],
     duplicates: Literal["together", "apart"],
-) -> Roles:
-    """What each field is for. Fields called group and split are taken for these where nothing else is said.
+) -> FieldRoles:
+    """What each field is used for. Without flags, fields named `group` and `split` are the group and the split.
 
-    Raises ValueError where a field that is asked for is missing, or is empty for a file.
+    Raises ValueError when a requested field is missing, or is empty for a file.
     """
     if group_by is None and "group" in scan.fields:
         group_by = "group"
@@ -58,11 +58,11 @@ def find_roles(
     for flag, name in (("--group-by ", group_by), (f"--split {_COLUMN}", column)):
         if name is not None and (name not in scan.fields or name == "class"):
             known = ", ".join(field for field in scan.fields if field != "class")
-            raise ValueError(f"{flag}{name}: there is no such field; layout and table give {known or 'none to use'}")
+            raise ValueError(f"{flag}{name}: there is no such field; the layout and the table give {known or 'none to use'}")
     for used, taken, flag in ((group_by, "group", "--group-by"), (column, "split", f"--split {_COLUMN}")):
         if taken in scan.fields and used != taken:
             raise ValueError(
-                f"a field is called {taken!r} and {flag.strip(':')} asks for another: rename the field, or leave the flag out"
+                f"a field is named {taken!r} and {flag.strip(':')} names another: rename the field, or leave out the flag"
             )
     if duplicates not in ("together", "apart"):
         raise ValueError(f"--duplicates {duplicates!r} is not known: it is together or apart")
@@ -77,13 +77,13 @@ def find_roles(
     else:
         shares = parse_shares(split or _ONE_SPLIT)
         if by == "group" and len(shares) > 1:
-            _check_all_have(scan, str(group_by), "correct layout or table, or say --split-by patch")
+            _check_all_have(scan, str(group_by), "correct the layout or the table, or give --split-by patch")
     extra = [field for field in scan.fields if field not in ("class", "group", "split")]
-    return Roles(labelled, group_by, split, column, shares, by, duplicates, extra)
+    return FieldRoles(labelled, group_by, split, column, shares, by, duplicates, extra)
 
 
 def _observed(scan: Scan, column: str) -> dict[str, float]:
-    """The splits that a column names, "train" first, because sentences compare the others with the first."""
+    """The splits in a column and their shares, "train" first, because messages compare the others with the first."""
     codes, names = decoded(scan.files[column])
     shares = np.bincount(codes, minlength=len(names)) / len(codes)
     order = sorted(range(len(names)), key=lambda i: (names[i] != "train", -shares[i], names[i]))

@@ -1,4 +1,4 @@
-"""A set that is there already: is it the one that a build would write, and which images would be new in it?"""
+"""The set that a build finds at --out: does it match the build, and which images are not in it yet?"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,18 +8,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sharding.field_roles import Roles
-from sharding.manifest import COLUMNS, read_dataset, read_manifest, read_quarantine, source_digests
-from sharding.process_pool import Crew, tick
-from sharding.shard_writer import places, read_digest
+from sharding.build_config import FIXED_ARGUMENTS, BuildConfig
+from sharding.cli import old_defaults
+from sharding.field_roles import FieldRoles
+from sharding.manifest import COLUMNS, as_array, read_dataset, read_manifest, read_quarantine, source_digests
+from sharding.process_pool import ProcessPool, report_progress
+from sharding.shard_writer import file_locations, read_digest
 from sharding.sources.archives import FileReader
 from sharding.sources.scan import Scan, source_names
 
-_CHUNK = 512  # files per piece of work
+_CHUNK = 512  # files per task
 
 
-class Existing(NamedTuple):
-    """A set that is there: its folder, its dataset.json, its manifest, and what it refused."""
+class ExistingSet(NamedTuple):
+    """A set at --out: its folder, dataset.json, manifest and quarantine."""
 
     folder: Path
     dataset: dict
@@ -27,116 +29,111 @@ class Existing(NamedTuple):
     quarantine: pa.Table
 
 
-def read_existing(folder: Path) -> Existing:
+def read_existing(folder: Path) -> ExistingSet:
     """Raises ValueError as read_manifest does."""
-    return Existing(folder, read_dataset(folder), read_manifest(folder), read_quarantine(folder))
+    return ExistingSet(folder, read_dataset(folder), read_manifest(folder), read_quarantine(folder))
 
 
-def check_arguments(existing: Existing, name: str, arguments: dict[str, Any], fixed: Sequence[str]) -> None:
-    """Raise ValueError at the first of the fixed arguments (or the name) that the set was not built with."""
-    then = {"name": existing.dataset.get("name"), **existing.dataset.get("arguments", {})}
-    now = {"name": name, **arguments}
-    for key in fixed:
-        if now[key] != then.get(key):
+def check_arguments(existing: ExistingSet, name: str, arguments: dict[str, Any], *, append: bool) -> None:
+    """Raise ValueError at the first argument (or the name) that the set was not built with.
+
+    An append may change all but FIXED_ARGUMENTS. A set that was built before an argument existed has the value that the
+    argument's field in BuildConfig gives for such sets.
+    """
+    before = old_defaults(BuildConfig) | existing.dataset.get("arguments", {}) | {"name": existing.dataset.get("name")}
+    now = {"name": name} | arguments
+    for key in FIXED_ARGUMENTS if append else now:
+        if now[key] != before.get(key):
             flag = "the sources" if key == "sources" else "--" + key.replace("_", "-")
             raise ValueError(
-                f"{existing.folder} holds a set built with {flag} {_shown(then.get(key))}, not {_shown(now[key])}: choose "
+                f"{existing.folder} holds a set built with {flag} {_text(before.get(key))}, not {_text(now[key])}: choose "
                 "another --out, or remove it"
             )
 
 
-def check_columns(existing: Existing, extra: Sequence[str]) -> None:
-    """Raise ValueError where the set has other further columns than these."""
-    there = [name for name in existing.manifest.column_names if name not in COLUMNS]
-    if sorted(there) != sorted(extra):
-        now, then = ", ".join(extra) or "none", ", ".join(there) or "none"
+def check_columns(existing: ExistingSet, extra: Sequence[str]) -> None:
+    """Raise ValueError when the set's columns beyond COLUMNS are not these."""
+    before = [name for name in existing.manifest.column_names if name not in COLUMNS]
+    if sorted(before) != sorted(extra):
+        now, earlier = ", ".join(extra) or "none", ", ".join(before) or "none"
         raise ValueError(
-            f"{existing.folder} has the further columns {then}, and these images have {now}: give a layout or table with "
+            f"{existing.folder} has the further columns {earlier}, and these images have {now}: give a layout or table with "
             "the same fields, or choose another --out"
         )
 
 
-def what_is_new(existing: Existing, scan: Scan, roles: Roles, *, append: bool, crew: Crew) -> tuple[Scan, Existing]:
-    """The scan without what the set has already, and the set without the quarantined rows whose file was mended since.
+def find_new_images(
+    existing: ExistingSet, scan: Scan, roles: FieldRoles, *, append: bool, pool: ProcessPool
+) -> tuple[Scan, ExistingSet]:
+    """The scan without the images that the set has, and the set without the quarantined files that were repaired since.
 
-    Files are compared by name, and those of the same name by their bytes and by what the scan says of them.
-    Raises ValueError where a packed image has changed, because a set never changes what it has; and, unless append, where an
+    Files are compared by name, then by their bytes and their fields.
+    Raises ValueError when a packed image has changed, because a set never changes what it has; and, without append, when an
     image is new or gone.
     """
     packed = len(existing.manifest)
-    stored = pa.concat_arrays([_joined(table["source"]) for table in (existing.manifest, existing.quarantine)])
+    stored = pa.concat_arrays([as_array(table["source"]) for table in (existing.manifest, existing.quarantine)])
     names = pa.array(source_names(scan.files), pa.string())
     if not append:
         absent = pc.invert(pc.is_in(stored, names))
         if pc.any(absent).as_py():
-            raise _other(existing, f"{stored.filter(absent)[0]} is gone")
-    place = pc.index_in(names, stored).fill_null(-1).to_numpy(zero_copy_only=False)
-    known = np.flatnonzero(place >= 0)
-    place = place[known]
-    then = pa.concat_arrays([_joined(source_digests(existing.manifest)), _joined(existing.quarantine["sha256"])]).take(
-        pa.array(place)
-    )
-    now = pa.array(_digests(scan.files.take(pa.array(known)), crew), pa.string())
-    changed = pc.not_equal(then, now).to_numpy(zero_copy_only=False)
-    if (spoiled := known[changed & (place < packed)]).size:
-        raise _other(existing, f"{names[int(spoiled[0])]} has changed")
-    _check_words(existing, scan, roles, names, known[place < packed], place[place < packed])
+            raise _changed_images(existing, f"{stored.filter(absent)[0]} is gone")
+    rows = pc.index_in(names, stored).fill_null(-1).to_numpy(zero_copy_only=False)  # of the manifest, then of the quarantine
+    known = np.flatnonzero(rows >= 0)
+    rows = rows[known]
+    before = pa.concat_arrays([as_array(source_digests(existing.manifest)), as_array(existing.quarantine["sha256"])])
+    now = pa.array(_digests(scan.files.take(pa.array(known)), pool), pa.string())
+    changed = pc.not_equal(before.take(pa.array(rows)), now).to_numpy(zero_copy_only=False)
+    if (edited := known[changed & (rows < packed)]).size:
+        raise _changed_images(existing, f"{names[int(edited[0])]} has changed")
+    _check_fields(existing, scan, roles, names, known[rows < packed], rows[rows < packed])
 
-    mended = changed & (place >= packed)
+    repaired = changed & (rows >= packed)
     new = np.ones(len(names), bool)
-    new[known[~mended]] = False
+    new[known[~repaired]] = False
     if new.any() and not append:
-        raise _other(existing, f"{names[int(np.flatnonzero(new)[0])]} is new", ", or add what is new with --append")
+        raise _changed_images(existing, f"{names[int(np.flatnonzero(new)[0])]} is new", ", or add what is new with --append")
     notes = list(scan.notes)
     if append and not new.all():
         notes.append(f"{int((~new).sum()):,} of {len(new):,} images are in the set already")
     refused = np.ones(len(existing.quarantine), bool)
-    refused[place[mended] - packed] = False
-    left = existing._replace(quarantine=existing.quarantine.filter(pa.array(refused)))
-    return Scan(scan.files.filter(pa.array(new)), scan.fields, notes), left
+    refused[rows[repaired] - packed] = False
+    remaining = existing._replace(quarantine=existing.quarantine.filter(pa.array(refused)))
+    return Scan(scan.files.filter(pa.array(new)), scan.fields, notes), remaining
 
 
-def _check_words(existing: Existing, scan: Scan, roles: Roles, names: pa.Array, rows: np.ndarray, place: np.ndarray) -> None:
-    """Raise ValueError where a packed image has another class, group, ... in the scan: a table was edited."""
-    for name, column in roles.words(scan.files).items():
-        then = _joined(existing.manifest[name]).take(pa.array(place))
-        now = _joined(column).take(pa.array(rows))
-        differs = pc.not_equal(then.fill_null(""), now.fill_null("")).to_numpy(zero_copy_only=False)
+def _check_fields(
+    existing: ExistingSet, scan: Scan, roles: FieldRoles, names: pa.Array, known: np.ndarray, rows: np.ndarray
+) -> None:
+    """Raise ValueError when a packed image has another class, group, ... now, as after an edit of the table."""
+    for name, column in roles.columns(scan.files).items():
+        before = as_array(existing.manifest[name]).take(pa.array(rows))
+        now = as_array(column).take(pa.array(known))
+        differs = pc.not_equal(before.fill_null(""), now.fill_null("")).to_numpy(zero_copy_only=False)
         if differs.any():
             at = int(np.flatnonzero(differs)[0])
-            raise _other(existing, f"{names[int(rows[at])]} has {name} {now[at]} now and had {then[at]}")
+            raise _changed_images(existing, f"{names[int(known[at])]} has {name} {now[at]} now and had {before[at]}")
 
 
-def _other(existing: Existing, change: str, more: str = "") -> ValueError:
+def _changed_images(existing: ExistingSet, change: str, more: str = "") -> ValueError:
     return ValueError(
         f"{existing.folder} holds a set built from other images (for example, {change}): choose another --out, or remove it{more}"
     )
 
 
-def _digests(files: pa.Table, crew: Crew) -> list[str]:
+def _digests(files: pa.Table, pool: ProcessPool) -> list[str]:
     """The sha256 of each file, "" where it cannot be read."""
+    # By take: a slice is pickled with the whole table.
     chunks = (files.take(pa.array(np.arange(start, min(start + _CHUNK, len(files))))) for start in range(0, len(files), _CHUNK))
-    mapped = crew.map(_digest_chunk, chunks, total=len(files), title="comparing")
-    return [digest for chunk in mapped for digest in chunk]
+    return [digest for chunk in pool.map(_chunk_digests, chunks, total=len(files), title="comparing") for digest in chunk]
 
 
-def _digest_chunk(files: pa.Table) -> list[str]:
+def _chunk_digests(files: pa.Table) -> list[str]:
     with FileReader() as reader:
-        digests = [read_digest(reader, *place) or "" for place in places(files)]
-    tick(len(files))
+        digests = [read_digest(reader, *location) or "" for location in file_locations(files)]
+    report_progress(len(files))
     return digests
 
 
-def _joined(column: pa.ChunkedArray | pa.Array) -> pa.Array:
-    plain = column.cast(pa.string())
-    return (
-        plain
-        if isinstance(plain, pa.Array)
-        else pa.concat_arrays(plain.chunks)
-        if plain.num_chunks
-        else pa.array([], pa.string())
-    )
-
-
-def _shown(value: object) -> str:
+def _text(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)

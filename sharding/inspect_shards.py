@@ -1,9 +1,9 @@
-"""Show what a shard set holds, and check it.
+"""Show what is in a shard set: patches per class, split and group, formats and sizes, decoders, copies, refusals, conversions.
+
+Without --verify, only dataset.json, manifest.parquet and quarantine.parquet are read. With it, every byte is read and compared
+with the manifest, and every image is decoded. Example:
 
     python sharding/inspect_shards.py shards/breast --verify
-
-Without --verify only dataset.json, manifest.parquet and quarantine.parquet are read. With it, every byte is: see
-sharding.verification.
 """
 
 import shlex
@@ -25,7 +25,7 @@ from sharding.process_pool import available_cores
 from sharding.splits.assign import content_digests
 from sharding.verification import verify
 
-_SHOWN = 12  # rows of a table that could be long
+_MAX_ROWS = 12  # of a table that could be long
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class InspectConfig:
 
 
 def main(config: InspectConfig) -> None:
-    """Print the set's tables; verify it where asked."""
+    """Print the set's tables, and verify it if asked."""
     if config.workers < 0:
         raise ValueError(f"--workers {config.workers} is out of range: give at least 1, or 0 for all cores")
     console = Console(soft_wrap=True, highlight=False, markup=False)
@@ -52,7 +52,7 @@ def main(config: InspectConfig) -> None:
     for command in commands_of(config.shards):
         console.print(f"packed by: python sharding/build.py {shlex.join(command)}")
     for growth in dataset["appended"]:
-        console.print(f"grown by {growth['patches']:,} patches, from id {growth['first_id']:,}")
+        console.print(f"appended: {growth['patches']:,} patches, from id {growth['first_id']:,}")
     console.print(_classes_table(manifest))
     groups = _groups_table(manifest)
     if groups:
@@ -67,7 +67,7 @@ def main(config: InspectConfig) -> None:
     if config.verify:
         verify(config.shards, workers=config.workers or available_cores())
         files, patches = f"{len(dataset['files']):,} files", f"{len(manifest):,} patches"
-        console.print(f"verified: {files} and {patches} are as they were packed, and every image decodes")
+        console.print(f"verified: {files} and {patches} are unchanged since they were packed, and every image decodes")
 
 
 def _table(title: str, *columns: str, words: int = 1) -> Table:
@@ -89,22 +89,22 @@ def _classes_table(manifest: pa.Table) -> Table:
     np.add.at(counts, (classes, splits), 1)
     counts[-1], counts[:, -1] = counts.sum(0), counts.sum(1)
     counts[-1, -1] = len(manifest)
-    held = _distinct(classes, splits, groups, counts.shape) if group_names else None
+    group_counts = _distinct(classes, splits, groups, counts.shape) if group_names else None
     what = "patches (groups)" if group_names else "patches"
     table = _table(f"{what} per class and split", "class", *split_names, "all")
     for row, name in enumerate([*names, "all"]):
         if name == "all" and len(names) == 1:
             continue
         cells = [
-            f"{n:,}" if held is None else f"{n:,} ({g:,})"
-            for n, g in zip(counts[row], (held if held is not None else counts)[row], strict=True)
+            f"{n:,}" if group_counts is None else f"{n:,} ({g:,})"
+            for n, g in zip(counts[row], (group_counts if group_counts is not None else counts)[row], strict=True)
         ]
         table.add_row(name, *cells)
     return table
 
 
 def _distinct(classes: np.ndarray, splits: np.ndarray, groups: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Number of groups per class and split, with the sums' row and column counted anew: a group may be in several."""
+    """Number of groups per class and split. The totals are counted separately, because a group may be in several cells."""
     known = groups >= 0
     rows, columns = shape
     found = np.zeros(shape, np.int64)
@@ -132,10 +132,10 @@ def _groups_table(manifest: pa.Table) -> Table | None:
         *split_names,
     )
     order = sorted(range(len(names)), key=lambda group: (-totals[group], names[group]))
-    for group in order[:_SHOWN]:
+    for group in order[:_MAX_ROWS]:
         table.add_row(names[group], *(f"{n:,}" if n else "" for n in counts[group]))
-    if len(names) > _SHOWN:
-        table.add_row(f"{len(names) - _SHOWN:,} smaller", *(f"{n:,}" for n in counts[order[_SHOWN:]].sum(0)))
+    if len(names) > _MAX_ROWS:
+        table.add_row(f"{len(names) - _MAX_ROWS:,} smaller", *(f"{n:,}" for n in counts[order[_MAX_ROWS:]].sum(0)))
     if not known.all():
         table.add_row("(no group)", *(f"{n:,}" for n in np.bincount(splits[~known], minlength=len(split_names))))
     return table
@@ -149,18 +149,18 @@ def _sizes_table(manifest: pa.Table) -> Table:
     found = found.sort_by(
         [("size_count", "descending"), ("format", "ascending"), ("width", "ascending"), ("height", "ascending")]
     )
-    for row in found.slice(0, _SHOWN).to_pylist():
+    for row in found.slice(0, _MAX_ROWS).to_pylist():
         table.add_row(
             row["format"], f"{row['width']} x {row['height']}", f"{row['size_count']:,}", f"{row['size_mean'] / 1e3:,.1f}"
         )
-    if len(found) > _SHOWN:
-        rest = pc.sum(found["size_count"].slice(_SHOWN)).as_py()
-        table.add_row("", f"{len(found) - _SHOWN:,} other sizes", f"{rest:,}", "")
+    if len(found) > _MAX_ROWS:
+        rest = pc.sum(found["size_count"].slice(_MAX_ROWS)).as_py()
+        table.add_row("", f"{len(found) - _MAX_ROWS:,} other sizes", f"{rest:,}", "")
     return table
 
 
 def _decoders_table(manifest: pa.Table) -> Table:
-    """Which decoder takes how many patches, on a GPU and without."""
+    """Patches per decoder on a GPU."""
     table = _table("decoder on a GPU", "decoder", "patches", "of which", words=1)
     table.columns[2].justify = "left"
     paths: dict[str, list[tuple[int, str]]] = {}
@@ -172,7 +172,9 @@ def _decoders_table(manifest: pa.Table) -> Table:
         text = ", ".join(f"{count:,} {kind}" for count, kind in sorted(kinds_of, reverse=True)[:6])
         table.add_row(path, f"{sum(count for count, _ in kinds_of):,}", text)
     if "hardware JPEG" in paths:
-        table.caption = "PatchCLR gives these to CUDA as well: the share that the hardware takes would depend on the batch size."
+        table.caption = (
+            "PatchCLR decodes these with CUDA too: the share that the hardware decodes would depend on the batch size."
+        )
     return table
 
 
@@ -181,7 +183,7 @@ def _words_table(manifest: pa.Table, column: str, title: str) -> Table | None:
     if not counted:
         return None
     table = _table(title, "what", "patches")
-    for row in counted[:_SHOWN]:
+    for row in counted[:_MAX_ROWS]:
         table.add_row(row["values"], f"{row['counts']:,}")
     return table
 
@@ -209,7 +211,7 @@ def _losses(manifest: pa.Table) -> Iterator[str]:
 
 
 def _copies(manifest: pa.Table) -> Iterator[str]:
-    """Exact copies, by the source's content; and those that lie in several splits or classes."""
+    """Exact copies, by the source's content, and those in several splits or classes."""
     digests = content_digests(source_digests(manifest))
     _, content, counts = np.unique(digests, axis=0, return_inverse=True, return_counts=True)
     copies = len(digests) - len(counts)
@@ -222,15 +224,8 @@ def _copies(manifest: pa.Table) -> Iterator[str]:
         pairs = np.unique(content.ravel() * (len(names) + 1) + codes + 1) // (len(names) + 1)
         spread = int((np.bincount(pairs) > 1).sum())
         if spread:
-            yield f"{spread:,} {'image lies' if spread == 1 else 'images lie'} as exact copies in several {what}"
+            yield f"{spread:,} {'image is' if spread == 1 else 'images are'} in several {what} as exact copies"
 
-
-DESCRIPTION = (
-    "Show what a shard set holds: patches per class, split and group, formats and sizes, which decoder takes them, copies, and "
-    "what was refused or converted. With --verify, read every byte, compare it with what was packed, and decode every image. "
-    "Example: "
-    "python sharding/inspect_shards.py shards/breast --verify"
-)
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, InspectConfig, prog="sharding/inspect_shards.py", description=DESCRIPTION))
+    sys.exit(run_script(main, InspectConfig, prog="sharding/inspect_shards.py", description=" ".join((__doc__ or "").split())))

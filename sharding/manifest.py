@@ -1,4 +1,4 @@
-"""What a shard set says of itself: dataset.json and manifest.parquet.
+"""Reading a shard set's description: dataset.json, manifest.parquet and quarantine.parquet.
 
     shards/breast/
       dataset.json          format version, name, class names, counts, the build's arguments, sha256 of every other file
@@ -7,7 +7,7 @@
       shard-000000.idx      DALI's index of the tar, version 1.2
       quarantine.parquet    every refused file: source, reason, detail, sha256
 
-dataset.json is written last, so a folder that has one is whole.
+dataset.json is written last, so a folder that has one is complete.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 FORMAT_VERSION = 2
 
-WORDS = pa.dictionary(pa.int32(), pa.string())  # few different values: stored once each
+WORDS = pa.dictionary(pa.int32(), pa.string())  # few distinct values, stored once each
 
 # To add a column: its name and type here, and its value in the row that `sharding.shard_writer` writes for each file. Sets
 # that were packed before the column existed stay readable: in these it is null.
@@ -63,7 +63,7 @@ def index_file(number: int) -> str:
 def read_dataset(shards: str | Path) -> dict:
     """The content of dataset.json.
 
-    Raises ValueError where the folder is missing, is no shard set, or was written in a newer format than this one.
+    Raises ValueError when the folder is missing, is no shard set, or was written in a newer format than this one.
     """
     folder = Path(shards)
     if not folder.is_dir():
@@ -88,14 +88,14 @@ def read_dataset(shards: str | Path) -> dict:
 def read_manifest(shards: str | Path, *, columns: Sequence[str] | None = None) -> pa.Table:
     """One row per patch, in id order; columns as in COLUMNS, and then one for each further field of the layout.
 
-    columns: the only ones to read, for a set whose whole manifest would take gigabytes. A column of COLUMNS that did not exist
-    yet when the set was packed is null in every row.
-    Raises ValueError as read_dataset does, and where manifest.parquet is missing or damaged.
+    columns: read only these, for sets whose whole manifest would take gigabytes. A column of COLUMNS that did not exist when the
+    set was packed is null in every row.
+    Raises ValueError as read_dataset does, and when manifest.parquet is missing or damaged.
     """
     read_dataset(shards)
     path = Path(shards) / "manifest.parquet"
     try:
-        # Not memory-mapped: the set may lie on a network drive that goes away.
+        # Not memory-mapped: the set may be on a network drive that disconnects.
         with pq.ParquetFile(path, memory_map=False) as file:
             table = file.read(columns=columns)
     except FileNotFoundError:
@@ -114,7 +114,7 @@ def read_manifest(shards: str | Path, *, columns: Sequence[str] | None = None) -
 
 
 def fingerprint(shards: str | Path) -> str:
-    """64 hex digits that change with any byte of the set's patches, labels, splits or order, and not with its place or name."""
+    """64 hex digits that depend on every byte of the set's patches, labels, splits and order, not on its location or name."""
     dataset = read_dataset(shards)
     content = {name: dataset[name] for name in ("format_version", "classes", "files")}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -126,7 +126,7 @@ def class_names(shards: str | Path) -> list[str]:
 
 
 def read_quarantine(shards: str | Path) -> pa.Table:
-    """One row per refused file; columns as in QUARANTINE_COLUMNS. Raises ValueError where the file is missing or damaged."""
+    """One row per refused file; columns as in QUARANTINE_COLUMNS. Raises ValueError when the file is missing or damaged."""
     path = Path(shards) / "quarantine.parquet"
     try:
         return pq.read_table(path)
@@ -138,11 +138,11 @@ def source_digests(manifest: pa.Table) -> pa.ChunkedArray:
     """The hex sha256 of each patch's source file, which is the same however the image is stored."""
     if "source_sha256" not in manifest.column_names:
         return manifest["sha256"]
-    return pc.coalesce(manifest["source_sha256"], manifest["sha256"])  # null where the source's bytes are what is stored
+    return pc.coalesce(manifest["source_sha256"], manifest["sha256"])  # null where the source's bytes are stored unchanged
 
 
 def decoded(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
-    """A column of words as (n,) int64 codes, -1 for null, and the sorted list of the words that occur, which the codes index."""
+    """A string column as (n,) int64 codes, -1 for null, and the sorted list of the distinct strings that the codes index."""
     array = column.combine_chunks()
     if not pa.types.is_dictionary(array.type):
         array = array.dictionary_encode()
@@ -150,8 +150,14 @@ def decoded(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
         array = array.unify_dictionaries().combine_chunks()
     words = array.dictionary.to_pylist()
     codes = array.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
-    used = np.bincount(codes + 1, minlength=len(words) + 1)[1:] > 0  # a filter leaves words behind that no row has
-    order = sorted(word for word, some in zip(words, used, strict=True) if some)
+    used = np.bincount(codes + 1, minlength=len(words) + 1)[1:] > 0  # filtering keeps strings that no row has any more
+    order = sorted(word for word, occurs in zip(words, used, strict=True) if occurs)
     place = {word: index for index, word in enumerate(order)}
     lookup = np.array([place.get(word, -1) for word in words] + [-1], np.int64)  # -1 indexes the last: null stays -1
     return lookup[codes], order
+
+
+def as_array(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    """A string or dictionary column as one array of strings."""
+    strings = column.cast(pa.string())
+    return strings if isinstance(strings, pa.Array) else pa.concat_arrays([pa.array([], pa.string()), *strings.chunks])

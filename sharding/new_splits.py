@@ -1,13 +1,13 @@
-"""The splits of a build's patches, beside those of the set that it adds to."""
+"""Split a build's patches. Patches of the set that is appended to keep their split."""
 
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from sharding.field_roles import Roles
+from sharding.field_roles import FieldRoles
 from sharding.manifest import decoded, source_digests
-from sharding.manifest_writer import Contents
+from sharding.manifest_writer import ShardContents
 from sharding.sources.scan import Scan
 from sharding.splits.assign import assign_splits, case_notes, content_digests
 
@@ -20,26 +20,32 @@ class Split(NamedTuple):
 
 
 def split_new(
-    scan: Scan, roles: Roles, contents: Contents, before: pa.Table | None, labels: np.ndarray, classes: list[str], seed: int
+    scan: Scan,
+    roles: FieldRoles,
+    contents: ShardContents,
+    before: pa.Table | None,
+    labels: np.ndarray,
+    classes: list[str],
+    seed: int,
 ) -> tuple[Split, list[str]]:
-    """Split the new patches, and say what there is to say.
+    """The split of all patches, and messages about it.
 
-    before: the manifest of the set that grows, whose splits stay. labels: (n,) of all patches in id order, old and new.
+    before: the manifest of the set that is appended to. labels: (n,) of all patches in id order, old and new.
     """
     old = len(before) if before is not None else 0
     names = list(roles.shares)
-    held = np.full(len(labels), -1, np.int64)
+    assigned = np.full(len(labels), -1, np.int64)
     digests = contents.contents
     if before is not None:
         digests = np.concatenate([content_digests(source_digests(before)), digests])
-        held_codes, held_names = decoded(before["split"])
-        names += [name for name in held_names if name not in names]
-        held[:old] = np.array([names.index(name) for name in held_names], np.int64)[held_codes]
+        old_codes, old_names = decoded(before["split"])
+        names += [name for name in old_names if name not in names]
+        assigned[:old] = np.array([names.index(name) for name in old_names], np.int64)[old_codes]
     groups, group_names = _groups(scan, roles, contents, before)
     shares = {name: roles.shares.get(name, 0.0) for name in names}
-    if roles.column:  # the splits are given: nothing is moved, but the same things are worth saying
+    if roles.column:  # the splits are given; assign_splits only reports on them
         codes, given = decoded(scan.files[roles.column])
-        held[old:] = np.array([names.index(name) for name in given], np.int64)[codes[contents.files]]
+        assigned[old:] = np.array([names.index(name) for name in given], np.int64)[codes[contents.files]]
     result, notes = assign_splits(
         labels,
         groups,
@@ -50,13 +56,13 @@ def split_new(
         duplicates="apart" if roles.column else roles.duplicates,
         seed=seed,
         group_field=roles.group_by or "group",
-        held=held if roles.column or old else None,
+        assigned=assigned if roles.column or old else None,
         class_names=classes,
     )
     return Split(result, names), [*case_notes(classes, "class"), *notes]
 
 
-def _groups(scan: Scan, roles: Roles, contents: Contents, before: pa.Table | None) -> tuple[np.ndarray, list[str]]:
+def _groups(scan: Scan, roles: FieldRoles, contents: ShardContents, before: pa.Table | None) -> tuple[np.ndarray, list[str]]:
     """(n,) int64 codes of all patches' groups, -1 where unknown, and their names."""
     new = np.full(len(contents.files), -1, np.int64)
     new_names: list[str] = []
@@ -67,6 +73,6 @@ def _groups(scan: Scan, roles: Roles, contents: Contents, before: pa.Table | Non
         return new, new_names
     old, old_names = decoded(before["group"])
     names = sorted({*old_names, *new_names})
-    place = {name: index for index, name in enumerate(names)}
-    maps = [np.array([place[name] for name in known] + [-1], np.int64) for known in (old_names, new_names)]
-    return np.concatenate([maps[0][old], maps[1][new]]), names
+    index = {name: i for i, name in enumerate(names)}
+    old_codes, new_codes = (np.array([index[name] for name in known] + [-1], np.int64) for known in (old_names, new_names))
+    return np.concatenate([old_codes[old], new_codes[new]]), names

@@ -1,16 +1,16 @@
-"""Random numbers as a pure function of what they are for: no generator, no state.
+"""Counter-based random numbers: a pure function of what a number is for, without a generator or state.
 
 Every random choice of the project (splits, selections, epoch orders, views) is Philox4x32-10 applied to a counter that
-names the choice. So any number can be drawn again, alone or in a batch of any size, on any machine and in any order.
+identifies the choice. So any number can be drawn again, alone or in a batch of any size, on any machine and in any order.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (section 3.3, Philox).
-NumPy's own generators are not used: their distributions may change between releases, and they are keyed by a stream,
-not by the thing that is drawn for.
+NumPy's own generators are not used: their distributions may change between releases, and their state depends on the numbers
+drawn before.
 """
 
 import numpy as np
 
-# What a number is for. A purpose gets its own stream, so that equal ids draw unrelated numbers for different purposes.
+# Each purpose has its own stream, so that equal ids draw unrelated numbers for different purposes.
 # Append only: the position of a name is part of every published run.
 STREAMS = ("shuffle", "split", "selection", "validation", "order", "view", "bootstrap", "exhibits", "head")
 
@@ -65,10 +65,10 @@ def uniforms(ids, count, *, seed, stream, epoch=0, view=0):
     return np.ascontiguousarray(words.reshape(4 * blocks, -1)[:count].T) * 2.0**-32
 
 
-def priorities(ids, *, seed, stream, epoch=0):
-    """One random 64-bit number per id, to order ids by: (n,) uint64, each a function of (seed, stream, epoch, id) alone.
+def shuffle_keys(ids, *, seed, stream, epoch=0):
+    """One random 64-bit sort key per id: (n,) uint64, each a function of (seed, stream, epoch, id) alone.
 
-    Sorting by it shuffles; taking the first k of the sorted ids takes a random subset, nested for growing k.
+    Sorting ids by their keys shuffles them. The first k of the sorted ids are a random subset, nested for growing k.
     """
     ids = np.asarray(ids)
     found = np.empty(len(ids), np.uint64)

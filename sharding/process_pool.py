@@ -1,4 +1,4 @@
-"""The same function over many chunks of work: in this process, or in several, with progress on a terminal."""
+"""Map a function over chunks of work, in this process or in several, with a progress bar on a terminal."""
 
 import multiprocessing
 import multiprocessing.connection
@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures import TimeoutError as NotYet
+from concurrent.futures import TimeoutError as FutureTimeout
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
@@ -21,133 +21,130 @@ Result = TypeVar("Result")
 
 
 def available_cores() -> int:
-    """The cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def ordered_map(
     function: Callable[[Item], Result], items: Iterable[Item], *, workers: int, total: int, title: str
 ) -> Iterator[Result]:
-    """As Crew.map, with a crew of its own."""
-    with Crew(workers) as crew:
-        yield from crew.map(function, items, total=total, title=title)
+    """ProcessPool.map with a pool of its own."""
+    with ProcessPool(workers) as pool:
+        yield from pool.map(function, items, total=total, title=title)
 
 
-class Crew:
-    """So many fresh processes to share work among; with one worker, this process alone. Use it in a `with`.
+_add_progress: Callable[[int], None] | None = None  # what `report_progress` calls; None outside a map
 
-    prepare: called at once in each process, so that what takes long to load is there when the work comes.
+
+def report_progress(patches: int) -> None:
+    """Called by a mapped function: this many more patches are done."""
+    if _add_progress is not None:
+        _add_progress(patches)
+
+
+class ProcessPool:
+    """Fresh worker processes; with one worker, this process alone. A context manager.
+
+    prepare: called at once in each process, so that slow imports happen before the work comes.
     """
 
     def __init__(self, workers: int, prepare: Callable[[], None] | None = None) -> None:
         self.workers = workers
-        self._pool: ProcessPoolExecutor | None = None
+        self._executor: ProcessPoolExecutor | None = None
         if workers > 1:
-            # Fresh processes: a forked one would inherit half of a decoder's threads.
+            # Spawned: a forked process would inherit a part of a decoder's threads.
             context = multiprocessing.get_context("spawn")
             self._counter = context.Value("q", 0)
-            self._pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_enter, initargs=(self._counter,))
+            self._executor = ProcessPoolExecutor(
+                workers, mp_context=context, initializer=_start_worker, initargs=(self._counter,)
+            )
             if prepare:
                 for _ in range(workers):
-                    self._pool.submit(prepare)
+                    self._executor.submit(prepare)
 
-    def __enter__(self) -> "Crew":
+    def __enter__(self) -> "ProcessPool":
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._pool:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._executor:
+            self._executor.shutdown(wait=True, cancel_futures=True)
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item], *, total: int, title: str) -> Iterator[Result]:
         """function(item) for each item, in order.
 
-        The function says by `tick` how many patches it has done, of `total`: the progress line shows that, on a terminal
-        only. An exception in a worker is raised here. Raises ValueError where a worker is killed.
+        The function reports by `report_progress` how many of the `total` patches it has done. The progress bar appears on a
+        terminal only. An exception in a worker is raised here. Raises ValueError when a worker is killed.
         """
-        with _progress() as progress:
+        with _progress_bar() as progress:
             task = progress.add_task(title, total=total)
 
             def show(done: int) -> None:
                 progress.update(task, completed=done)
 
-            yield from (
-                _in_pool(self._pool, self._counter, function, items, 2 * self.workers, show)
-                if self._pool
-                else _here(function, items, show)
-            )
+            yield from (self._map_in_workers if self._executor else _map_here)(function, items, show)
 
+    def _map_in_workers(self, function: Callable, items: Iterable, show: Callable[[int], None]) -> Iterator:
+        self._counter.value = 0
+        try:
+            for future in self._submitted(function, items):
+                yield _wait(future, lambda: show(self._counter.value))
+        except BrokenProcessPool:
+            raise ValueError("a worker process was killed, perhaps out of memory: try again with fewer --workers") from None
 
-_count: Callable[[int], None] | None = None  # what `tick` calls; None outside a map
-
-
-def tick(patches: int) -> None:
-    """Say that so many more patches are done."""
-    if _count is not None:
-        _count(patches)
-
-
-def _in_pool(pool: ProcessPoolExecutor, counter, function: Callable, items: Iterable, width: int, show: Callable) -> Iterator:
-    counter.value = 0
-    try:
-        for future in _windowed(pool, function, items, width):
-            yield _wait(future, lambda: show(counter.value))
-    except BrokenProcessPool:
-        raise ValueError("a worker process was killed, perhaps for want of memory: try again with fewer --workers") from None
-
-
-def _windowed(pool: ProcessPoolExecutor, function: Callable, items: Iterable, width: int) -> Iterator[Future]:
-    """At most `width` items under way or waiting to be taken, so that memory does not grow with their number."""
-    under_way: deque[Future] = deque()
-    for item in items:
-        under_way.append(pool.submit(function, item))
-        if len(under_way) >= width:
-            yield under_way.popleft()
-    yield from under_way
+    def _submitted(self, function: Callable, items: Iterable) -> Iterator[Future]:
+        """At most two items per worker are pending, so that memory does not grow with the number of items."""
+        assert self._executor
+        pending: deque[Future] = deque()
+        for item in items:
+            pending.append(self._executor.submit(function, item))
+            if len(pending) >= 2 * self.workers:
+                yield pending.popleft()
+        yield from pending
 
 
 def _wait(future: Future, meanwhile: Callable[[], None]):
     while True:
         try:
             return future.result(timeout=0.2)
-        except NotYet:
-            if future.done():  # in this very moment, or by a time-out of its own
+        except FutureTimeout:
+            if future.done():  # it ended just now, or raised a time-out of its own
                 return future.result()
             meanwhile()
 
 
-def _here(function: Callable[[Item], Result], items: Iterable[Item], show: Callable[[int], None]) -> Iterator[Result]:
-    global _count
+def _map_here(function: Callable[[Item], Result], items: Iterable[Item], show: Callable[[int], None]) -> Iterator[Result]:
+    global _add_progress
     done = 0
 
-    def count(patches: int) -> None:
+    def add(patches: int) -> None:
         nonlocal done
         done += patches
         show(done)
 
-    before, _count = _count, count
+    before, _add_progress = _add_progress, add
     try:
         yield from map(function, items)
     finally:
-        _count = before
+        _add_progress = before
 
 
-def _enter(counter) -> None:
-    """Make a fresh process a worker: count for all, and end when the parent ends, even by SIGKILL."""
-    global _count
+def _start_worker(counter) -> None:
+    """In a fresh worker: count into the shared counter, and exit when the parent ends, even by SIGKILL."""
+    global _add_progress
 
-    def count(patches: int) -> None:
+    def add(patches: int) -> None:
         with counter.get_lock():
             counter.value += patches
 
-    _count = count
+    _add_progress = add
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def watch() -> None:
+    def exit_with_parent() -> None:
         multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)  # it would otherwise wait for work for ever
+        os._exit(1)  # it would wait for work forever
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 class _Rate(ProgressColumn):
@@ -157,15 +154,14 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed:,.0f} patches/s" if task.speed else "")
 
 
-def _progress() -> Progress:
-    console = rich.console.Console(stderr=True)
+def _progress_bar() -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         _Rate(),
         TimeRemainingColumn(),
-        console=console,
+        console=rich.console.Console(stderr=True),
         transient=True,
         disable=not sys.stderr.isatty(),
     )

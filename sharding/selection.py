@@ -1,9 +1,8 @@
-"""Manifest -> patch ids. A selection is a list of ids, so no tar is ever rewritten to make a smaller set.
+"""Select patches: from a manifest to a list of ids, so that no tar is rewritten to make a smaller set.
 
 Every choice depends on a patch's content, its class and the seed alone: not on the order of the manifest's rows, and not on
-rows of other classes (but where whole groups or copies of one image in several classes tie classes together). A smaller
-fraction lies inside a larger one. The content is that of the source file, so a set packed from the same files under another
-encoding gives the same selection.
+rows of other classes (except when whole groups or copies of one image link classes). A smaller fraction is a subset of a larger
+one. The content is that of the source file, so a set packed from the same files with another encoding gives the same selection.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 
 from sharding.manifest import decoded, source_digests
-from sharding.philox import priorities
+from sharding.philox import shuffle_keys
 from sharding.splits.assign import assign_splits, content_digests, cut_classes, parse_shares
-from sharding.splits.duplicates import bunches_of, no_bunches
+from sharding.splits.duplicates import duplicate_clusters, no_clusters
 from sharding.splits.groups import Groups, split_whole_groups
 
 
@@ -39,14 +38,14 @@ def select(
 
     In this order: keep the split; keep the classes, or leave some out; balance to the smallest class; keep at most cap
     patches of each class; keep the fraction of each class (rounded, at least 1 patch); set the validation share of each
-    class aside (rounded, at least 1 patch where the class has 2), whole groups of it where group_aware. `part` says which
-    side of the last step is returned. Unlabelled patches count as one class, which `classes` drops and `leave_out` keeps.
-    resplit: shares such as "train=0.7,validation=0.15,test=0.15", by which the whole set is cut anew, class by class or by
-    whole groups where group_aware; `split` then names one of these. It follows from the set, the shares and the seed alone,
-    so the test patches are the same for every fraction and for any choice of classes.
-    duplicates: whether exact copies of an image lie on one side of the resplit and of the validation share, or may lie apart.
-    Raises ValueError for an unknown split or class, a number out of range, groups that are missing or hang together through
-    copies, or where nothing is selected.
+    class aside (rounded, at least 1 patch if the class has 2), in whole groups if group_aware. `part` chooses the side of the
+    last step. Unlabelled patches count as one class, which `classes` drops and `leave_out` keeps.
+    resplit: shares such as "train=0.7,validation=0.15,test=0.15", by which the whole set is split anew, class by class, or by
+    whole groups if group_aware; `split` then names one of these. The new splits depend on the set, the shares and the seed
+    alone, so the test patches are the same for every fraction and for any choice of classes.
+    duplicates: keep exact copies of an image on one side of a resplit and of the validation share ("together") or not ("apart").
+    Raises ValueError for an unknown split or class, a number out of range, groups that are missing or linked by copies, or when
+    nothing is selected.
     """
     _check_numbers(fraction, cap, validation, part)
     if duplicates not in ("together", "apart"):
@@ -64,8 +63,8 @@ def select(
     ids = manifest["id"].to_numpy()[rows]
     labels = manifest["label"].to_numpy()[rows].astype(np.int64)
     contents = contents[rows]
-    # By draw, equal content by id.
-    order = np.lexsort((ids, priorities(contents[:, 0], seed=seed, stream="selection")))
+    # In random order, patches of equal content by id.
+    order = np.lexsort((ids, shuffle_keys(contents[:, 0], seed=seed, stream="selection")))
     ordered = labels[order]
     per_class = [order[ordered == label] for label in np.unique(labels)]
     if balance:
@@ -77,11 +76,11 @@ def select(
     chosen = np.concatenate(per_class)
 
     if part != "all" and validation:
-        bunches = bunches_of(contents[chosen]) if duplicates == "together" else no_bunches(len(chosen))
+        clusters = duplicate_clusters(contents[chosen]) if duplicates == "together" else no_clusters(len(chosen))
         if group_aware:
-            held_out = _whole_groups(manifest, rows[chosen], labels[chosen], bunches, validation, seed)
+            held_out = _whole_groups(manifest, rows[chosen], labels[chosen], clusters, validation, seed)
         else:
-            held_out = _stratified(ids[chosen], contents[chosen, 0], labels[chosen], bunches, validation, seed)
+            held_out = _stratified(ids[chosen], contents[chosen, 0], labels[chosen], clusters, validation, seed)
         chosen = chosen[held_out if part == "validation" else ~held_out]
     if not len(chosen):
         raise ValueError(f"nothing is selected for {part}: there are too few patches for a validation share of {validation:g}")
@@ -97,7 +96,7 @@ def _of_split(
     duplicates: Literal["together", "apart"],
     seed: int,
 ) -> np.ndarray:
-    """(n,) bool: the rows of a split, of the set's own or of a new one."""
+    """(n,) bool: the rows of a split, either of the set's own splits or of the resplit."""
     if resplit is None:
         if split is None:
             return np.ones(len(manifest), bool)
@@ -151,7 +150,7 @@ def _check_groups(groups: np.ndarray) -> None:
 
 
 def _class_codes(manifest: pa.Table, wanted: Sequence[str]) -> tuple[np.ndarray, list[int]]:
-    """(n,) class of each row, and the classes that are wanted."""
+    """(n,) class of each row, and the codes of the named classes."""
     codes, names = decoded(manifest["class"])
     for name in wanted:
         if name not in names:
@@ -175,7 +174,7 @@ def _left_out(manifest: pa.Table, leave_out: Sequence[str], classes: Sequence[st
 
 
 def _stratified(
-    ids: np.ndarray, keys: np.ndarray, labels: np.ndarray, bunches: np.ndarray, share: float, seed: int
+    ids: np.ndarray, keys: np.ndarray, labels: np.ndarray, clusters: np.ndarray, share: float, seed: int
 ) -> np.ndarray:
     """(n,) bool: the validation share of each class."""
 
@@ -183,21 +182,21 @@ def _stratified(
         least, most = (1, count - 1) if count > 1 else (0, 0)
         return [0, min(most, max(least, round(share * count))), count]
 
-    order = np.lexsort((ids, bunches, priorities(keys, seed=seed, stream="validation")))
-    return cut_classes(labels, order, bunches, cuts, parts=2) == 0
+    order = np.lexsort((ids, clusters, shuffle_keys(keys, seed=seed, stream="validation")))
+    return cut_classes(labels, order, clusters, cuts, parts=2) == 0
 
 
 def _whole_groups(
-    manifest: pa.Table, rows: np.ndarray, labels: np.ndarray, bunches: np.ndarray, share: float, seed: int
+    manifest: pa.Table, rows: np.ndarray, labels: np.ndarray, clusters: np.ndarray, share: float, seed: int
 ) -> np.ndarray:
     """(n,) bool: whole groups, near the validation share of each class."""
     groups, names = decoded(manifest["group"].take(pa.array(rows)))
     _check_groups(groups)
     if len(np.unique(groups)) < 2:
         raise ValueError("group_aware needs at least two groups among the selected patches")
-    # The rows' order must not matter, and the groups' names are all that the draw looks at.
+    # The result must not depend on the rows' order: the random numbers depend on the groups' names alone.
     shares = {"train": 1 - share, "validation": share}
     split = split_whole_groups(
-        labels, Groups(groups, names, names), bunches, shares, seed=seed, field="group", stream="validation"
+        labels, Groups(groups, names, names), clusters, shares, seed=seed, field="group", stream="validation"
     )
     return split == 1

@@ -1,7 +1,7 @@
-"""Every byte of a shard set against what its manifest says.
+"""Verify every byte of a shard set.
 
-The sha256 of each file against dataset.json, each tar's members and each index against the manifest, the sha256 of each patch,
-and each image decoded once more.
+The sha256 of each file must match dataset.json, each tar's members, each index and the sha256 of each patch must match the
+manifest, and each image must decode.
 """
 
 import functools
@@ -18,12 +18,12 @@ import pyarrow as pa
 from sharding.images.image_checks import silent_decoders
 from sharding.images.image_processing import check_stored
 from sharding.manifest import index_file, read_dataset, read_manifest, shard_file
-from sharding.process_pool import ordered_map, tick
+from sharding.process_pool import ordered_map, report_progress
 from sharding.shard_format import EXTENSIONS, index_text
 
 
 class _Shard(NamedTuple):
-    """One shard as the manifest has it: a list entry per patch, in order."""
+    """One shard by the manifest: a list entry per patch, in order."""
 
     number: int
     keys: list[str]
@@ -35,7 +35,7 @@ class _Shard(NamedTuple):
 
 
 def verify(shards: str | Path, *, workers: int = 1) -> None:
-    """Compare every byte of a shard set with what its manifest says. Raises ValueError at the first difference."""
+    """Compare every byte of a shard set with its manifest. Raises ValueError at the first difference."""
     folder = Path(shards)
     dataset, manifest = read_dataset(folder), read_manifest(folder)
     if len(manifest) != dataset["patches"] or not np.array_equal(manifest["id"].to_numpy(), np.arange(len(manifest))):
@@ -67,7 +67,7 @@ def _check_file(folder: Path, name: str, digest: str) -> None:
     with (folder / name).open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != digest:
             raise ValueError(
-                f"{folder / name} is not as it was packed (its sha256 differs): copy it again, or build the set again"
+                f"{folder / name} has changed since it was packed (its sha256 differs): copy it again, or build the set again"
             )
 
 
@@ -78,23 +78,23 @@ def _verify_shard(shard: _Shard, *, folder: Path, files: dict[str, str]) -> None
     if (folder / index_file(shard.number)).read_text() != index_text(
         shard.keys, extensions, shard.offsets, shard.sizes, shard.labels
     ):
-        raise ValueError(f"{folder / index_file(shard.number)} does not fit the manifest")
+        raise ValueError(f"{folder / index_file(shard.number)} does not match the manifest")
     try:
         with tarfile.open(tar, "r:") as archive:
             members = {info.name: (info.offset_data, info.size) for info in archive}
     except tarfile.TarError as error:
         raise ValueError(f"{tar} is not a tar: {error}") from error
     if len(members) != sum(1 + (label >= 0) for label in shard.labels):
-        raise ValueError(f"{tar} has {len(members):,} members, which is not what the manifest lists")
+        raise ValueError(f"{tar} has {len(members):,} members, and the manifest lists another number")
     with tar.open("rb") as file, silent_decoders():
         for i, (key, extension) in enumerate(zip(shard.keys, extensions, strict=True)):
             offset, size, label = shard.offsets[i], shard.sizes[i], shard.labels[i]
             if members.get(f"{key}.{extension}") != (offset, size):
-                raise ValueError(f"{tar} does not hold {key}.{extension} where the manifest says")
+                raise ValueError(f"{tar} does not have {key}.{extension} where the manifest says")
             file.seek(offset)
             data = file.read(size)
             if hashlib.sha256(data).hexdigest() != shard.digests[i]:
-                raise ValueError(f"{tar}: the bytes of {key}.{extension} are not those of the manifest")
+                raise ValueError(f"{tar}: the bytes of {key}.{extension} do not match the manifest")
             if refusal := check_stored(data):
                 raise ValueError(
                     f"{tar}: {key}.{extension} cannot be decoded ({refusal.detail}): build the set again, without --check header"
@@ -102,5 +102,5 @@ def _verify_shard(shard: _Shard, *, folder: Path, files: dict[str, str]) -> None
             if label >= 0:
                 file.seek(members.get(f"{key}.cls", (0, 0))[0])
                 if file.read(len(str(label))) != str(label).encode():
-                    raise ValueError(f"{tar}: the label of {key} is not that of the manifest")
-            tick(1)
+                    raise ValueError(f"{tar}: the label of {key} does not match the manifest")
+            report_progress(1)

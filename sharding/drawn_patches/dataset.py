@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sharding.cli import option, required
 from sharding.drawn_patches.patches import ORGANS, draw_patch, encode, patch_classes, slide_name
-from sharding.process_pool import ordered_map, tick
+from sharding.process_pool import ordered_map, report_progress
 
 LAYOUTS = {"breast": "{class}/{slide}/{name}", "kidney": "{slide}/{name}"}
 
@@ -69,7 +69,7 @@ def _draw_files(config, folder, indices: Sequence[int]) -> None:
         path = folder.joinpath(*parts)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encode(draw_patch(config.organ, kind, index=index, slide=slide, size=config.size, seed=config.seed)))
-        tick(1)
+        report_progress(1)
 
 
 def _read_marker(folder):

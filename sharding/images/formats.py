@@ -1,6 +1,6 @@
-"""What kind of image file these bytes are, what its structure says, and why a file is refused: no decoder is needed here.
+"""Recognise image formats and parse their structure without a decoder; and the refusals that follow from it.
 
-To tell another kind of file by name, add it to _KINDS.
+To recognise another format, add it to _KINDS.
 """
 
 import functools
@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-# Pixels; a patch is far smaller, and a header that asks for more would fill the memory.
+# Pixels. Patches are far smaller, and a false header could fill the memory.
 MAX_SIDE = 16_384
 MAX_PIXELS = 2**26
 WAY_OUT = "save it as 8-bit RGB PNG"
@@ -40,16 +40,16 @@ _NO_FRAMES = (0xC4, 0xC8, 0xCC)  # DHT, JPG and DAC lie among the frame markers
 
 @dataclass(frozen=True)
 class Refusal:
-    """A refused image: one of a few reasons to count by, and a detail for the person who looks for the file."""
+    """A refused image: one of a few reasons, to count by, and a detail about this file."""
 
     reason: str
     detail: str
 
 
 class Exif(NamedTuple):
-    """Where a file's EXIF data are, and the orientation that they give, 1 (upright) to 8.
+    """The positions of a file's EXIF data, and their orientation, 1 (upright) to 8.
 
-    orientation: 1 where they give none; None where decoders could read them differently, because they are damaged or several.
+    orientation: 1 if they have none; None if decoders could disagree, because they are damaged or there are several.
     """
 
     spans: tuple[tuple[int, int], ...]  # of the segments or chunks
@@ -60,7 +60,7 @@ NO_EXIF = Exif((), 1)
 
 
 class Frame(NamedTuple):
-    """What the segments before a JPEG's first scan say."""
+    """A JPEG's properties by the segments before its first scan."""
 
     coding: str  # "baseline 4:2:0": process, and chroma subsampling where there are three components
     bits: int  # per sample
@@ -69,7 +69,7 @@ class Frame(NamedTuple):
 
 
 def kind_of(data: bytes) -> str | None:
-    """What the first bytes look like, or None."""
+    """The format that the first bytes look like, or None."""
     for begin, kind in _KINDS:
         if begin.match(data):
             return kind
@@ -77,10 +77,10 @@ def kind_of(data: bytes) -> str | None:
 
 
 def read_jpeg(data: bytes) -> Frame | None:
-    """What stands before a JPEG's first scan, or None where there is no scan, or no end marker after its start.
+    """Parse the segments before a JPEG's first scan. None if there is no scan, or no end marker after its start.
 
-    Half a file padded with zeros, as a broken download leaves it, decodes without complaint: to half an image. Inside a
-    scan the end marker's two bytes cannot occur, but a thumbnail in the header has an end of its own.
+    Half a file padded with zeros, as a broken download leaves it, decodes without an error to half an image. The end marker
+    cannot occur inside a scan, but a thumbnail in the header has one of its own.
     """
     exif: list[tuple[int, int]] = []
     jfif, adobe, frame, place = False, -1, 0, 2
@@ -88,7 +88,7 @@ def read_jpeg(data: bytes) -> Frame | None:
         while (marker := data[place + 1]) != 0xDA:
             if data[place] != 0xFF:
                 return None
-            if marker == 0xFF:  # may fill the space before a marker
+            if marker == 0xFF:  # fill byte before a marker
                 place += 1
                 continue
             end = place + 2 + (data[place + 2] << 8 | data[place + 3])
@@ -108,14 +108,14 @@ def read_jpeg(data: bytes) -> Frame | None:
         ids, sampling = data[frame + 10 : end : 3], data[frame + 11 : end : 3]
     except IndexError:
         return None
-    # As libjpeg tells: JFIF is YCbCr, Adobe's segment says, and otherwise the components' names do.
+    # As in libjpeg: JFIF is YCbCr; otherwise Adobe's segment decides, or else the components' names.
     rgb = len(ids) == 3 and not jfif and (adobe == 0 or (adobe < 0 and ids == b"RGB"))
     return Frame(_coding(data[frame + 1], sampling), data[frame + 4], rgb, _exif(data, exif, b"Exif\0\0", 4, 0))
 
 
 @functools.lru_cache(maxsize=256)
 def _coding(marker: int, sampling: bytes) -> str:
-    """sampling: each component's factors, across and down, in the halves of a byte."""
+    """sampling: a byte per component, with the horizontal factor in its upper half and the vertical one in its lower."""
     process = _PROCESSES.get(marker, f"SOF{marker - 0xC0}")
     if len(sampling) != 3:
         return process
@@ -125,7 +125,7 @@ def _coding(marker: int, sampling: bytes) -> str:
 
 
 def png_chunks(data: bytes) -> tuple[set[bytes], Exif] | None:
-    """The names of a PNG's chunks up to IEND, or None where that is not reached."""
+    """The names of a PNG's chunks up to IEND, and its EXIF data; None when IEND is not reached."""
     names, exif, place = set(), [], 8
     while place + 12 <= len(data):
         name = data[place + 4 : place + 8]
@@ -139,15 +139,15 @@ def png_chunks(data: bytes) -> tuple[set[bytes], Exif] | None:
     return (names, _exif(data, exif, b"", 8, 4)) if b"IEND" in names else None
 
 
-def without(data: bytes, spans: tuple[tuple[int, int], ...]) -> bytes:
-    """The data but for these pieces."""
+def remove_spans(data: bytes, spans: tuple[tuple[int, int], ...]) -> bytes:
+    """The data without these spans."""
     ends = [0, *(end for _, end in spans)]
     starts = [*(start for start, _ in spans), len(data)]
     return b"".join(data[end:start] for end, start in zip(ends, starts, strict=True))
 
 
 def _exif(data: bytes, spans: list[tuple[int, int]], name: bytes, before: int, after: int) -> Exif:
-    """spans: of segments that have so many bytes before and after a name and the EXIF data."""
+    """spans: of segments with this many bytes before and after a name and the EXIF data."""
     if not spans:
         return NO_EXIF
     start, end = spans[0]
@@ -156,7 +156,7 @@ def _exif(data: bytes, spans: list[tuple[int, int]], name: bytes, before: int, a
 
 
 def _orientation(exif: bytes) -> int | None:
-    """The orientation in the first directory of a TIFF structure; None where anything about it is not as it should be."""
+    """The orientation in the first directory of a TIFF structure; None if anything is wrong with it."""
     order: Any = _BYTE_ORDERS.get(exif[:4])
     if order is None:
         return None
@@ -175,7 +175,7 @@ def _orientation(exif: bytes) -> int | None:
 
 
 def webp_size(data: bytes) -> tuple[int, int]:
-    """Width and height of a WebP's canvas in pixels by its first chunk; (0, 0) where that is none."""
+    """Width and height of a WebP's canvas in pixels, by its first chunk; (0, 0) for an unknown chunk."""
     chunk = data[12:16]
     if chunk == b"VP8X":
         return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
@@ -188,7 +188,7 @@ def webp_size(data: bytes) -> tuple[int, int]:
 
 
 def too_large(width: int, height: int) -> Refusal | None:
-    """The refusal of an image of more than MAX_SIDE or MAX_PIXELS."""
+    """The refusal of an image larger than MAX_SIDE or MAX_PIXELS; None for any other."""
     if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
         limits = f"at most {MAX_SIDE:,} a side and {MAX_PIXELS:,} in all"
         return Refusal("too large", f"{width} x {height} px by its header; {limits}")
@@ -196,13 +196,13 @@ def too_large(width: int, height: int) -> Refusal | None:
 
 
 def several_images(what: str) -> Refusal:
-    """The refusal of a file of more than one image."""
+    """The refusal of a file with more than one image."""
     return Refusal("several images", f"{what}, of which DALI would read the first: save each by itself")
 
 
 def damaged(data: bytes, kind: str) -> Refusal:
-    """The refusal of a file that looks like this kind and cannot be decoded."""
+    """The refusal of a file of this format that cannot be decoded."""
     end = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(kind)
     if end and end not in data[-64:]:
-        return Refusal("undecodable", f"damaged or cut short: {len(data)} bytes that do not end as a {kind} ends")
+        return Refusal("undecodable", f"damaged or cut short: {len(data)} bytes that do not end like a {kind}")
     return Refusal("undecodable", f"looks like {kind}, but its header or its data cannot be decoded")

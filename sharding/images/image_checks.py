@@ -1,15 +1,15 @@
-"""An encoded image's bytes -> what its header says, its pixels, or why it is refused.
+"""Read an encoded image's header, decode it, or refuse it.
 
-The trainer decodes by DALI, which sits on nvImageCodec, and a file that it cannot decode kills the whole pipeline, often
-without a name. So what a set may hold is decoded here in full by nvImageCodec's own CPU decoders. (Pillow would be too
-lenient: it accepts a JPEG without its last two bytes and a PNG without its last twelve.) They do not survive everything:
+Training decodes with DALI, which uses nvImageCodec. A file that it cannot decode ends the whole pipeline, often without naming
+the file. So every image of a set is decoded here by nvImageCodec's own CPU decoders. (Pillow would be too lenient: it accepts a
+JPEG without its last two bytes and a PNG without its last twelve.) They do not survive everything:
 
 - a damaged JPEG 2000 file ends the process, by its header (SIGFPE) or by its data (SIGSEGV): Pillow decodes it first;
-- a PNG of which one chunk claims 4 GB makes them take 4 GB: the chunks are walked first;
-- EXIF data that its parts read differently corrupt the heap, as one of them turns the image: they are taken out first;
-- a TIFF can corrupt the heap, and a WebP take gigabytes: these, which DALI never meets in a set, are left to Pillow.
+- a PNG with a chunk that claims 4 GB makes them allocate 4 GB: the chunks are parsed first;
+- EXIF data that their parts read differently corrupt the heap when one of them rotates the image: they are removed first;
+- a TIFF can corrupt the heap, and a WebP can take gigabytes: Pillow decodes these, and DALI never gets them from a set.
 
-To read another kind of file, add it to PILLOW_FORMATS in `pictures`, and how it begins to `formats`.
+To read another format, add it to PILLOW_FORMATS in `pillow_decoder`, and its first bytes to `formats`.
 """
 
 import functools
@@ -32,33 +32,37 @@ from sharding.images.formats import (
     several_images,
     too_large,
 )
-from sharding.images.pillow_decoder import PILLOW_FORMATS, Picture, picture_of
+from sharding.images.pillow_decoder import PILLOW_FORMATS, DecodedImage, decode_with_pillow
 
-# Read when nvImageCodec is first imported. A refused file is told in quarantine.parquet, not on the terminal.
+# Read at nvImageCodec's first import. Refused files are listed in quarantine.parquet, not on the terminal.
 os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
 
-STORABLE = {"JPEG": "jpeg", "PNG": "png", "JPEG 2000": "jpeg2000"}  # the kinds that a set may hold, as its manifest names them
+STORABLE = {
+    "JPEG": "jpeg",
+    "PNG": "png",
+    "JPEG 2000": "jpeg2000",
+}  # the formats that a set may contain, and their names in its manifest
 
 
 class Header(NamedTuple):
-    """What a file says of itself.
+    """An image's header.
 
-    width, height: pixels, before an EXIF orientation is applied. oddities: what keeps it from being a plain 8-bit RGB file
-    of a storable kind, in words. exif: what a decoder must not see, and the orientation to apply. coding: of a JPEG, its
-    process and chroma subsampling, "baseline 4:2:0". picture: of another kind than JPEG and PNG, which had to be decoded.
+    width, height: pixels, before an EXIF orientation is applied. deviations: in which respects it is no plain 8-bit RGB file of a
+    storable format. exif: what a decoder must not see, and the orientation to apply. coding: of a JPEG, its process and chroma
+    subsampling, such as "baseline 4:2:0". picture: the pixels, if the format is neither JPEG nor PNG and had to be decoded.
     """
 
     kind: str
     width: int
     height: int
-    oddities: tuple[str, ...]
+    deviations: tuple[str, ...]
     exif: Exif = NO_EXIF
     coding: str | None = None
-    picture: Picture | None = None
+    picture: DecodedImage | None = None
 
 
 def read_header(data: bytes) -> Header | Refusal:
-    """All that can be said of a JPEG or PNG without decoding it, in about 10 us. Other kinds are decoded, by Pillow."""
+    """Read the header of a JPEG or PNG, in about 10 us. Other formats are decoded by Pillow."""
     if not data:
         return Refusal("empty", "0 bytes")
     kind = kind_of(data)
@@ -83,10 +87,10 @@ def _jpeg_header(data: bytes) -> Header | Refusal:
     if isinstance(stream, Refusal):
         return stream
     if stream.channels == 3:
-        oddities = ["JPEG of RGB"] * frame.rgb  # not every decoder heeds that it is no YCbCr
+        deviations = ["JPEG of RGB"] * frame.rgb  # some decoders take it for YCbCr
     else:
-        oddities = ["grey" if stream.channels == 1 else "CMYK"]
-    return _header("JPEG", stream, oddities, frame.exif, frame.coding)
+        deviations = ["grey" if stream.channels == 1 else "CMYK"]
+    return _header("JPEG", stream, deviations, frame.exif, frame.coding)
 
 
 def _png_header(data: bytes) -> Header | Refusal:
@@ -99,26 +103,26 @@ def _png_header(data: bytes) -> Header | Refusal:
         return stream
     if b"acTL" in chunks:
         return several_images("an animation")
-    transparent = b"tRNS" in chunks  # a colour, or some of the palette's
+    transparent = b"tRNS" in chunks  # a transparent colour or palette entry
     if transparent and stream.bits > 8:
         return Refusal("undecodable", f"a PNG of 16 bits with a transparent colour: {WAY_OUT}")
-    oddities = ["palette"] * (stream.colours == "PALETTE") + ["16-bit"] * (stream.bits > 8)
+    deviations = ["palette"] * (stream.colours == "PALETTE") + ["16-bit"] * (stream.bits > 8)
     if transparent or stream.channels in (2, 4):
-        oddities.append("LA" if stream.channels <= 2 else "RGBA")
+        deviations.append("LA" if stream.channels <= 2 else "RGBA")
     elif stream.channels == 1:
-        oddities.append("grey")
-    return _header("PNG", stream, oddities, exif, None)
+        deviations.append("grey")
+    return _header("PNG", stream, deviations, exif, None)
 
 
-def _header(kind: str, stream: "_Stream", oddities: list[str], exif: Exif, coding: str | None) -> Header:
+def _header(kind: str, stream: "_Stream", deviations: list[str], exif: Exif, coding: str | None) -> Header:
     if exif.orientation == 1:
-        return Header(kind, stream.width, stream.height, tuple(oddities), coding=coding)
-    oddities.append("rotated by EXIF" if exif.orientation else "damaged EXIF")
-    return Header(kind, stream.width, stream.height, tuple(oddities), exif, coding)
+        return Header(kind, stream.width, stream.height, tuple(deviations), coding=coding)
+    deviations.append("rotated by EXIF" if exif.orientation else "damaged EXIF")
+    return Header(kind, stream.width, stream.height, tuple(deviations), exif, coding)
 
 
 def _other_header(data: bytes, kind: str) -> Header | Refusal:
-    picture = picture_of(data, kind)
+    picture = decode_with_pillow(data, kind)
     if isinstance(picture, Refusal):
         return picture
     height, width, _ = picture.pixels.shape
@@ -126,7 +130,7 @@ def _other_header(data: bytes, kind: str) -> Header | Refusal:
         stream = _read_stream(data, kind)
         if not isinstance(stream, Refusal) and (stream.channels, stream.bits, stream.colours) == (3, 8, "SRGB"):
             return Header(kind, width, height, (), picture=picture)
-    return Header(kind, width, height, (kind, *picture.oddities), picture=picture)
+    return Header(kind, width, height, (kind, *picture.deviations), picture=picture)
 
 
 class _Stream(NamedTuple):
@@ -138,11 +142,11 @@ class _Stream(NamedTuple):
 
 
 def _read_stream(data: bytes, kind: str) -> _Stream | Refusal:
-    """nvImageCodec's view of a header."""
+    """Parse the header with nvImageCodec."""
     try:
         stream = _codec().CodeStream(data)
         found = _Stream(stream.width, stream.height, stream.num_channels, stream.precision, stream.color_spec.name)
-    except Exception:  # whatever a parser in C++ makes of damage
+    except Exception:  # C++ exceptions of any kind on damaged data
         return damaged(data, kind)
     return too_large(found.width, found.height) or found
 
@@ -161,19 +165,19 @@ def decode(data: bytes) -> np.ndarray | None:
 
 @functools.cache
 def _codec():
-    import nvidia.nvimgcodec  # late: reading a manifest needs no decoder
+    import nvidia.nvimgcodec  # imported late: reading a manifest needs no decoder
 
     return nvidia.nvimgcodec
 
 
 def load_decoder() -> None:
-    """Do now what the first image would wait for."""
+    """Load the decoder now, so that the first image need not wait for it."""
     _decoder()
 
 
 @functools.cache
 def _decoder():
-    """One decoder per process, on the CPU and one thread: the processes are the parallelism."""
+    """One decoder per process, on the CPU with one thread: the parallelism is in the processes."""
     codec = _codec()
     backends = [codec.Backend(codec.BackendKind.CPU_ONLY)]
     return codec.Decoder(device_id=codec.NVIMGCODEC_DEVICE_CPU_ONLY, max_num_cpu_threads=1, backends=backends)
@@ -181,7 +185,7 @@ def _decoder():
 
 @contextmanager
 def silent_decoders() -> Iterator[None]:
-    """Keep the decoders' own messages off the terminal: libpng, libtiff and OpenCV write to file descriptor 2, past Python."""
+    """Suppress the decoders' own messages: libpng, libtiff and OpenCV write to file descriptor 2 directly."""
     saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(null, 2)

@@ -1,4 +1,4 @@
-"""Images decoded by Pillow: those of a kind that a set does not hold, and a second opinion on those that it converts."""
+"""Decode with Pillow: formats that a set does not store, and a second opinion on images that are converted."""
 
 import io
 import warnings
@@ -11,7 +11,7 @@ import PIL.ImageOps
 
 from sharding.images.formats import WAY_OUT, Refusal, damaged, several_images, too_large, webp_size
 
-# What is read, as Pillow names it.
+# The formats that are read, and Pillow's names of them.
 PILLOW_FORMATS = {
     "JPEG": "JPEG",
     "PNG": "PNG",
@@ -22,7 +22,7 @@ PILLOW_FORMATS = {
     "BMP": "BMP",
     "PNM": "PPM",
 }
-# The modes that become 8-bit RGBA without a choice, and what they are called. (CIELAB, floats and 32 bits would need one.)
+# The modes that convert to 8-bit RGBA in one way only, and how they deviate. (CIELAB, floats and 32 bits have several ways.)
 _MODES = {
     "1": ("grey",),
     "L": ("grey",),
@@ -38,61 +38,61 @@ _MODES = {
     "YCbCr": (),
     "CMYK": ("CMYK",),
 }
-_ORIENTED = ("TIFF", "WebP")  # the kinds of which Pillow applies an orientation
+_ORIENTED = ("TIFF", "WebP")  # the formats in which Pillow applies an orientation
 _BITS, _PHOTOMETRIC, _PLANAR = 258, 262, 284  # tags of a TIFF
 _WHITE_IS_ZERO, _CHUNKY = 0, 1
 
 
-class Picture(NamedTuple):
-    """pixels: (height, width, 4) uint8 RGBA, upright. oddities: in words, in what it was not 8-bit RGB or not upright."""
+class DecodedImage(NamedTuple):
+    """pixels: (height, width, 4) uint8 RGBA, upright. deviations: in which respects it was not upright 8-bit RGB."""
 
     pixels: np.ndarray
-    oddities: tuple[str, ...]
+    deviations: tuple[str, ...]
 
 
-def picture_of(data: bytes, kind: str) -> Picture | Refusal:
-    """Decode a file of a kind of PILLOW_FORMATS. Of 16 bits the upper 8 are kept, as DALI does it with a PNG.
+def decode_with_pillow(data: bytes, kind: str) -> DecodedImage | Refusal:
+    """Decode a file of one of PILLOW_FORMATS. Of 16 bits the upper 8 are kept, as DALI does with a PNG.
 
-    A JPEG or PNG must have no EXIF data left: what a decoder may see is the business of sharding/images/image_checks.py.
+    A JPEG or PNG must have no EXIF data: sharding/images/image_checks.py decides what a decoder may see.
     """
     if kind == "WebP" and (refusal := too_large(*webp_size(data))):
-        return refusal  # Pillow takes the memory before it says how much
+        return refusal  # Pillow allocates memory before it knows the size
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is wrong with a file and does not matter
-            # Only this format: Pillow's list has some that run other programs.
+            warnings.simplefilter("ignore")  # about harmless faults in a file
+            # Only this format: some of Pillow's formats run other programs.
             image: PIL.Image.Image = PIL.Image.open(io.BytesIO(data), formats=[PILLOW_FORMATS[kind]])
             if refusal := too_large(*image.size):
                 return refusal
             images = getattr(image, "n_frames", 1) if kind in _ORIENTED else 1
             if images != 1:
                 return several_images(f"{images} in one file")
-            oddities = _oddities(image, kind)
-            if oddities is None:
-                return Refusal("undecodable", f"a {kind} of samples that are not read reliably ({image.mode}): {WAY_OUT}")
+            deviations = _deviations(image, kind)
+            if deviations is None:
+                return Refusal("undecodable", f"a {kind} with samples that are not read reliably ({image.mode}): {WAY_OUT}")
             if kind in _ORIENTED:
                 image = PIL.ImageOps.exif_transpose(image)
             pixels = _rgba(image)
-    except Exception:  # its readers raise nearly anything
+    except Exception:  # Pillow's readers raise nearly anything
         return damaged(data, kind)
-    return Picture(pixels, oddities)
+    return DecodedImage(pixels, deviations)
 
 
-def _oddities(image: PIL.Image.Image, kind: str) -> tuple[str, ...] | None:
+def _deviations(image: PIL.Image.Image, kind: str) -> tuple[str, ...] | None:
     if image.mode not in _MODES:
         return None
-    oddities = list(_MODES[image.mode])
+    deviations = list(_MODES[image.mode])
     if kind == "TIFF":
         tags = image.tag_v2  # type: ignore[attr-defined]
         bits = max(tags.get(_BITS, (1,)))
-        # Pillow reads these without a word as something else: planes as pixels, white as black, 12 bits as the lower of 16.
+        # Pillow misreads these silently: planes as pixels, white as black, 12 bits as the lower 12 of 16.
         if bits > 8 and (bits != 16 or tags.get(_PLANAR, _CHUNKY) != _CHUNKY or tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO):
             return None
-        if bits == 16 and "16-bit" not in oddities:
-            oddities.insert(0, "16-bit")
+        if bits == 16 and "16-bit" not in deviations:
+            deviations.insert(0, "16-bit")
     if kind in _ORIENTED and image.getexif().get(PIL.ExifTags.Base.Orientation, 1) in range(2, 9):
-        oddities.append("rotated by EXIF")
-    return tuple(oddities)
+        deviations.append("rotated by EXIF")
+    return tuple(deviations)
 
 
 def _rgba(image: PIL.Image.Image) -> np.ndarray:

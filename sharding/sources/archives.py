@@ -1,6 +1,6 @@
-"""Tar and zip files as sources: their images are found and read in place, nothing is unpacked.
+"""Tar and zip files as sources: images are found and read in place, without unpacking.
 
-For that a member must begin at a known byte: a plain tar, or a zip, of which each member is compressed by itself.
+This needs members that begin at a known byte: a plain tar, or a zip, which compresses each member by itself.
 """
 
 import os
@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sharding.sources.file_listing import BATCH, IMAGE_EXTENSIONS, Found, Skipped, extension, parted, printable
+from sharding.sources.file_listing import BATCH, IMAGE_EXTENSIONS, ImageBatch, SkippedFiles, extension, printable, split_path
 from sharding.sources.zips import is_zip, read_zip_member, zip_members
 
-# How a compressed file begins. Such a tar can only be read from its start.
+# The first bytes of compressed files. A compressed tar can only be read from its start.
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf\x27\x1c", b"Rar!")
 _LONGEST_MAGIC = 6
 _BLOCK = tarfile.BLOCKSIZE
@@ -24,11 +24,11 @@ _BLOCK = tarfile.BLOCKSIZE
 _MOST_OPEN = 8  # archives
 
 
-def images_in(archive: bytes, skipped: Skipped) -> Iterator[Found]:
-    """The images in a tar or zip, sorted by path (as bytes). A name that comes twice is taken once: the last one.
+def images_in(archive: bytes, skipped: SkippedFiles) -> Iterator[ImageBatch]:
+    """The images in a tar or zip, sorted by path (as bytes). Of members with equal names the last one counts.
 
-    Offsets: of the data in a tar, of the local header in a zip. Paths are without `.` and without a slash in front.
-    Raises ValueError where the file is no archive that can be read in place, or is damaged.
+    Offsets: of the data in a tar, of the local header in a zip. Paths have no `.` parts and no leading slash.
+    Raises ValueError when the file is no archive that can be read in place, or is damaged.
     """
     shown = printable(archive)
     file = os.open(archive, os.O_RDONLY)
@@ -43,18 +43,18 @@ def images_in(archive: bytes, skipped: Skipped) -> Iterator[Found]:
             members = zip_members(file, shown, skipped)
         else:
             raise ValueError(f"{shown} is a file, and neither a tar nor a zip: give the folder that holds the images")
-        table = _in_order(_gathered(members, skipped), shown, skipped)
+        table = _sorted_unique(_images_of(members, skipped), shown, skipped)
     finally:
         os.close(file)
     for batch in table.to_batches(BATCH):
         rows = zip(*(column.to_pylist() for column in batch.columns), strict=True)
-        for folder, group in groupby(((*parted(path), offset, size) for path, offset, size in rows), key=lambda row: row[0]):
+        for folder, group in groupby(((*split_path(path), offset, size) for path, offset, size in rows), key=lambda row: row[0]):
             _, names, offsets, sizes = zip(*group, strict=True)
-            yield Found(folder, list(names), list(offsets), list(sizes))
+            yield ImageBatch(folder, list(names), list(offsets), list(sizes))
 
 
 def _is_tar(archive: bytes) -> bool:
-    """Whether a file begins as a plain tar does."""
+    """Whether a file begins like a plain tar."""
     try:
         with tarfile.open(archive, "r:"):
             return True
@@ -62,29 +62,29 @@ def _is_tar(archive: bytes) -> bool:
         return False
 
 
-# What tarfile raises for bytes that are no tar: its own errors, and those of numbers that are absurd.
+# What tarfile raises for bytes that are no tar: its own errors, and those caused by absurd numbers.
 _BAD_TAR = (tarfile.TarError, ValueError, OverflowError, RecursionError, MemoryError)
 
 
-def _tar_members(archive: bytes, skipped: Skipped) -> Iterator[tuple[bytes, int, int]]:
+def _tar_members(archive: bytes, skipped: SkippedFiles) -> Iterator[tuple[bytes, int, int]]:
     """Name, offset of the data and size in bytes of every file in a plain tar, in the order of the tar."""
     damaged = f"{printable(archive)} is a tar that is damaged, was cut short or is several in a row: copy it again, or unpack it"
     try:
         with tarfile.open(archive, "r:") as tar:
             place = -1
             while (info := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
                 if info.offset_data <= place:
-                    raise ValueError(damaged)  # a negative size sends it back for ever
+                    raise ValueError(damaged)  # with a negative size, it would loop forever
                 place = info.offset_data
                 if info.isreg() and not info.issparse():
                     yield os.fsencode(info.name), info.offset_data, info.size
                 elif not info.isdir():
                     skipped.special += 1
-            end = tar.offset  # where it stopped, be it at the end or at something strange
+            end = tar.offset  # where it stopped: at the end, or at a bad header
     except _BAD_TAR:
         raise ValueError(damaged) from None
-    # tarfile takes a bad header for the end. Behind a true end there is nothing but zeros, and at least a block of them.
+    # tarfile takes a bad header for the end. After a true end there is at least one block of zeros and nothing else.
     with open(archive, "rb") as rest:
         rest.seek(end)
         block = rest.read(_BLOCK)
@@ -96,7 +96,7 @@ def _tar_members(archive: bytes, skipped: Skipped) -> Iterator[tuple[bytes, int,
             block = rest.read(BATCH)
 
 
-def _gathered(members: Iterator[tuple[bytes, int, int]], skipped: Skipped) -> pa.Table:
+def _images_of(members: Iterator[tuple[bytes, int, int]], skipped: SkippedFiles) -> pa.Table:
     """The images among the members, as columns: path, offset, size."""
     kinds = (pa.binary(), pa.int64(), pa.int64())
     columns: tuple[list, list, list] = ([], [], [])
@@ -109,8 +109,8 @@ def _gathered(members: Iterator[tuple[bytes, int, int]], skipped: Skipped) -> pa
             column.clear()
 
     for member, offset, size in members:
-        path = _cleaned(member)
-        kind = extension(parted(path)[1])
+        path = _normalized(member)
+        kind = extension(split_path(path)[1])
         if any(part.startswith(b".") and part != b".." for part in path.split(b"/")):
             skipped.hidden += 1
         elif kind not in IMAGE_EXTENSIONS:
@@ -124,7 +124,7 @@ def _gathered(members: Iterator[tuple[bytes, int, int]], skipped: Skipped) -> pa
     return pa.Table.from_batches(batches)
 
 
-def _in_order(table: pa.Table, shown: str, skipped: Skipped) -> pa.Table:
+def _sorted_unique(table: pa.Table, shown: str, skipped: SkippedFiles) -> pa.Table:
     """The members sorted by path, the last one of each path (sorting is stable)."""
     table = table.take(pc.sort_indices(table, sort_keys=[("path", "ascending")])).combine_chunks()
     if len(table) < 2:
@@ -140,18 +140,20 @@ def _in_order(table: pa.Table, shown: str, skipped: Skipped) -> pa.Table:
     return table.filter(pa.array(is_last))
 
 
-def _cleaned(member: bytes) -> bytes:
-    """A member's name as a relative path: `./a//b` is a/b, and so is `/a/b`."""
+def _normalized(member: bytes) -> bytes:
+    """A member's name as a relative path: `./a//b` and `/a/b` become a/b."""
     if member.startswith((b"/", b"./")) or b"//" in member or b"/./" in member:
         return b"/".join(part for part in member.split(b"/") if part not in (b"", b"."))
     return member
 
 
 class FileReader:
-    """Reads images wherever a scan found them, and keeps the archives that it read last open (use it in a `with`)."""
+    """Reads the images of a scan from files and archives. Keeps the last archives open. A context manager."""
 
     def __init__(self) -> None:
-        self._archives: dict[bytes, tuple[int, bool]] = {}  # open file and whether it is a tar; the one used last comes last
+        self._archives: dict[
+            bytes, tuple[int, bool]
+        ] = {}  # file descriptor, and whether it is a tar; the most recently used comes last
 
     def __enter__(self) -> "FileReader":
         return self
@@ -161,15 +163,15 @@ class FileReader:
             self._close_oldest()
 
     def read(self, container: bytes | None, path: bytes, offset: int, size: int) -> bytes:
-        """The bytes of the image that a row of `Scan.files` stands for; of a plain file those that it has now.
+        """The bytes of the image in a row of `Scan.files`; of a plain file, its present content.
 
-        Raises OSError, with a strerror, for whatever cannot be read.
+        Raises OSError with a strerror when it cannot be read.
         """
         if container is None:
             return _read_file(path, size)
         if size < 0:
             raise OSError(ENOENT, "no such file in the archive")
-        file, is_tar = self._opened(container)
+        file, is_tar = self._open_source(container)
         if not is_tar:
             return read_zip_member(file, offset, size)
         data = os.pread(file, size, offset)
@@ -177,7 +179,7 @@ class FileReader:
             raise OSError(EIO, "the tar was cut short")
         return data
 
-    def _opened(self, container: bytes) -> tuple[int, bool]:
+    def _open_source(self, container: bytes) -> tuple[int, bool]:
         archive = self._archives.pop(container, None)
         if archive is None:
             if len(self._archives) == _MOST_OPEN:
@@ -194,14 +196,14 @@ class FileReader:
 
 def _read_file(path: bytes, size: int) -> bytes:
     if size < 0:
-        os.stat(path)  # says why there was none
-        raise OSError(ENOENT, "was not there when the sources were searched")
+        os.stat(path)  # raises the reason
+        raise OSError(ENOENT, "was not there when the sources were scanned")
     file = os.open(path, os.O_RDONLY)
     try:
         data = os.read(file, size + 1)
         if len(data) == size:
             return data
-        blocks = [data]  # it changed since, or is beyond what one call reads
+        blocks = [data]  # it has changed, or one call does not read all of it
         while block := os.read(file, 1 << 20):
             blocks.append(block)
         return b"".join(blocks)

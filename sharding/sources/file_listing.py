@@ -1,24 +1,24 @@
-"""What folders and archives are searched for, what they give, and how what they pass over is counted and said."""
+"""Which files are taken as images, and how a scan lists them and counts the files that it skips."""
 
 import os
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-# Files with these extensions are taken for images and looked at; what cannot be used is then refused by name.
+# Files with these extensions are taken as images. Those that cannot be used are refused by name.
 IMAGE_EXTENSIONS = frozenset(
     (b"jpg", b"jpeg", b"jpe", b"jfif", b"png", b"gif", b"tif", b"tiff", b"bmp", b"webp", b"jp2", b"j2k", b"heic", b"avif")
 )
 ARCHIVE_EXTENSIONS = frozenset((b"tar", b"zip", b"tgz"))
 
-BATCH = 16_384  # files that are held as Python objects at a time; the rest are columns in Arrow
+BATCH = 16_384  # files held as Python objects at a time; the rest are Arrow columns
 
 
-class Found(NamedTuple):
-    """Images that lie in one folder, sorted by name: at most BATCH of them, and not always all.
+class ImageBatch(NamedTuple):
+    """At most BATCH images of one folder, sorted by name.
 
-    folder: below the source, b"" for the source itself. sizes: bytes, -1 where a link leads nowhere. offsets: where to begin
-    reading in the archive, -1 where there is none.
+    folder: below the source, b"" for the source itself. sizes: bytes, -1 for a broken link. offsets: in the archive, -1 for a
+    plain file.
     """
 
     folder: bytes
@@ -28,8 +28,8 @@ class Found(NamedTuple):
 
 
 @dataclass
-class Skipped:
-    """Counts of what a scan passed over, and sentences on what it saw besides."""
+class SkippedFiles:
+    """Counts of the files that a scan skipped, and further remarks on the sources."""
 
     hidden: int = 0
     special: int = 0
@@ -44,7 +44,7 @@ class Skipped:
             kinds = ", ".join(
                 f"{count:,} {'.' + e if e else 'without extension'}" for e, count in sorted(self.extensions.items())
             )
-            notes.append(f"{files(self.extensions.total())} skipped by extension: {kinds}")
+            notes.append(f"{file_count(self.extensions.total())} skipped by extension: {kinds}")
         if self.archives:
             number, are = ("1 archive", "was") if len(self.archives) == 1 else (f"{len(self.archives):,} archives", "were")
             notes.append(
@@ -53,7 +53,7 @@ class Skipped:
         if self.hidden:
             notes.append(f"{self.hidden:,} hidden {'entry' if self.hidden == 1 else 'entries'} skipped (name begins with a dot)")
         if self.special:
-            notes.append(f"{files(self.special)} skipped: neither a file nor a folder")
+            notes.append(f"{file_count(self.special)} skipped: neither a file nor a folder")
         if self.repeated_folders:
             folders = "folder was" if self.repeated_folders == 1 else "folders were"
             notes.append(f"{self.repeated_folders:,} {folders} reached again (by a link or as another source) and taken once")
@@ -65,21 +65,21 @@ class Skipped:
 
 
 def extension(name: bytes) -> bytes:
-    """What follows the last dot of a file name, in lower case; nothing where the dot comes first."""
+    """What follows the last dot of a file name, in lower case; empty when the dot comes first."""
     stem, dot, end = name.rpartition(b".")
     return end.lower() if stem and dot else b""
 
 
-def parted(path: bytes) -> tuple[bytes, bytes]:
-    """A relative path's folder (b"" where it has none) and name."""
+def split_path(path: bytes) -> tuple[bytes, bytes]:
+    """The folder (b"" if none) and the name of a relative path."""
     folder, _, name = path.rpartition(b"/")
     return folder, name
 
 
 def printable(path: str | bytes) -> str:
-    """A path that any file can store: bytes that are not UTF-8 become \\xNN."""
+    """A path as text that can be printed and stored: bytes that are not UTF-8 become \\xNN."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def files(count: int) -> str:
+def file_count(count: int) -> str:
     return "1 file" if count == 1 else f"{count:,} files"

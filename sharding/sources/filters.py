@@ -1,4 +1,4 @@
-"""`--where`: which images to take, by what their fields say."""
+"""`--where`: select images by the values of their fields."""
 
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -11,14 +11,14 @@ from sharding.manifest import decoded
 
 
 class Condition(NamedTuple):
-    """Of one field: the values that are wanted (empty: all), and those that are not."""
+    """For one field, the values to keep (empty: all) and the values to exclude."""
 
     wanted: set[str]
     unwanted: set[str]
 
 
 def parse_where(where: Sequence[str], fields: Sequence[str]) -> dict[str, Condition]:
-    """The condition on each field that `field=value` and `field!=value` name. Raises ValueError where one is not of that form."""
+    """Parse `field=value` and `field!=value` into a condition for each field. Raises ValueError for any other form."""
     conditions: dict[str, Condition] = {}
     for text in where:
         name, equals, value = text.partition("=")
@@ -29,32 +29,32 @@ def parse_where(where: Sequence[str], fields: Sequence[str]) -> dict[str, Condit
         if name not in fields:
             raise ValueError(f"--where {text!r}: there is no field {name!r}; there is {', '.join(fields) or 'none'}")
         condition = conditions.setdefault(name, Condition(set(), set()))
-        # In the composed form, as all fields are.
+        # NFC, like the values of all fields.
         (condition.unwanted if unwanted else condition.wanted).add(unicodedata.normalize("NFC", value))
     return conditions
 
 
 def apply_where(files: pa.Table, conditions: Mapping[str, Condition]) -> tuple[np.ndarray, list[str]]:
-    """(n,) bool, which rows meet every condition, and a sentence for each value that no row has.
+    """(n,) bool, which rows meet every condition; and a message for each value that no row has.
 
-    An empty field has no value: it is not among the wanted, and not among the unwanted. Raises ValueError where no row is left.
+    An empty field has no value: it is neither wanted nor unwanted. Raises ValueError when no row is left.
     """
     kept = np.ones(len(files), bool)
     notes, reason = [], "no image meets all conditions at once"
     for name, condition in conditions.items():
-        codes, words = decoded(files[name])
-        present = f"{name} is one of {', '.join(words[:8])}{', ...' if len(words) > 8 else ''}"
-        for value in sorted((condition.wanted | condition.unwanted) - set(words)):
+        codes, values = decoded(files[name])
+        present = f"{name} is one of {', '.join(values[:8])}{', ...' if len(values) > 8 else ''}"
+        for value in sorted((condition.wanted | condition.unwanted) - set(values)):
             notes.append(f"--where names a {name} that no image has, {value!r}: {present}")
         if condition.wanted:
-            kept &= np.isin(codes, _places(words, condition.wanted))
-            if condition.wanted.isdisjoint(words):
+            kept &= np.isin(codes, _indexes(values, condition.wanted))
+            if condition.wanted.isdisjoint(values):
                 reason = present
-        kept &= ~np.isin(codes, _places(words, condition.unwanted))
+        kept &= ~np.isin(codes, _indexes(values, condition.unwanted))
     if not kept.any():
         raise ValueError(f"--where leaves none of {len(files):,} images: {reason}")
     return kept, notes
 
 
-def _places(words: Sequence[str], values: set[str]) -> list[int]:
-    return [place for place, word in enumerate(words) if word in values]
+def _indexes(values: Sequence[str], chosen: set[str]) -> list[int]:
+    return [index for index, value in enumerate(values) if value in chosen]

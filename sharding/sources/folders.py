@@ -1,37 +1,45 @@
-"""A source folder -> its images, folder by folder, in the order of their whole paths."""
+"""Find the images under a source folder, in the order of their paths."""
 
 import os
 import stat
 from bisect import bisect_left
 from collections.abc import Iterator
 
-from sharding.sources.file_listing import ARCHIVE_EXTENSIONS, BATCH, IMAGE_EXTENSIONS, Found, Skipped, extension, printable
+from sharding.sources.file_listing import (
+    ARCHIVE_EXTENSIONS,
+    BATCH,
+    IMAGE_EXTENSIONS,
+    ImageBatch,
+    SkippedFiles,
+    extension,
+    printable,
+)
 
 Visited = set[tuple[int, int]]  # device and inode of each folder or archive that was taken
 
 
-def images_under(source: bytes, visited: Visited, skipped: Skipped) -> Iterator[Found]:
-    """The images under a folder, sorted by relative path (as bytes). Links to folders are followed, each folder once.
+def images_under(source: bytes, visited: Visited, skipped: SkippedFiles) -> Iterator[ImageBatch]:
+    """The images under a folder, sorted by relative path (as bytes). Follows links to folders, and takes each folder once.
 
-    Raises OSError where a folder cannot be listed.
+    Raises OSError when a folder cannot be listed.
     """
-    # One entry per folder on the way down: its path below the source, its images, and the folders in it, last one first.
-    # Both are sorted as they sort within whole paths: a folder by its name and a slash.
-    trail = [_listed(source, b"", visited, skipped)]
-    while trail:
-        folder, names, folders = trail[-1]
+    # A stack of folders: the path below the source, the images, and the subfolders in reverse order. A subfolder sorts by its
+    # name and a slash, as it does in a path.
+    stack = [_list_folder(source, b"", visited, skipped)]
+    while stack:
+        folder, names, folders = stack[-1]
         end = bisect_left(names, folders[-1]) if folders else len(names)
         for start in range(0, end, BATCH):
-            yield _measured(source, folder, names[start : min(start + BATCH, end)], skipped)
+            yield _with_sizes(source, folder, names[start : min(start + BATCH, end)], skipped)
         del names[:end]
         if folders:
-            trail.append(_listed(source, _join(folder, folders.pop()[:-1]), visited, skipped))
+            stack.append(_list_folder(source, _join(folder, folders.pop()[:-1]), visited, skipped))
         else:
-            trail.pop()
+            stack.pop()
 
 
-def _listed(source: bytes, folder: bytes, visited: Visited, skipped: Skipped) -> tuple[bytes, list[bytes], list[bytes]]:
-    """A folder, the names of its images, and those of its folders with a slash in reverse order: nothing if visited before."""
+def _list_folder(source: bytes, folder: bytes, visited: Visited, skipped: SkippedFiles) -> tuple[bytes, list[bytes], list[bytes]]:
+    """A folder, its images, and its subfolders with a slash, in reverse order; empty for a folder that was visited before."""
     path = _join(source, folder)
     names: list[bytes] = []
     folders: list[bytes] = []
@@ -64,12 +72,12 @@ def _listed(source: bytes, folder: bytes, visited: Visited, skipped: Skipped) ->
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself, or to where one may not look
+    except OSError:  # a link to itself, or to a folder without permission
         return False
 
 
-def _measured(source: bytes, folder: bytes, names: list[bytes], skipped: Skipped) -> Found:
-    """The images with their sizes. A link that leads nowhere has the size -1: it shall be missed by name."""
+def _with_sizes(source: bytes, folder: bytes, names: list[bytes], skipped: SkippedFiles) -> ImageBatch:
+    """The images with their sizes. A broken link has the size -1, so that it is refused by name."""
     path = _join(source, folder)
     kept: list[bytes] = []
     sizes: list[int] = []
@@ -84,8 +92,8 @@ def _measured(source: bytes, folder: bytes, names: list[bytes], skipped: Skipped
             kept.append(name)
             sizes.append(status.st_size)
         else:
-            skipped.special += 1  # a pipe or a socket would block whoever opens it
-    return Found(folder, kept, [-1] * len(kept), sizes)
+            skipped.special += 1  # opening a pipe or a socket would block
+    return ImageBatch(folder, kept, [-1] * len(kept), sizes)
 
 
 def _join(folder: bytes, name: bytes) -> bytes:

@@ -1,8 +1,8 @@
-"""A table that says what each image is: a column `path`, and a column for each field.
+"""`--table`: a table with the fields of each image. It has a column `path`, and a column for each field.
 
-A path is relative to a source, with `/` between folders, or absolute. CSV (in UTF-8; commas, semicolons or tabs) and Parquet.
-Values are text: from CSV exactly as written, from Parquet as one would write them. An empty cell is an empty field. Paths
-and values are brought to Unicode's composed form, as a layout's are.
+A path is absolute, or relative to a source with `/` between folders. The table is Parquet, or CSV in UTF-8 with commas,
+semicolons or tabs. Values are text: from CSV unchanged, from Parquet as one would write them. An empty cell is an empty field.
+Paths and values are normalised to NFC, like those of a layout.
 """
 
 import io
@@ -18,57 +18,57 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from sharding.sources.file_listing import files
+from sharding.sources.file_listing import file_count
 from sharding.sources.layout import RESERVED
 
 PATH = "path"
 
-_HEAD = 2**16  # bytes from the start of a file, to see what it is
+_HEAD = 2**16  # bytes at the start of a file by which its format is recognised
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
-# A table's row numbers, as pandas writes them: nobody's field.
+# The names of pandas' index columns, which are no fields.
 _NUMBERS = re.compile(r"|Unnamed: \d+|__index_level_\d+__")
 
 
 @dataclass
-class Labels:
-    """A table: (n,) paths, the first row of each row's path, (n,) words of each field, and what was left out of it."""
+class LabelTable:
+    """A table: (n,) paths, (n,) values of each field, and (n,) the first row with the same path. file: its path in messages."""
 
-    shown: str
+    file: str
     paths: pa.StringArray
     first: np.ndarray
     fields: dict[str, pa.DictionaryArray]
     notes: list[str]
 
 
-class Searched(NamedTuple):
-    """A source in the eyes of a table: its absolute path, and the path of each of its images below it (both in NFC)."""
+class SourcePaths(NamedTuple):
+    """A source's absolute path, and the path of each of its images below it (both in NFC)."""
 
     root: str
     relative: pa.ChunkedArray
 
 
-class Missing(NamedTuple):
-    """A row that no image belongs to. path: below the source of that number (the first if it may be any); None: absolute."""
+class UnmatchedRow(NamedTuple):
+    """A row without an image. path: below the source with that number (the first if it may be any), absolute if None."""
 
     source: int | None
     path: str
     row: int
 
 
-class Looked(NamedTuple):
-    """What a table says of images. rows: for each source, (n,) its row of each image, null where it has none."""
+class TableMatch(NamedTuple):
+    """A table matched with images. rows: for each source, (n,) the table's row for each image, null if it has none."""
 
     rows: list[pa.ChunkedArray]
-    missing: list[Missing]
+    missing: list[UnmatchedRow]
     notes: list[str]
 
 
-def read_labels(path: str) -> Labels:
-    """Read a table. Raises ValueError where it cannot be read, has no column `path`, or has a column twice."""
+def read_label_table(path: str) -> LabelTable:
+    """Read a table. Raises ValueError when it cannot be read, has no column `path`, or has a column twice."""
     table = _read_table(path)
     columns = table.column_names
     if twice := [name for name, count in Counter(columns).items() if count > 1]:
-        raise ValueError(f"--table {path} has the column {twice[0]!r} more than once: leave one of them")
+        raise ValueError(f"--table {path} has the column {twice[0]!r} more than once: remove one of them")
     if PATH not in columns:
         raise ValueError(
             f"--table {path} has no column {PATH!r} but {', '.join(map(repr, columns))}: rename the one with the paths"
@@ -87,9 +87,9 @@ def read_labels(path: str) -> Labels:
         table, paths = table.filter(pc.is_valid(paths)), paths.drop_null()
     if not len(paths):
         raise ValueError(f"--table {path} has no row with a path")
-    paths = pc.replace_substring_regex(paths, r"^(\./+)+", "")  # as `find .` writes them
+    paths = pc.replace_substring_regex(paths, r"^(\./+)+", "")  # as `find .` prints them
     words = {name: _text(table[name], path, name).dictionary_encode() for name in fields}
-    return Labels(path, paths, _first_rows(path, paths, words), words, notes)
+    return LabelTable(path, paths, _first_rows(path, paths, words), words, notes)
 
 
 def _read_table(path: str) -> pa.Table:
@@ -119,11 +119,11 @@ def _read_table(path: str) -> pa.Table:
 
 
 def _read_csv(data: bytes, head: bytes) -> pa.Table:
-    # A spreadsheet writes ; where , is the decimal point. The names of columns are where it shows.
+    # Spreadsheets write ; in countries with a decimal comma. The header decides.
     header = re.sub(rb'"[^"]*"', b"", re.split(rb"[\r\n]", head.lstrip(b"\xef\xbb\xbf\r\n"), maxsplit=1)[0])
     delimiter = max(",", ";", "\t", key=lambda mark: header.count(mark.encode()))
     parsing = pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-    reading = pa.csv.ReadOptions(use_threads=False)  # so that it says which row is wrong
+    reading = pa.csv.ReadOptions(use_threads=False)  # so that errors name the row
     with pa.csv.open_csv(io.BytesIO(data), read_options=reading, parse_options=parsing) as reader:
         names = reader.schema.names
     as_text = pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), null_values=[], strings_can_be_null=False)
@@ -131,7 +131,7 @@ def _read_csv(data: bytes, head: bytes) -> pa.Table:
 
 
 def _text(column: pa.ChunkedArray, path: str, name: str) -> pa.StringArray:
-    """A column's values as one would write them, null where there is nothing."""
+    """A column's values as text, null for empty cells."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     try:
@@ -148,52 +148,52 @@ def _text(column: pa.ChunkedArray, path: str, name: str) -> pa.StringArray:
 
 
 def _number(value: float | None, text: str | None) -> str | None:
-    """A float as text: whole numbers without a point (a column of whole numbers with a gap is one of floats), NaN as nothing."""
+    """A float as text; NaN is None. Whole numbers have no point: pandas stores integers with gaps as floats."""
     if value is None or value != value:
         return None
     return str(int(value)) if abs(value) < float("inf") and value == int(value) else text
 
 
-def look_up(labels: Labels, searched: Sequence[Searched]) -> Looked:
-    """The table's row for each image of each source.
+def match_table(table: LabelTable, sources: Sequence[SourcePaths]) -> TableMatch:
+    """Find the table's row for each image of each source.
 
-    Raises ValueError where a path has two rows that differ or belongs to images of two sources, or where no image has a row.
+    Raises ValueError when two rows of a path differ, when a path belongs to images of two sources, or when no image has a row.
     """
-    owner = np.full(len(labels.paths), -1)  # the source of each row's image
+    owner = np.full(len(table.paths), -1)  # the source of each row's image
     found: list[pa.ChunkedArray] = []
-    for number, source in enumerate(searched):
-        keys = _keys(labels.paths, source.root)
-        first = labels.first if keys is labels.paths else _first_rows(labels.shown, keys, labels.fields)
+    for number, source in enumerate(sources):
+        keys = _keys(table.paths, source.root)
+        first = table.first if keys is table.paths else _first_rows(table.file, keys, table.fields)
         found.append(pc.index_in(source.relative, value_set=keys))
         has_image = np.zeros(len(owner), bool)
         has_image[found[-1].drop_null().to_numpy()] = True
-        named = np.flatnonzero((first >= 0) & has_image[first])  # the first row of a path and those that repeat it
+        named = np.flatnonzero((first >= 0) & has_image[first])  # the first row of a path and its repetitions
         if (twice := owner[named] >= 0).any():
             row = int(named[twice][0])
             raise ValueError(
-                f"--table {labels.shown}: {labels.paths[row].as_py()!r} is an image of {searched[owner[row]].root} and one of "
+                f"--table {table.file}: {table.paths[row].as_py()!r} is an image of {sources[owner[row]].root} and one of "
                 f"{source.root}: write absolute paths, or pack one source at a time"
             )
         owner[named] = number
-    notes = list(labels.notes)
+    notes = list(table.notes)
     images, without = sum(map(len, found)), sum(rows.null_count for rows in found)
     if without:
         lost = next(
-            source.relative.filter(pc.is_null(rows)) for source, rows in zip(searched, found, strict=True) if rows.null_count
+            source.relative.filter(pc.is_null(rows)) for source, rows in zip(sources, found, strict=True) if rows.null_count
         )
         example = lost[0].as_py()
         if without == images:
             raise ValueError(
-                f"--table {labels.shown} has no row for any of {images:,} images, for example {example!r}; its first path is "
-                f"{labels.paths[0].as_py()!r}: write paths as they are below the source, or absolute ones"
+                f"--table {table.file} has no row for any of {images:,} images, for example {example!r}; its first path is "
+                f"{table.paths[0].as_py()!r}: write paths as they are below the source, or absolute ones"
             )
-        notes.append(f"{files(without)} left out: --table has no row for it, for example {example!r}")
-    missing = _missing(labels, np.flatnonzero(owner < 0), [source.root for source in searched])
-    return Looked(found, missing, notes)
+        notes.append(f"{file_count(without)} left out: --table has no row for it, for example {example!r}")
+    missing = _missing(table, np.flatnonzero(owner < 0), [source.root for source in sources])
+    return TableMatch(found, missing, notes)
 
 
 def _keys(paths: pa.StringArray, root: str) -> pa.StringArray:
-    """The paths as they are below a source: null for an absolute path that lies elsewhere."""
+    """The paths below a source; null for an absolute path elsewhere."""
     absolute = pc.starts_with(paths, "/")
     if not pc.any(absolute).as_py():
         return paths
@@ -206,8 +206,8 @@ def _folder(root: str) -> str:
     return root.rstrip("/") + "/"
 
 
-def _first_rows(shown: str, keys: pa.StringArray, fields: Mapping[str, pa.DictionaryArray]) -> np.ndarray:
-    """(n,) int64: the first row of each row's path, -1 where it has none. Raises ValueError where such rows differ."""
+def _first_rows(file: str, keys: pa.StringArray, fields: Mapping[str, pa.DictionaryArray]) -> np.ndarray:
+    """(n,) int64: the first row with the same path, -1 for rows without a path. Raises ValueError when such rows differ."""
     first = pc.index_in(keys, value_set=keys, skip_nulls=True).fill_null(-1).to_numpy().astype(np.int64)
     again = np.flatnonzero((first >= 0) & (first != np.arange(len(first))))
     for name, words in fields.items():
@@ -216,15 +216,15 @@ def _first_rows(shown: str, keys: pa.StringArray, fields: Mapping[str, pa.Dictio
             row = int(again[differ][0])
             two = " and ".join(repr(words[int(i)].as_py() or "") for i in (first[row], row))
             raise ValueError(
-                f"--table {shown} says two things of {keys[row].as_py()!r}: its {name} is {two}; leave one of the rows"
+                f"--table {file} contradicts itself about {keys[row].as_py()!r}: its {name} is {two}; remove one of the rows"
             )
     return first
 
 
-def _missing(labels: Labels, rows: np.ndarray, roots: Sequence[str]) -> list[Missing]:
-    """The rows without an image, one for each path, in the order of source and path."""
+def _missing(table: LabelTable, rows: np.ndarray, roots: Sequence[str]) -> list[UnmatchedRow]:
+    """The rows without an image, one for each path, ordered by source and path."""
     missing: dict[tuple[int, str], int] = {}
-    for row, path in zip(rows.tolist(), labels.paths.take(pa.array(rows)).to_pylist(), strict=True):
+    for row, path in zip(rows.tolist(), table.paths.take(pa.array(rows)).to_pylist(), strict=True):
         owners = [number for number, root in enumerate(roots) if path.startswith(_folder(root))]
         if not path.startswith("/"):
             missing.setdefault((0, path), row)
@@ -232,4 +232,4 @@ def _missing(labels: Labels, rows: np.ndarray, roots: Sequence[str]) -> list[Mis
             missing.setdefault((owners[0], path.removeprefix(_folder(roots[owners[0]]))), row)
         else:
             missing.setdefault((-1, path), row)
-    return [Missing(None if source < 0 else source, path, row) for (source, path), row in sorted(missing.items())]
+    return [UnmatchedRow(None if source < 0 else source, path, row) for (source, path), row in sorted(missing.items())]

@@ -1,17 +1,17 @@
-"""Where a patch lies tells what it is: a layout turns a relative path into fields such as class and slide.
+"""A layout turns a patch's relative path into fields such as class and slide.
 
-Two ways to write one:
+There are two ways to write one:
 
 - a template, `{class}/{slide}/{magnification}/{name}`: each `{field}` stands for at least one character of one folder or
   file name and never spans a `/`. The file's extension is left off before matching, and the whole path must match.
-  Between two fields of the same name part there must be literal text (`{slide}_{name}`); the earlier field is then as
-  short as possible. A field that comes twice must have the same value in both places.
+  Two fields in the same part of a path need literal text between them (`{slide}_{name}`); the earlier field is then as
+  short as possible. A field that occurs twice must have the same value in both places.
 - `regex:` and a Python pattern with named groups, `regex:^(?P<class>[^/]+)/(?P<slide>[^/]+?) \\(`. It is searched for
-  (`re.search`) in the whole relative path, extension included, so anchor it with ^ and $ where that matters. A group that
-  takes no part in the match leaves its field empty.
+  (`re.search`) in the whole relative path, extension included, so anchor it with ^ and $ if that matters. A group that does not
+  take part in the match leaves its field empty.
 
-Folders are separated by `/` everywhere. Values are brought to Unicode's composed form (NFC), because a Mac writes the same
-Korean or accented name in other code points than Linux does, and one class must not become two.
+Folders are separated by `/` on every system. Values are normalised to Unicode's composed form (NFC), because macOS writes Korean
+and accented names with other code points than Linux, and one class must not become two.
 """
 
 import re
@@ -23,8 +23,7 @@ from sharding.manifest import COLUMNS
 
 LABELLED_DEFAULT = "{class}/{name}"
 
-# Columns that the manifest fills itself, so that nobody may give a field of that name, and those that say where a file lies
-# while it is packed. Three of the manifest's are filled from fields.
+# Names that no field may have: columns that the manifest fills itself (all but three), and columns of a scan's table.
 RESERVED = (frozenset(COLUMNS) - {"class", "group", "split"}) | {"container", "path"}
 
 _FIELD = re.compile(r"\{([^{}]*)\}")
@@ -34,10 +33,10 @@ Values = tuple[str | None, ...]
 
 @dataclass(frozen=True)
 class Layout:
-    """A layout ready to match: its text, its compiled pattern, and the names of its fields in order.
+    """A parsed layout: its text, its compiled pattern, and the names of its fields in order.
 
-    halves: for a template, the patterns of its folders (None where it has none) and of its file name, where the one can be
-    matched without the other: where no field of the file name stands in the folders too.
+    halves: for a template, the patterns of its folders (None if it has none) and of its file name, if the two can be matched
+    separately because they share no field.
     """
 
     text: str
@@ -47,14 +46,14 @@ class Layout:
     halves: tuple[re.Pattern | None, re.Pattern] | None = None
 
     def match(self, relative: str) -> dict[str, str | None] | None:
-        """The fields of a relative path with `/` between folders, or None where the layout does not match it."""
+        """The fields of a relative path with `/` between folders, or None when the layout does not match it."""
         values = self._values(relative)
         return None if values is None else dict(zip(self.fields, values, strict=True))
 
     def names_in(self, folder: str) -> Callable[[str], Values | None]:
-        """What `match` says of `folder/name`, as a function of the file name: its values, in the order of `fields`.
+        """A function from a file name in this folder to the values of `fields`, or None when the layout does not match.
 
-        Every patch of a folder shares the folder's fields, so that these are matched once. folder: "" for the source itself.
+        The fields of the folder are matched once for all its patches. folder: "" for the source itself.
         """
         prefix = f"{folder}/" if folder else ""
         if self.halves is None:
@@ -95,13 +94,13 @@ def _stem(name: str) -> str:
 
 
 def parse_layout(text: str) -> Layout:
-    """The layout that a template or a `regex:` pattern describes. Raises ValueError where the text is not a layout."""
+    """Parse a template or a `regex:` pattern. Raises ValueError when the text is not a layout."""
     is_template = not text.startswith("regex:")
     source = _template_pattern(text) if is_template else text.removeprefix("regex:")
     try:
         pattern = re.compile(unicodedata.normalize("NFC", source))
     except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"--layout {text!r} is not a regular expression that Python understands: {error}") from error
+        raise ValueError(f"--layout {text!r} is not a valid Python regular expression: {error}") from error
     fields = tuple(pattern.groupindex)
     if clash := sorted(RESERVED & set(fields)):
         raise ValueError(
@@ -112,7 +111,7 @@ def parse_layout(text: str) -> Layout:
 
 
 def _halves(text: str) -> tuple[re.Pattern | None, re.Pattern] | None:
-    """The patterns of a good template's folders and of its file name, or None where they share a field."""
+    """The patterns of a valid template's folders and of its file name, or None when they share a field."""
     head, slash, name = unicodedata.normalize("NFC", text).rpartition("/")
     if set(_FIELD.findall(head)) & set(_FIELD.findall(name)):
         return None
@@ -120,7 +119,7 @@ def _halves(text: str) -> tuple[re.Pattern | None, re.Pattern] | None:
 
 
 def _template_pattern(text: str) -> str:
-    """The regular expression of a template, to be matched in full."""
+    """The regular expression that a template must match in full."""
     if not text or text.startswith("/") or text.endswith("/"):
         raise ValueError(f"--layout {text!r} must be a path relative to the source folder, such as {LABELLED_DEFAULT}")
     end = 0

@@ -1,7 +1,7 @@
-"""Sources -> one row per image, in an order that depends on names alone.
+"""Scan the sources: one row per image, in an order that depends on names alone.
 
-A source is a folder, or a tar or zip that is read in place. What an image is, its path says (a layout), or a table.
-Nothing is passed over in silence: `Scan.notes` says what was left out and why, one sentence each.
+A source is a folder, or a tar or zip that is read in place. The fields of an image come from its path (a layout) or from a table.
+`Scan.notes` reports everything that was left out and why, one sentence each.
 """
 
 import os
@@ -16,19 +16,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sharding.sources.archives import images_in
-from sharding.sources.file_listing import Found, Skipped, files, parted, printable
+from sharding.sources.file_listing import ImageBatch, SkippedFiles, file_count, printable, split_path
 from sharding.sources.filters import apply_where, parse_where
 from sharding.sources.folders import Visited, images_under
-from sharding.sources.image_table import PLACE, Gathering
-from sharding.sources.label_table import Labels, Missing, Searched, look_up, read_labels
+from sharding.sources.image_table import LOCATION, ImageTableBuilder
+from sharding.sources.label_table import LabelTable, SourcePaths, UnmatchedRow, match_table, read_label_table
 from sharding.sources.layout import LABELLED_DEFAULT, Layout, parse_layout
 
 
 @dataclass
 class Scan:
-    """The images of the sources, and what was left out.
+    """The images of the sources, and messages about what was left out.
 
-    files: columns of PLACE, then a column of words for each field, null where the field is empty. fields: their names.
+    files: columns of LOCATION, then a string column for each field, null where the field is empty. fields: their names.
     """
 
     files: pa.Table
@@ -44,92 +44,92 @@ def scan_sources(
     where: Sequence[str] = (),
     labelled: bool = True,
 ) -> Scan:
-    """Every image in the sources that the layout matches, the table knows and `where` lets through.
+    """List every image in the sources that the layout matches, that is in the table and that `where` selects.
 
     Rows are ordered by source and then by relative path (as bytes). Rows of the table without an image come last, with size -1.
-    layout: see sharding.sources.layout; None means `{class}/{name}`, or any path where there is a table or labelled is False.
-    table: see sharding.sources.label_table. where: see sharding.sources.filters; the same field again means "or" for `=` and
-    "nor" for `!=`, another field means "and".
-    Raises ValueError where a source is missing, holds no image or is damaged, where layout, table or where leave nothing, and
-    where an image of a labelled set has no class; OSError where a folder cannot be listed.
+    layout: see sharding.sources.layout; None means `{class}/{name}`, or any path with a table or without labels.
+    table: see sharding.sources.label_table. where: see sharding.sources.filters; conditions on one field are joined by "or" for
+    `=` and by "nor" for `!=`, conditions on different fields by "and".
+    Raises ValueError when a source is missing, has no image or is damaged, when layout, table or where leave nothing, and when
+    an image of a labelled set has no class; OSError when a folder cannot be listed.
     """
     if not sources:
         raise ValueError("no source was given")
-    labels = read_labels(os.fspath(table)) if table is not None else None
+    labels = read_label_table(os.fspath(table)) if table is not None else None
     parsed = parse_layout(layout or LABELLED_DEFAULT) if layout or (labelled and labels is None) else None
     fields = _all_fields(parsed, labels, labelled)
     conditions = parse_where(where, fields)
 
     columns = [field for field in fields if field != "name" or "name" in conditions]
-    gathering = Gathering(parsed, [field for field in columns if parsed and field in parsed.fields])
-    skipped, visited = Skipped(), Visited()
+    builder = ImageTableBuilder(parsed, [field for field in columns if parsed and field in parsed.fields])
+    skipped, visited = SkippedFiles(), Visited()
     opened, tables = [], []
     for source in sources:
-        opened.append(_opened(os.fspath(source), visited))
-        before = gathering.seen
-        tables.append(gathering.table(_images(opened[-1], visited, skipped), opened[-1].container, opened[-1].prefix))
-        if gathering.seen == before:
-            raise ValueError(f"{source} holds no image: give the folder that does" + skipped.hint())
+        opened.append(_open_source(os.fspath(source), visited))
+        before = builder.seen
+        tables.append(builder.table(_images(opened[-1], visited, skipped), opened[-1].container, opened[-1].prefix))
+        if builder.seen == before:
+            raise ValueError(f"{source} has no image: give the folder that does" + skipped.hint())
     notes = skipped.notes()
-    if gathering.unmatched == gathering.seen:
+    if builder.unmatched == builder.seen:
         assert parsed is not None
         raise ValueError(
-            f"--layout {parsed.text!r} matches none of {gathering.seen:,} images, for example not {gathering.example!r}: "
+            f"--layout {parsed.text!r} matches none of {builder.seen:,} images, for example not {builder.example!r}: "
             "give one that fits the paths below the source, or --unlabelled without a layout"
         )
-    if gathering.unmatched:
-        notes.append(f"{files(gathering.unmatched)} left out: the layout does not match, for example {gathering.example!r}")
+    if builder.unmatched:
+        notes.append(f"{file_count(builder.unmatched)} left out: the layout does not match, for example {builder.example!r}")
     if labels is not None:
-        tables, more = _joined(tables, opened, labels, parsed, gathering)
+        tables, more = _join_labels(tables, opened, labels, parsed, builder)
         notes += more
     found = pa.concat_tables(tables).unify_dictionaries()
     if conditions:
         kept, more = apply_where(found, conditions)
         notes += more
         if left_out := len(kept) - int(kept.sum()):
-            notes.append(f"{files(left_out)} left out by --where")
+            notes.append(f"{file_count(left_out)} left out by --where")
             found = found.filter(pa.array(kept))
     if labelled:
         _check_classes(found)
     kept_fields = tuple(field for field in columns if field != "name")
-    # In one piece, because taking rows out of many pieces joins these anew each time.
-    scan = Scan(found.select([*PLACE, *kept_fields]).combine_chunks(), kept_fields, notes)
+    # In one chunk, because taking rows from many chunks joins them each time.
+    scan = Scan(found.select([*LOCATION, *kept_fields]).combine_chunks(), kept_fields, notes)
     del found, tables
-    pa.default_memory_pool().release_unused()  # what sorting and joining took: as much again as the rows
+    pa.default_memory_pool().release_unused()  # what sorting and joining used: as much again as the rows
     return scan
 
 
 def source_names(files: pa.Table) -> list[str]:
-    """The path of each row as it is shown and stored: of a member `<archive>/<member>`."""
+    """The path of each row for messages and the manifest; `<archive>/<member>` for a member."""
     rows = zip(files["container"].to_pylist(), files["path"].to_pylist(), strict=True)
     return [printable(path) if container is None else f"{printable(container)}/{printable(path)}" for container, path in rows]
 
 
-def _all_fields(layout: Layout | None, labels: Labels | None, labelled: bool) -> tuple[str, ...]:
-    """The fields of the layout, then those of the table. Raises ValueError where both give one, or neither the class."""
+def _all_fields(layout: Layout | None, labels: LabelTable | None, labelled: bool) -> tuple[str, ...]:
+    """The fields of the layout, then those of the table. Raises ValueError when both give one, or neither gives the class."""
     of_layout = layout.fields if layout else ()
     of_table = tuple(labels.fields) if labels else ()
     if labels and (twice := [field for field in of_layout if field in of_table]):
-        raise ValueError(f"--layout and --table {labels.shown} both give {twice[0]!r}: leave it out of one of them")
+        raise ValueError(f"--layout and --table {labels.file} both give {twice[0]!r}: leave it out of one of them")
     if labelled and "class" not in of_layout + of_table:
         if labels:
             raise ValueError(
-                f"--table {labels.shown} has no column 'class': add it, or a --layout with {{class}}, or say --unlabelled"
+                f"--table {labels.file} has no column 'class': add it, or a --layout with {{class}}, or give --unlabelled"
             )
         assert layout is not None
-        raise ValueError(f"--layout {layout.text!r} captures no class: add {{class}}, or say --unlabelled")
+        raise ValueError(f"--layout {layout.text!r} captures no class: add {{class}}, or give --unlabelled")
     return of_layout + of_table
 
 
 class _Source(NamedTuple):
-    """A source to search. container: its path where it is an archive. prefix: what stands before each path below it."""
+    """A source to scan. container: its path if it is an archive. prefix: prepended to each path below it."""
 
     path: bytes
     container: bytes | None
     prefix: bytes
 
 
-def _opened(source: str, visited: Visited) -> _Source:
+def _open_source(source: str, visited: Visited) -> _Source:
     path = os.fsencode(source)
     if not os.path.exists(path):
         raise ValueError(f"{source}: there is no such folder; give the one that holds the images")
@@ -139,62 +139,62 @@ def _opened(source: str, visited: Visited) -> _Source:
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{source} is neither a folder nor a file: give the folder that holds the images")
     if (status.st_dev, status.st_ino) in visited:
-        raise ValueError(f"{source} was given twice: leave it out once")
+        raise ValueError(f"{source} was given twice: give it once")
     visited.add((status.st_dev, status.st_ino))
     return _Source(path, path, b"")
 
 
-def _images(source: _Source, visited: Visited, skipped: Skipped) -> Iterator[Found]:
+def _images(source: _Source, visited: Visited, skipped: SkippedFiles) -> Iterator[ImageBatch]:
     return images_in(source.path, skipped) if source.container else images_under(source.path, visited, skipped)
 
 
-def _joined(
-    tables: Sequence[pa.Table], sources: Sequence[_Source], labels: Labels, layout: Layout | None, gathering: Gathering
+def _join_labels(
+    tables: Sequence[pa.Table], sources: Sequence[_Source], labels: LabelTable, layout: Layout | None, builder: ImageTableBuilder
 ) -> tuple[list[pa.Table], list[str]]:
-    """The images that the labels know, with their fields; then the labels that know no image; and what is to be said of both."""
-    searched = [
-        Searched(_composed(os.path.abspath(source.path)), _below(table["path"], source))
+    """The images that have labels, with their fields; then the labels without an image; and messages about both."""
+    source_paths = [
+        SourcePaths(_nfc(os.path.abspath(source.path)), _below(table["path"], source))
         for source, table in zip(sources, tables, strict=True)
     ]
-    looked = look_up(labels, searched)
+    matched = match_table(labels, source_paths)
     joined = [
         _with_fields(table.filter(pc.is_valid(rows)), labels, rows.drop_null())
-        for table, rows in zip(tables, looked.rows, strict=True)
+        for table, rows in zip(tables, matched.rows, strict=True)
     ]
-    # The image of such a row may be there, and left out because the layout does not match it. Then it does not match here.
-    missing: list[Missing] = []
-    unmatched: list[Missing] = []
-    for row in looked.missing:
+    # An image that the layout does not match may be there, and its row is no missing image.
+    missing: list[UnmatchedRow] = []
+    unmatched: list[UnmatchedRow] = []
+    for row in matched.missing:
         (missing if layout is None or layout.match(row.path) else unmatched).append(row)
     for number, group in groupby(missing, key=lambda row: row.source):
         rows = list(group)
         source = sources[number] if number is not None else _Source(b"", None, b"")
-        found = (Found(folder, [name], [-1], [-1]) for folder, name in (parted(row.path.encode()) for row in rows))
-        table = gathering.table(found, source.container, source.prefix)
+        found = (ImageBatch(folder, [name], [-1], [-1]) for folder, name in (split_path(row.path.encode()) for row in rows))
+        table = builder.table(found, source.container, source.prefix)
         joined.append(_with_fields(table, labels, pa.chunked_array([[row.row for row in rows]], pa.int64())))
     if missing:
         count = "1 row of --table names" if len(missing) == 1 else f"{len(missing):,} rows of --table name"
-        looked.notes.append(f"{count} no image in the sources, for example {missing[0].path!r}: unreadable")
+        matched.notes.append(f"{count} no image in the sources, for example {missing[0].path!r}: unreadable")
     if unmatched:
         count = "1 row" if len(unmatched) == 1 else f"{len(unmatched):,} rows"
-        looked.notes.append(f"{count} of --table left out: the layout does not match, for example {unmatched[0].path!r}")
-    return joined, looked.notes
+        matched.notes.append(f"{count} of --table left out: the layout does not match, for example {unmatched[0].path!r}")
+    return joined, matched.notes
 
 
-def _with_fields(table: pa.Table, labels: Labels, rows: pa.ChunkedArray) -> pa.Table:
+def _with_fields(table: pa.Table, labels: LabelTable, rows: pa.ChunkedArray) -> pa.Table:
     for field, words in labels.fields.items():
         table = table.append_column(field, pc.take(words, rows))
     return table
 
 
 def _below(paths: pa.ChunkedArray, source: _Source) -> pa.ChunkedArray:
-    """Paths below the source, as text in Unicode's composed form."""
+    """Paths below the source, as text in NFC."""
     start = len(source.prefix)
-    chunks = [[_composed(path[start:]) for path in chunk.to_pylist()] for chunk in paths.chunks]
+    chunks = [[_nfc(path[start:]) for path in chunk.to_pylist()] for chunk in paths.chunks]
     return pa.chunked_array(chunks, pa.string())
 
 
-def _composed(path: bytes) -> str:
+def _nfc(path: bytes) -> str:
     return unicodedata.normalize("NFC", printable(path))
 
 
@@ -202,4 +202,4 @@ def _check_classes(files: pa.Table) -> None:
     if count := files["class"].null_count:
         example = source_names(files.filter(pc.is_null(files["class"])).slice(0, 1))[0]
         images = "1 image has no class:" if count == 1 else f"{count:,} images have no class, the first:"
-        raise ValueError(f"{images} {example}; fill in its cell in --table, remove its row, or say --unlabelled")
+        raise ValueError(f"{images} {example}; fill in its cell in --table, remove its row, or give --unlabelled")

@@ -1,7 +1,6 @@
-"""A zip's members, read in place.
+"""Read a zip's members in place, without Python's zipfile, which keeps about 700 bytes per member in every process.
 
-Python's zipfile keeps an object of about 700 bytes per member in every process that opens the zip. Here the directory at the
-zip's end is gone through once, when the sources are scanned, and a member is then read by its local header alone.
+Here the directory at the end of the zip is read once, in the scan. Each member is then read by its local header alone.
 
 Source: PKWARE, APPNOTE.TXT 6.3.10, sections 4.3.7 (local header) to 4.3.16 (end record), 4.5.3 (zip64), appendix D (names).
 """
@@ -14,28 +13,28 @@ from collections.abc import Iterator
 from errno import EIO
 from typing import NamedTuple
 
-from sharding.sources.file_listing import Skipped, printable
+from sharding.sources.file_listing import SkippedFiles, printable
 
 _END = struct.Struct(
     "<4s4H2LH"
 )  # signature, disks, number of entries here and in all, directory's size and offset, comment's length
-_LOCATOR_SIZE = 20  # of what points at the large end record, which stands right before it
+_LOCATOR_SIZE = 20  # bytes of the zip64 locator, which follows the zip64 end record
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _ENTRY = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
 _END_SIGNATURE, _END64_SIGNATURE, _LOCATOR_SIGNATURE = b"PK\5\6", b"PK\6\6", b"PK\6\7"
 _ENTRY_SIGNATURE, _LOCAL_SIGNATURE = b"PK\1\2", b"PK\3\4"
 _DESCRIPTOR_SIGNATURE = b"PK\7\x08"
-_MOST_COMMENT = 2**16
+_MAX_COMMENT = 2**16
 
-_ENCRYPTED, _SUMS_FOLLOW, _NAMED_IN_UTF8 = 1 << 0, 1 << 3, 1 << 11  # flags of a member
+_ENCRYPTED, _HAS_DESCRIPTOR, _UTF8_NAME = 1 << 0, 1 << 3, 1 << 11  # flags of a member
 _STORED, _DEFLATED = 0, 8  # methods of compression
-_MOST_INFLATED = 1032  # times: what zlib's documentation gives as the limit of deflating
-_UNIX = 3  # systems that a member may come from
+_MAX_RATIO = 1032  # the largest compression ratio, by zlib's documentation
+_UNIX = 3  # the system that a member comes from
 
 
 class _Entry(NamedTuple):
-    """What the directory says of a member. offset: of its local header. mode: the file's mode under Unix, or 0."""
+    """A member by the directory. offset: of its local header. mode: the file's Unix mode, or 0."""
 
     name: bytes
     in_utf8: bool
@@ -45,15 +44,15 @@ class _Entry(NamedTuple):
 
 
 def is_zip(file: int) -> bool:
-    """Whether an open file begins or ends as a zip does."""
+    """Whether an open file begins or ends like a zip."""
     return os.pread(file, 4, 0) == _LOCAL_SIGNATURE or _END_SIGNATURE in _tail(file)[1]
 
 
-def zip_members(file: int, shown: str, skipped: Skipped) -> Iterator[tuple[bytes, int, int]]:
+def zip_members(file: int, shown: str, skipped: SkippedFiles) -> Iterator[tuple[bytes, int, int]]:
     """Name, offset of the local header and size in bytes of every file in a zip, in the order of its directory.
 
-    Names are in UTF-8, or as they are where nobody knows what they are in. shown: the zip's path in sentences.
-    Raises ValueError where the directory is damaged.
+    Names are in UTF-8, or unchanged when their encoding is unknown. shown: the zip's path in messages.
+    Raises ValueError when the directory is damaged.
     """
     try:
         length = os.fstat(file).st_size
@@ -68,7 +67,7 @@ def zip_members(file: int, shown: str, skipped: Skipped) -> Iterator[tuple[bytes
             name = entry.name
             if encoding and not entry.in_utf8:
                 name = name.decode(encoding).encode()
-            if entry.offset + shift >= length or entry.size > _MOST_INFLATED * length:
+            if entry.offset + shift >= length or entry.size > _MAX_RATIO * length:
                 raise _Damaged
             yield name, entry.offset + shift, entry.size
     except (_Damaged, struct.error):
@@ -76,23 +75,23 @@ def zip_members(file: int, shown: str, skipped: Skipped) -> Iterator[tuple[bytes
 
 
 class _Damaged(Exception):
-    """A zip's directory does not fit together."""
+    """A zip's directory is inconsistent."""
 
 
 def _tail(file: int) -> tuple[int, bytes]:
-    """The part of a file in which a zip's end record lies, and where that part begins."""
-    start = max(0, os.fstat(file).st_size - _END.size - _MOST_COMMENT)
-    return start, os.pread(file, _END.size + _MOST_COMMENT, start)
+    """The part of a file that contains a zip's end record, and the offset of that part."""
+    start = max(0, os.fstat(file).st_size - _END.size - _MAX_COMMENT)
+    return start, os.pread(file, _END.size + _MAX_COMMENT, start)
 
 
 def _directory(file: int) -> tuple[bytes, int, int]:
-    """The directory's bytes, its number of entries, and what to add to its offsets (the length of what stands before the zip)."""
+    """The directory's bytes, its number of entries, and what to add to its offsets (the length of data before the zip)."""
     start, tail = _tail(file)
     end = tail.rfind(_END_SIGNATURE)
     if end < 0:
         raise _Damaged
     _, disk, _, _, count, size, offset, _ = _END.unpack_from(tail, end)
-    length = 0  # of what stands between the directory and the end record
+    length = 0  # of the zip64 records between the directory and the end record
     large = os.pread(file, _END64.size + _LOCATOR_SIZE, max(0, start + end - _END64.size - _LOCATOR_SIZE))
     if large.startswith(_END64_SIGNATURE) and large.startswith(_LOCATOR_SIGNATURE, _END64.size):
         length = len(large)
@@ -116,14 +115,14 @@ def _entries(directory: bytes, count: int) -> Iterator[_Entry]:
         if signature != _ENTRY_SIGNATURE or place > len(directory):
             raise _Damaged
         if 0xFFFFFFFF in (packed, size, offset):
-            size, offset = _large(directory[name_end:extra_end], packed, size, offset)
+            size, offset = _zip64(directory[name_end:extra_end], packed, size, offset)
         mode = attributes >> 16 if made >> 8 == _UNIX else 0
         name = directory[start:name_end]
-        yield _Entry(name, bool(flags & _NAMED_IN_UTF8) or name.isascii(), mode, offset, size)
+        yield _Entry(name, bool(flags & _UTF8_NAME) or name.isascii(), mode, offset, size)
 
 
-def _large(extra: bytes, packed: int, size: int, offset: int) -> tuple[int, int]:
-    """Size and offset where 32 bits do not hold them or the packed size: in the extra field 1, which has what does not fit."""
+def _zip64(extra: bytes, packed: int, size: int, offset: int) -> tuple[int, int]:
+    """Size and offset of a zip64 entry: extra field 1 has those of the numbers that do not fit into 32 bits."""
     place = 0
     while place < len(extra):
         kind, length = struct.unpack_from("<2H", extra, place)
@@ -140,25 +139,25 @@ def _large(extra: bytes, packed: int, size: int, offset: int) -> tuple[int, int]
     return size, offset
 
 
-def _encoding(directory: bytes, count: int, shown: str, skipped: Skipped) -> str | None:
-    """What the names are in that do not say so: UTF-8 as from a Mac, else CP949 as from a Korean Windows, else None."""
+def _encoding(directory: bytes, count: int, shown: str, skipped: SkippedFiles) -> str | None:
+    """The encoding of names that do not declare it: CP949 (Korean Windows), or None for UTF-8 (macOS) and unknown ones."""
     fitting = ["utf-8", "cp949"]
-    unsaid, example = 0, b""
+    undeclared, example = 0, b""
     for entry in _entries(directory, count):
         if not entry.in_utf8:
-            unsaid, example = unsaid + 1, example or entry.name
+            undeclared, example = undeclared + 1, example or entry.name
             fitting = [encoding for encoding in fitting if _decodes(entry.name, encoding)]
-    if not unsaid or "utf-8" in fitting:
+    if not undeclared or "utf-8" in fitting:
         return None
-    names = f"{shown} does not say how its names are encoded ({unsaid:,} that are not ASCII)"
+    names = f"{shown} does not declare the encoding of its names ({undeclared:,} that are not ASCII)"
     if not fitting:
         skipped.remarks.append(
             f"{names}, and they are stored as they are, for example {printable(example)!r}: zip it again in UTF-8"
         )
         return None
-    said = example.decode(fitting[0])
+    decoded = example.decode(fitting[0])
     skipped.remarks.append(
-        f"{names}; they were read as Korean (CP949), for example {said!r}: if that is wrong, zip it again in UTF-8"
+        f"{names}; they were read as Korean (CP949), for example {decoded!r}: if that is wrong, zip it again in UTF-8"
     )
     return fitting[0]
 
@@ -172,15 +171,15 @@ def _decodes(name: bytes, encoding: str) -> bool:
 
 
 def read_zip_member(file: int, offset: int, size: int) -> bytes:
-    """The bytes of a member whose local header is at `offset` of an open zip. Raises OSError where they cannot be read."""
+    """The bytes of the member whose local header is at `offset` of an open zip. Raises OSError when they cannot be read."""
     header = os.pread(file, _LOCAL.size, offset)
     if len(header) < _LOCAL.size or not header.startswith(_LOCAL_SIGNATURE):
-        raise OSError(EIO, "damaged zip: no file where its directory says")
+        raise OSError(EIO, "damaged zip: no member where its directory says")
     _, _, flags, method, _, _, crc, _, _, name_length, extra_length = _LOCAL.unpack(header)
     if flags & _ENCRYPTED:
         raise OSError(EIO, "encrypted")
     start = offset + _LOCAL.size + name_length + extra_length
-    # Where deflating does not help, it lengthens by 5 bytes in 16 KB or more; the sums that may follow take at most 24.
+    # Incompressible data grow by 5 bytes per 16 KB or more; the data descriptor that may follow takes at most 24 bytes.
     most = min(size + size // 1000 + 64, max(0, os.fstat(file).st_size - start))
     packed = os.pread(file, most, start)
     if method == _STORED:
@@ -190,13 +189,13 @@ def read_zip_member(file: int, offset: int, size: int) -> bytes:
         try:
             data = inflate.decompress(packed, size + 1)
         except zlib.error:
-            raise OSError(EIO, "damaged zip: its data cannot be inflated") from None
+            raise OSError(EIO, "damaged zip: its data cannot be decompressed") from None
         rest = inflate.unused_data
     else:
-        raise OSError(EIO, f"compressed in a way that is not supported (method {method})")
-    if flags & _SUMS_FOLLOW:
+        raise OSError(EIO, f"compressed by an unsupported method ({method})")
+    if flags & _HAS_DESCRIPTOR:
         rest = rest.removeprefix(_DESCRIPTOR_SIGNATURE)
         crc = int.from_bytes(rest[:4], "little")
     if len(data) != size or zlib.crc32(data) != crc:
-        raise OSError(EIO, "damaged zip: its data do not fit their checksum")
+        raise OSError(EIO, "damaged zip: its data do not match their checksum")
     return data

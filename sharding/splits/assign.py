@@ -1,8 +1,8 @@
-"""Records -> train and test (or any other names), class by class, seeded, with whole groups where asked.
+"""Assign patches to splits (train, test, or any other names), class by class, seeded, and by whole groups if asked.
 
 By patch, each class is cut at Python's `round` of the cumulative shares: 5,678 patches at 0.8 give 4,542 and 1,136. Copies of
-one image lie next to each other in the order, so a cut that would fall between them is moved to the nearer end of them.
-By group see sharding.splits.groups. What a set held before keeps its split, and what is new makes up for it.
+one image are neighbours in the order, and a cut that would fall between them moves to their nearer end. For splits by group see
+sharding.splits.groups. Patches that a set has already keep their split, and new ones make up for it.
 """
 
 import itertools
@@ -14,16 +14,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sharding.philox import priorities
-from sharding.splits.duplicates import bunches_of, most_common, no_bunches, spread
-from sharding.splits.groups import Groups, fold_case, split_whole_groups, unite
+from sharding.philox import shuffle_keys
+from sharding.splits.duplicates import ambiguous_codes, duplicate_clusters, most_common, no_clusters
+from sharding.splits.groups import Groups, fold_case, merge_linked, split_whole_groups
 
-_ROWS = 2**16  # of digests that are strings of Python at a time
-_FAR = 0.05  # a class that is farther than this from the asked shares is named
+_ROWS = 2**16  # digests that are Python strings at a time
+_FAR = 0.05  # a class that is farther than this from the requested shares is reported
 
 
 def parse_shares(text: str, *, flag: str = "--split") -> dict[str, float]:
-    """The shares that 'train=0.8,test=0.2' names, in order. Raises ValueError where they do not sum to 1."""
+    """Parse shares such as 'train=0.8,test=0.2', in order. Raises ValueError when they do not sum to 1."""
     shares: dict[str, float] = {}
     for part in text.split(","):
         name, equals, number = part.strip().partition("=")
@@ -43,13 +43,13 @@ def parse_shares(text: str, *, flag: str = "--split") -> dict[str, float]:
 
 def cut_points(count: int, shares: Sequence[float]) -> list[int]:
     """Where to cut `count` items so that each part has its share, by Python's round of the cumulative shares."""
-    # Rounded to 9 decimals first: 0.7 + 0.15 is 0.85 to the person who wrote it, not 0.8499999999999999.
+    # Rounded to 9 decimals first: 0.7 + 0.15 means 0.85, not 0.8499999999999999.
     cumulative = np.cumsum(shares)
     return [0, *(round(round(float(c), 9) * count) for c in cumulative[:-1]), count]
 
 
 def content_digests(digests: Sequence[str] | pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """(n, 2) uint64: the first 16 bytes of each hex sha256, a name for a patch that does not change with its place."""
+    """(n, 2) uint64: the first 16 bytes of each hex sha256, which identify a patch wherever it is stored."""
     words = digests if isinstance(digests, pa.Array | pa.ChunkedArray) else pa.array(digests, pa.string())
     found = np.empty((len(words), 2), np.uint64)
     for start in range(0, len(words), _ROWS):
@@ -59,7 +59,7 @@ def content_digests(digests: Sequence[str] | pa.Array | pa.ChunkedArray) -> np.n
 
 
 def content_keys(digests: Sequence[str] | pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """(n,) uint64: the first 8 bytes of each hex sha256, by which patches are drawn."""
+    """(n,) uint64: the first 8 bytes of each hex sha256, from which random numbers are drawn."""
     return content_digests(digests)[:, 0]
 
 
@@ -74,47 +74,47 @@ def assign_splits(
     duplicates: Literal["together", "apart"],
     seed: int,
     group_field: str,
-    held: np.ndarray | None = None,
+    assigned: np.ndarray | None = None,
     class_names: Sequence[str] = (),
 ) -> tuple[np.ndarray, list[str]]:
-    """(n,) int64: the index into shares of each patch's split, and what is to be said of it, one sentence each.
+    """(n,) int64: the index into shares of each patch's split; and messages about it, one sentence each.
 
     labels: (n,) class index, -1 unlabelled (a class of its own); groups: (n,) int64 index into group_names, -1 unknown;
-    contents: (n, 2) uint64 from content_digests. by: cut each class, or give away whole groups. duplicates: exact copies of
-    an image are kept in one split, or not. group_field: what a group is called, such as slide. held: (n,) the split that a
-    patch has already and keeps, -1 for new ones, which are split so that all together come near the shares.
-    shares may hold a 0 for a split that is not to grow. class_names: what sentences call the classes.
-    Raises ValueError where a new patch has no group to be split by, or where groups that share copies leave no fair split.
+    contents: (n, 2) uint64 from content_digests. by: cut each class, or assign whole groups. duplicates: keep exact copies of
+    an image in one split, or not. group_field: what a group is called, such as slide. assigned: (n,) the split that a patch has
+    already and keeps, -1 for new ones, which are split so that all patches together come near the shares.
+    A share may be 0 for a split that gets no new patches. class_names: the names of classes in messages.
+    Raises ValueError when a new patch lacks a group to be split by, or when groups that share copies unbalance the splits.
     """
     assert by in ("patch", "group") and duplicates in ("together", "apart") and len(labels)
-    held = no_bunches(len(labels)) if held is None else held
-    bunches = bunches_of(contents)
-    tied = bunches if duplicates == "together" else no_bunches(len(labels))
+    assigned = no_clusters(len(labels)) if assigned is None else assigned
+    clusters = duplicate_clusters(contents)
+    tied = clusters if duplicates == "together" else no_clusters(len(labels))
     folded = fold_case(groups, group_names)
     notes = case_notes([group_names[group] for group in np.unique(groups[groups >= 0])], group_field)
-    notes += _copy_notes(bunches)
+    notes += _copy_notes(clusters)
     if len(shares) == 1:
         splits = np.zeros(len(labels), np.int64)
     elif by == "group":
-        if lost := int(((groups < 0) & (held < 0)).sum()):
-            raise ValueError(f"{lost:,} patches have no {group_field}: correct the layout, or say --split-by patch")
-        splits = split_whole_groups(labels, folded, tied, shares, seed=seed, field=group_field, held=held)
+        if lost := int(((groups < 0) & (assigned < 0)).sum()):
+            raise ValueError(f"{lost:,} patches have no {group_field}: correct the layout, or give --split-by patch")
+        splits = split_whole_groups(labels, folded, tied, shares, seed=seed, field=group_field, assigned=assigned)
         notes += _group_notes(folded, tied, splits, shares, group_field)
     else:
-        splits = split_patches(labels, contents[:, 0], shares, seed=seed, bunches=tied, held=held)
+        splits = split_patches(labels, contents[:, 0], shares, seed=seed, clusters=tied, assigned=assigned)
         apart = splits
         if (tied >= 0).any():
-            apart = split_patches(labels, contents[:, 0], shares, seed=seed, held=held)
-        if brought := len(spread(bunches, apart)) - len(spread(bunches, splits)):
+            apart = split_patches(labels, contents[:, 0], shares, seed=seed, assigned=assigned)
+        if brought := len(ambiguous_codes(clusters, apart)) - len(ambiguous_codes(clusters, splits)):
             images = "image" if brought == 1 else "images"
-            notes.append(f"{brought:,} {images} would have lain as exact copies in several splits: each was put in one")
+            notes.append(f"{brought:,} {images} would have been in several splits as exact copies: each was put in one")
         notes += shared_groups(splits, folded.codes, list(shares))
-    if far := len(spread(bunches, splits)):
-        why = ", since what the set held before keeps its split" if duplicates == "together" else ""
-        notes.append(f"{_lie(far)} in several splits{why}")
-    if noisy := len(spread(bunches, labels)):
-        notes.append(f"{_lie(noisy)} in several classes")
-    if (held < 0).any():
+    if far := len(ambiguous_codes(clusters, splits)):
+        why = ", since patches of the old set keep their split" if duplicates == "together" else ""
+        notes.append(f"{_images_are(far)} in several splits as exact copies{why}")
+    if noisy := len(ambiguous_codes(clusters, labels)):
+        notes.append(f"{_images_are(noisy)} in several classes as exact copies")
+    if (assigned < 0).any():
         notes += _share_notes(labels, splits, shares, class_names)
     return splits, notes
 
@@ -125,21 +125,21 @@ def split_patches(
     shares: Mapping[str, float],
     *,
     seed: int,
-    bunches: np.ndarray | None = None,
-    held: np.ndarray | None = None,
+    clusters: np.ndarray | None = None,
+    assigned: np.ndarray | None = None,
 ) -> np.ndarray:
     """Cut each class by itself: (n,) int64 indexes into the names of the shares.
 
-    labels: (n,) class index, -1 where unlabelled; keys: (n,) uint64 from content_keys, of which equal ones keep their order.
-    bunches: (n,) of sharding.splits.duplicates, each to lie in one split; held: (n,) the split that a patch has already and
-    keeps, -1 for the others. A copy of a held patch goes where that is, and the rest of a class to where it is short of its
-    share.
+    labels: (n,) class index, -1 where unlabelled; keys: (n,) uint64 from content_keys; equal keys keep their order.
+    clusters: (n,) of sharding.splits.duplicates, each to be in one split; assigned: (n,) the split that a patch has already and
+    keeps, -1 for the others. A copy of an assigned patch goes to that patch's split, and the rest of a class to the splits that
+    are short of their share.
     """
-    bunches = no_bunches(len(labels)) if bunches is None else bunches
-    result = no_bunches(len(labels)) if held is None else held.copy()
-    number = bunches.max(initial=0) + 1  # at least 1, so that a patch in no bunch can look up the last one in vain
-    copied = (result < 0) & (bunches >= 0)
-    result[copied] = most_common(bunches, result, count=number, below=len(shares))[bunches[copied]]
+    clusters = no_clusters(len(labels)) if clusters is None else clusters
+    result = no_clusters(len(labels)) if assigned is None else assigned.copy()
+    number = clusters.max(initial=0) + 1  # at least 1, so that -1 is a valid index
+    copied = (result < 0) & (clusters >= 0)
+    result[copied] = most_common(clusters, result, count=number, below=len(shares))[clusters[copied]]
 
     def cuts(label: int, count: int) -> np.ndarray:
         mine = result[(labels == label) & (result >= 0)]
@@ -147,13 +147,13 @@ def split_patches(
         return _cuts_by_need(asked - np.bincount(mine, minlength=len(shares)), count)
 
     free = np.flatnonzero(result < 0)
-    order = np.lexsort((bunches[free], priorities(keys[free], seed=seed, stream="split")))
-    result[free] = cut_classes(labels[free], order, bunches[free], cuts, parts=len(shares))
+    order = np.lexsort((clusters[free], shuffle_keys(keys[free], seed=seed, stream="split")))
+    result[free] = cut_classes(labels[free], order, clusters[free], cuts, parts=len(shares))
     return result
 
 
 def _cuts_by_need(need: np.ndarray, count: int) -> np.ndarray:
-    """(S + 1,) where to cut `count` items so that each part gets what it needs; where that is too much, all get as much less.
+    """(S + 1,) where to cut `count` items so that each part gets what it needs; surpluses reduce all other parts equally.
 
     need: (S,) whole numbers with the sum `count`, below 0 for a part that has too much already.
     """
@@ -167,74 +167,73 @@ def _cuts_by_need(need: np.ndarray, count: int) -> np.ndarray:
 def cut_classes(
     labels: np.ndarray,
     order: np.ndarray,
-    bunches: np.ndarray,
+    clusters: np.ndarray,
     cuts: Callable[[int, int], Sequence[int] | np.ndarray],
     *,
     parts: int,
 ) -> np.ndarray:
-    """Cut each class in the given order, no bunch in two: (n,) int64 indexes of parts.
+    """Cut each class in the given order, no cluster in two: (n,) int64 indexes of parts.
 
-    labels: (n,); order: (n,) indexes in which a class's members of one bunch follow each other; bunches: (n,) of
-    sharding.splits.duplicates; cuts(label, count): parts + 1 places from 0 to count. A cut within a bunch moves to its nearer
-    end, but to an end of the class only where there is no other place. A bunch in several classes goes to the part with most of
-    it.
+    labels: (n,); order: (n,) indexes in which a class's members of one cluster follow each other; clusters: (n,) of
+    sharding.splits.duplicates; cuts(label, count): parts + 1 places from 0 to count. A cut within a cluster moves to its nearer
+    end, but to an end of the class only if there is no other. A cluster in several classes goes to the part with most of it.
     """
     result = np.empty(len(labels), np.int64)
     ordered = labels[order]
     for label in np.unique(labels):
         members = order[ordered == label]
-        bunch = bunches[members]
-        between = 1 + np.flatnonzero((bunch[1:] != bunch[:-1]) | (bunch[1:] < 0))
+        cluster = clusters[members]
+        between = 1 + np.flatnonzero((cluster[1:] != cluster[:-1]) | (cluster[1:] < 0))
         places = np.array(cuts(int(label), len(members)))
         assert places[0] == 0 and places[-1] == len(members) and (np.diff(places) >= 0).all(), places
         inner = (places > 0) & (places < len(members))
         places[inner] = _nearest(between if len(between) else np.array([0, len(members)]), places[inner])
         for part, (start, end) in enumerate(itertools.pairwise(places)):
             result[members[start:end]] = part
-    copied = bunches >= 0
+    copied = clusters >= 0
     if copied.any():
-        result[copied] = most_common(bunches, result, count=bunches.max() + 1, below=parts)[bunches[copied]]
+        result[copied] = most_common(clusters, result, count=clusters.max() + 1, below=parts)[clusters[copied]]
     return result
 
 
 def _nearest(choices: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """The choice that is nearest to each place, the lower of two. choices: ascending."""
+    """The choice nearest to each place, the lower in a tie. choices: ascending."""
     high = np.searchsorted(choices, places).clip(max=len(choices) - 1)
     low = np.maximum(high - 1, 0)
     return np.where(places - choices[low] <= choices[high] - places, choices[low], choices[high])
 
 
-# What is to be said
+# Messages
 
 
-def _copy_notes(bunches: np.ndarray) -> list[str]:
-    extra = int((bunches >= 0).sum()) - int(bunches.max(initial=-1)) - 1  # all of a bunch but one
+def _copy_notes(clusters: np.ndarray) -> list[str]:
+    extra = int((clusters >= 0).sum()) - int(clusters.max(initial=-1)) - 1  # all of a cluster but one
     if not extra:
         return []
     return [f"{extra:,} {'patch is an exact copy' if extra == 1 else 'patches are exact copies'} of another one"]
 
 
-def _lie(images: int) -> str:
-    return f"{images:,} {'image lies' if images == 1 else 'images lie'} as exact copies"
+def _images_are(images: int) -> str:
+    return f"{images:,} {'image is' if images == 1 else 'images are'}"
 
 
-def _group_notes(groups: Groups, bunches: np.ndarray, splits: np.ndarray, shares: Mapping[str, float], field: str) -> list[str]:
+def _group_notes(groups: Groups, clusters: np.ndarray, splits: np.ndarray, shares: Mapping[str, float], field: str) -> list[str]:
     notes = []
     used = np.unique(groups.codes[groups.codes >= 0])
-    united = unite(groups.codes, len(groups.names), bunches)[used]
+    united = merge_linked(groups.codes, len(groups.names), clusters)[used]
     if together := int((np.bincount(united)[united] > 1).sum()):
         notes.append(
-            f"{together:,} of {len(used):,} {field}s share exact copies of images with another one: such were kept together"
+            f"{together:,} of {len(used):,} {field}s share exact copies of images with another one and were kept together"
         )
-    parted = len(spread(groups.codes, splits))
-    whole = f"every {field}" if not parted else f"every {field} but {parted:,} that the set held in several"
+    divided = len(ambiguous_codes(groups.codes, splits))
+    whole = f"every {field}" if not divided else f"every {field} but {divided:,} that the old set has in several"
     reached = np.bincount(splits, minlength=len(shares)) / len(splits)
-    said = f"{' / '.join(shares)} got {_percent(reached)} (asked: {_percent(shares.values())})"
-    return [*notes, f"{whole} is whole in one split: {said}"]
+    result = f"{' / '.join(shares)} got {_percent(reached)} (asked: {_percent(shares.values())})"
+    return [*notes, f"{whole} is whole in one split: {result}"]
 
 
 def _share_notes(labels: np.ndarray, splits: np.ndarray, shares: Mapping[str, float], names: Sequence[str]) -> list[str]:
-    """One sentence on the classes that are far from the asked shares, by more than the one patch that cannot be cut."""
+    """One sentence on the classes that are far from the requested shares, by more than the one patch that cannot be divided."""
     asked = np.array(list(shares.values()))
     missed = []
     for label in np.unique(labels):
@@ -253,7 +252,7 @@ def _percent(shares: Iterable[float]) -> str:
 
 
 def case_notes(names: Iterable[str | None], field: str) -> list[str]:
-    """A sentence where two names differ only in upper and lower case, which is mostly a slip."""
+    """A sentence when two names differ only in case, which is usually a typing error."""
     spellings: dict[str, set[str]] = {}
     for name in {name for name in names if name is not None}:
         spellings.setdefault(name.casefold(), set()).add(name)
@@ -264,7 +263,7 @@ def case_notes(names: Iterable[str | None], field: str) -> list[str]:
 
 
 def shared_groups(splits: np.ndarray, groups: np.ndarray, names: Sequence[str]) -> list[str]:
-    """One sentence per split after the first, where its patches share a group with patches of the first."""
+    """One sentence for each split after the first whose patches share a group with patches of the first."""
     known = groups >= 0
     first = np.unique(groups[known & (splits == 0)])
     notes = []

@@ -1,7 +1,7 @@
-"""Whole groups (slides, patients) -> splits, with every class as near its shares as the groups allow.
+"""Split whole groups (slides, patients), with every class as near its shares as the groups allow.
 
-No exact cut exists here: many seeded orders of the groups are tried and the best balanced is kept. Groups that hold copies
-of one image are tied together, since the image would lie on both sides otherwise.
+An exact split rarely exists: many seeded orders of the groups are tried and the best balanced split is kept. Groups that share
+exact copies of an image are linked and stay together, since the image would be in several splits otherwise.
 """
 
 import hashlib
@@ -10,47 +10,47 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sharding.philox import priorities
-from sharding.splits.duplicates import most_common, no_bunches, spread
+from sharding.philox import shuffle_keys
+from sharding.splits.duplicates import ambiguous_codes, most_common, no_clusters
 
 _ORDERS = 64  # seeded orders of the groups that are tried
 _STEPS = 40_000  # ... but fewer where there are many groups, which balance by themselves
-_FAR = 0.1  # a split's share of the patches is spoilt if it is farther than this from the asked one
+_FAR = 0.1  # a share of the patches that is farther than this from the requested one is poor
 
 
 class Groups(NamedTuple):
-    """The group of each patch. codes: (n,) int64 index into names, -1 unknown; spelled: the names as a user knows them."""
+    """The group of each patch. codes: (n,) int64 index into names, -1 unknown; display_names: as the user wrote them."""
 
     codes: np.ndarray
     names: Sequence[str]
-    spelled: Sequence[str]
+    display_names: Sequence[str]
 
 
 def fold_case(codes: np.ndarray, names: Sequence[str]) -> Groups:
-    """Groups whose names differ in upper and lower case alone made one: Slide_1 and slide_1 are hardly two slides."""
-    spelled: dict[str, str] = {}
+    """Merge groups whose names differ only in case: Slide_1 and slide_1 are hardly two slides."""
+    display_names: dict[str, str] = {}
     for name in sorted(names):
-        spelled.setdefault(name.casefold(), name)
-    folded = sorted(spelled)
+        display_names.setdefault(name.casefold(), name)
+    folded = sorted(display_names)
     place = {name: index for index, name in enumerate(folded)}
     lookup = np.array([place[name.casefold()] for name in names] + [-1], np.int64)  # -1 indexes the last: unknown stays -1
-    return Groups(lookup[codes], folded, [spelled[name] for name in folded])
+    return Groups(lookup[codes], folded, [display_names[name] for name in folded])
 
 
-def unite(codes: np.ndarray, count: int, bunches: np.ndarray) -> np.ndarray:
-    """(count,) int64: groups that copies tie together, directly or through others, each as the lowest one of them.
+def merge_linked(codes: np.ndarray, count: int, clusters: np.ndarray) -> np.ndarray:
+    """(count,) int64: the lowest group of each group's component; groups are linked by shared copies, directly or indirectly.
 
-    codes: (n,) group of each patch, -1 unknown; bunches: (n,) as in sharding.splits.duplicates.
+    codes: (n,) group of each patch, -1 unknown; clusters: (n,) as in sharding.splits.duplicates.
     """
-    tied = np.flatnonzero((codes >= 0) & (bunches >= 0))
+    tied = np.flatnonzero((codes >= 0) & (clusters >= 0))
     if not len(tied):
         return np.arange(count)
-    # Only here, and not on top: it takes a while, and most sets have no copies.
+    # Imported here, because it is slow and most sets have no copies.
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    bunch, group = np.divmod(np.unique(bunches[tied] * count + codes[tied]), count)
-    same = bunch[1:] == bunch[:-1]
+    cluster, group = np.divmod(np.unique(clusters[tied] * count + codes[tied]), count)
+    same = cluster[1:] == cluster[:-1]
     links = coo_array((np.ones(same.sum(), bool), (group[:-1][same], group[1:][same])), shape=(count, count))
     components = connected_components(links, directed=False)[1]
     return np.unique(components, return_index=True)[1][components]
@@ -59,71 +59,71 @@ def unite(codes: np.ndarray, count: int, bunches: np.ndarray) -> np.ndarray:
 def split_whole_groups(
     labels: np.ndarray,
     groups: Groups,
-    bunches: np.ndarray,
+    clusters: np.ndarray,
     shares: Mapping[str, float],
     *,
     seed: int,
     field: str,
     stream: str = "split",
-    held: np.ndarray | None = None,
+    assigned: np.ndarray | None = None,
 ) -> np.ndarray:
-    """As split_groups, with the groups that share copies kept together: (n,) int64 indexes of splits.
+    """split_groups with groups that share copies kept together: (n,) int64 indexes of splits.
 
-    bunches: (n,) as in sharding.splits.duplicates. field: what a group is called, such as slide. held: (n,) the split that a
-    patch has already and keeps, -1 for new ones. A new patch goes where its group is held (where most of it is); a new group with
-    copies of patches that have a place goes where most of those copies are; the others even out what is held. Patches
-    whose group is unknown must be held.
-    Raises ValueError where keeping groups together spoils the split: a split loses a class, or gets far from its share.
+    clusters: (n,) as in sharding.splits.duplicates. field: what a group is called, such as slide. assigned: (n,) the split that a
+    patch has already and keeps, -1 for new ones. A new patch goes where most of its group is; a new group that shares copies
+    with assigned patches goes where most of those copies are; the others balance the splits. Patches of unknown group must be
+    assigned.
+    Raises ValueError when keeping linked groups together takes a class from a split, or takes a split far from its share.
     """
-    held = no_bunches(len(labels)) if held is None else held
-    if (held >= 0).all():
-        return held
-    splits = _split_united(labels, groups, bunches, shares, seed, stream, held)
-    if len(spread(bunches, groups.codes)):
-        alone = _split_united(labels, groups, no_bunches(len(labels)), shares, seed, stream, held)
-        if _spoilt(labels, splits, alone, list(shares.values())):
+    assigned = no_clusters(len(labels)) if assigned is None else assigned
+    if (assigned >= 0).all():
+        return assigned
+    splits = _split_united(labels, groups, clusters, shares, seed, stream, assigned)
+    if len(ambiguous_codes(clusters, groups.codes)):
+        alone = _split_united(labels, groups, no_clusters(len(labels)), shares, seed, stream, assigned)
+        if _worsens_split(labels, splits, alone, list(shares.values())):
             raise ValueError(
-                f"{_entangled(groups, bunches, field)}, and kept in one split they leave no fair one: drop blank patches with"
-                " --min-tissue, or allow copies across splits with --duplicates apart"
+                f"{_describe_linked(groups, clusters, field)}, and keeping them in one split unbalances the splits: drop blank "
+                "patches with --min-tissue, or allow copies across splits with --duplicates apart"
             )
     return splits
 
 
-def _split_united(labels, groups, bunches, shares, seed, stream, held):
+def _split_united(labels, groups, clusters, shares, seed, stream, assigned):
     codes, count = groups.codes, len(groups.names)
-    # What has a place already: held patches, and new ones of their groups.
-    own = most_common(codes, held, count=count, below=len(shares))
-    placed = np.where(held < 0, own[codes], held)
-    # Then the groups that are tied to those.
+    # First the new patches of groups that have a split.
+    own = most_common(codes, assigned, count=count, below=len(shares))
+    placed = np.where(assigned < 0, own[codes], assigned)
+    # Then the groups that are linked to those.
     new = placed < 0
-    united = unite(np.where(new, codes, -1), count, bunches)[codes]
-    copies = most_common(bunches, placed, count=bunches.max(initial=0) + 1, below=len(shares))
-    votes = np.where(new & (bunches >= 0), copies[bunches], -1)
+    united = merge_linked(np.where(new, codes, -1), count, clusters)[codes]
+    copies = most_common(clusters, placed, count=clusters.max(initial=0) + 1, below=len(shares))
+    votes = np.where(new & (clusters >= 0), copies[clusters], -1)
     tied = most_common(united, votes, count=count, below=len(shares))
     placed = np.where(new, tied[united], placed)
-    return split_groups(labels, united, groups.names, shares, seed=seed, stream=stream, held=placed)
+    return split_groups(labels, united, groups.names, shares, seed=seed, stream=stream, assigned=placed)
 
 
-def _spoilt(labels: np.ndarray, splits: np.ndarray, alone: np.ndarray, shares: Sequence[float]) -> bool:
-    """Whether uniting groups took a class from a split, or took a split far from its share."""
+def _worsens_split(labels: np.ndarray, splits: np.ndarray, alone: np.ndarray, shares: Sequence[float]) -> bool:
+    """Whether linking groups took a class from a split, or took a split far from its share."""
     labels = np.unique(labels, return_inverse=True)[1]
     united, free = (_counts(s, labels, len(shares), labels.max() + 1) for s in (splits, alone))
     off, off_free = (abs(table.sum(1) / len(labels) - shares) for table in (united, free))
     return bool(((united == 0) & (free > 0)).any() or ((off > _FAR) & (off_free <= _FAR)).any())
 
 
-def _entangled(groups: Groups, bunches: np.ndarray, field: str) -> str:
-    """How many groups hang together at most, and two of them that share an image."""
+def _describe_linked(groups: Groups, clusters: np.ndarray, field: str) -> str:
+    """The size of the largest component of linked groups, and two of them that share an image."""
     codes, count = groups.codes, len(groups.names)
-    united = unite(codes, count, bunches)
+    united = merge_linked(codes, count, clusters)
     used = np.unique(codes[codes >= 0])
     largest = np.argmax(np.bincount(united[used]))
-    inside = np.flatnonzero((codes >= 0) & (bunches >= 0))
+    inside = np.flatnonzero((codes >= 0) & (clusters >= 0))
     inside = inside[united[codes[inside]] == largest]
-    shared = spread(bunches[inside], codes[inside])[0]
-    one, other = (groups.spelled[g] for g in np.unique(codes[inside][bunches[inside] == shared])[:2])
+    shared = ambiguous_codes(clusters[inside], codes[inside])[0]
+    one, other = (groups.display_names[g] for g in np.unique(codes[inside][clusters[inside] == shared])[:2])
     size = int((united[used] == largest).sum())
-    return f"{size:,} of {len(used):,} {field}s hang together through exact copies of images (for example, {one} and {other})"
+    return f"{size:,} of {len(used):,} {field}s are linked by exact copies of images (for example, {one} and {other})"
 
 
 def name_keys(names: Sequence[str]) -> np.ndarray:
@@ -140,20 +140,20 @@ def split_groups(
     *,
     seed: int,
     stream: str = "split",
-    held: np.ndarray | None = None,
+    assigned: np.ndarray | None = None,
 ) -> np.ndarray:
     """Give each group to one split, with every class as near its shares as the groups allow: (n,) int64 indexes of splits.
 
-    labels: (n,) class index or -1; groups: (n,) index into names; held: (n,) the split of patches that are not to be
-    given, but are counted, -1 for the others. A split whose share is 0 is given nothing. A class with at least as many groups
-    as there are splits has a group in each of them, except where groups that hold several classes make that impossible.
+    labels: (n,) class index or -1; groups: (n,) index into names; assigned: (n,) the split of patches that have one and count
+    towards its share, -1 for the others. A split whose share is 0 gets nothing. A class with at least as many groups as there
+    are splits has a group in each of them, unless groups with several classes make that impossible.
     """
-    held = np.full(len(labels), -1) if held is None else held
-    free = held < 0
+    assigned = np.full(len(labels), -1) if assigned is None else assigned
+    free = assigned < 0
     labels = np.unique(labels, return_inverse=True)[1]
     classes = labels.max() + 1
     counts = _counts(groups[free], labels[free], len(names), classes)
-    taken = _counts(held[~free], labels[~free], len(shares), classes)
+    taken = _counts(assigned[~free], labels[~free], len(shares), classes)
     used = np.flatnonzero(counts.any(1)).tolist()  # a name may have no patch left after a selection
     chosen = np.zeros(len(names), np.int64)
     if used:
@@ -162,11 +162,11 @@ def split_groups(
         open_ = np.flatnonzero(asked > 0)
         keys = name_keys([names[g] for g in used])
         chosen[used] = open_[_assign(counts[used], taken[open_], totals, keys, asked[open_], seed, stream)]
-    return np.where(free, chosen[groups], held)
+    return np.where(free, chosen[groups], assigned)
 
 
 def _counts(rows: np.ndarray, columns: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(height, width) int64: how often each pair occurs."""
+    """(height, width) int64: the number of times each pair occurs."""
     return np.bincount(rows * width + columns, minlength=height * width).reshape(height, width)
 
 
@@ -175,15 +175,15 @@ def _assign(
 ) -> np.ndarray:
     """(G,) split of each group.
 
-    counts: (G, C) patches per group and class, taken: (S, C) patches that the splits have already, totals: (C,) all patches
-    of each class, keys: (G,) uint64 that name the groups, shares: (S,).
+    counts: (G, C) patches per group and class; taken: (S, C) patches that the splits have already; totals: (C,) all patches
+    of each class; keys: (G,) uint64 that identify the groups; shares: (S,).
     """
     weights = counts / totals  # so that a rare class weighs as much as a common one
     missing = np.outer(shares, np.ones(counts.shape[1])) - taken / totals
     best: tuple[tuple[int, float], np.ndarray] | None = None
     for attempt in range(max(1, min(_ORDERS, _STEPS // len(counts)))):
-        draw = priorities(keys, seed=seed, stream=stream, epoch=attempt)
-        # By draw, but the larger half of the groups first: small groups then even out what large ones leave.
+        draw = shuffle_keys(keys, seed=seed, stream=stream, epoch=attempt)
+        # In random order, but the larger half first: small groups then even out what large ones leave.
         large = counts.sum(1) >= np.median(counts.sum(1))
         order = np.lexsort((draw, ~large))
         splits = _greedy(weights, order, missing)
@@ -196,7 +196,7 @@ def _assign(
 
 
 def _greedy(weights: np.ndarray, order: np.ndarray, missing: np.ndarray) -> np.ndarray:
-    """Each group in turn to the split where it lowers the squared distance from the target most."""
+    """Assign each group in turn to the split where it reduces the squared distance from the target most."""
     missing = missing.copy()
     splits = np.empty(len(weights), np.int64)
     for group in order:
@@ -207,14 +207,14 @@ def _greedy(weights: np.ndarray, order: np.ndarray, missing: np.ndarray) -> np.n
 
 
 def _sources(counts: np.ndarray, splits: np.ndarray, taken: np.ndarray) -> np.ndarray:
-    """(S, C) number of groups of each class in each split; all that was taken before counts as one."""
+    """(S, C) number of groups of each class in each split; all patches taken before count as one."""
     found = (taken > 0).astype(np.int64)
     np.add.at(found, splits, counts > 0)
     return found
 
 
 def _repair(counts: np.ndarray, weights: np.ndarray, order: np.ndarray, splits: np.ndarray, taken: np.ndarray) -> None:
-    """Where a split has no group of a class, move there the smallest one whose loss leaves no other gap. In place."""
+    """Fill gaps in place: to a split without a group of a class, move the smallest group whose move leaves no other gap."""
     for _ in range(taken.size):
         found = _sources(counts, splits, taken)
         moved = False
@@ -232,7 +232,7 @@ def _repair(counts: np.ndarray, weights: np.ndarray, order: np.ndarray, splits: 
 def _score(
     counts: np.ndarray, weights: np.ndarray, splits: np.ndarray, taken: np.ndarray, missing: np.ndarray
 ) -> tuple[int, float]:
-    """Gaps first, then the squared distance from the shares; the lower the better."""
+    """The number of gaps, then the squared distance from the shares; lower is better."""
     given = np.zeros_like(missing)
     np.add.at(given, splits, weights)
     gaps = int((_sources(counts, splits, taken) == 0).sum())

@@ -25,7 +25,7 @@ from tests.helpers import BREAST_LAYOUT, ROOT, encoded, write_tree
 COLUMN = '    "sha256": pa.string(),  # of the image'
 IN_MANIFEST = '    "brightness": pa.float32(),  # mean sample, 0 to 255\n    "scanner": WORDS,\n'
 ROW = "            source_sha256=digest,\n"
-IN_SHARD_WRITER = "            brightness=stored.data[-3],\n            scanner='abc'[len(stored.data) % 3],\n"
+IN_SHARD_WRITER = "            brightness=image.data[-3],\n            scanner='abc'[len(image.data) % 3],\n"
 
 USE = """
 import json, sys
@@ -79,7 +79,7 @@ def test_new_columns_have_values_in_new_sets_and_nulls_in_old_ones(tmp_path, cha
     build_shards([tmp_path / "in/first"], old, layout=BREAST_LAYOUT)
 
     shown = run(changed, "sharding/inspect_shards.py", old, "--verify", "--workers", 1)
-    assert "24 patches are as they were packed" in shown
+    assert "24 patches are unchanged since they were packed" in shown
     told = json.loads(run(changed, "-c", USE, tmp_path / "in", old, new, BREAST_LAYOUT))
     assert told["before"] == [{"brightness": None, "scanner": None}] * 24
     assert told["columns"][0] == told["columns"][1]
@@ -93,7 +93,9 @@ def test_new_columns_have_values_in_new_sets_and_nulls_in_old_ones(tmp_path, cha
         assert (row["brightness"], row["scanner"]) == expected(row)
     assert (len(told["new"]), len(told["grown"])) == (24, 36)
     assert {(row["brightness"], row["scanner"]) for row in told["grown"][:24]} == {(None, None)}
-    assert "36 patches are as they were packed" in run(changed, "sharding/inspect_shards.py", old, "--verify", "--workers", 1)
+    assert "36 patches are unchanged since they were packed" in run(
+        changed, "sharding/inspect_shards.py", old, "--verify", "--workers", 1
+    )
 
 
 def test_training_reads_a_set_that_lacks_the_columns(small_set, monkeypatch):

@@ -23,6 +23,7 @@ def shards(breast, tmp_path):
     return tmp_path / "set"
 
 
+@pytest.mark.faults
 def test_a_worker_that_is_killed_is_one_sentence(breast, tmp_path, monkeypatch):
     monkeypatch.setattr(packing, "write_shard", _kill_this_process)
     with pytest.raises(ValueError, match="fewer --workers"):
@@ -30,7 +31,7 @@ def test_a_worker_that_is_killed_is_one_sentence(breast, tmp_path, monkeypatch):
     assert not (tmp_path / "set").exists()
 
 
-def _kill_this_process(task, *, folder, treatment):
+def _kill_this_process(task, *, folder, options):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -38,14 +39,14 @@ def test_a_source_that_vanishes_or_changes_after_the_scan(breast, tmp_path, monk
     """Each file is read once, so what is packed is what was checked and hashed; what is gone is quarantined."""
     gone, changed = breast / "Benign/S B0/x40/patch x40 (0).png", breast / "Benign/S B1/x40/patch x40 (0).jpg"
     data = encoded(999)
-    plan = packing._plan
+    assign = packing._assign_shards
 
-    def disturb_then_plan(*arguments):
+    def disturb_then_assign(*arguments):
         gone.unlink()
         changed.write_bytes(data)
-        return plan(*arguments)
+        return assign(*arguments)
 
-    monkeypatch.setattr(packing, "_plan", disturb_then_plan)
+    monkeypatch.setattr(packing, "_assign_shards", disturb_then_assign)
     summary = build_shards([breast], tmp_path / "set", **SETTINGS)
     assert (summary.packed, summary.quarantined) == (54, 1)
     assert any(str(gone) in note and "unreadable" in note for note in summary.notes)
@@ -64,7 +65,7 @@ from sharding import packing, staging
 from sharding import manifest_writer
 from sharding import shard_writer
 
-whole, left = staging.write_whole, [int(sys.argv[3])]
+whole, left = staging.write_atomically, [int(sys.argv[3])]
 
 def write_or_die(path, write):
     # Die in the middle of the file whose turn it is: half of it is on the disk.
@@ -76,12 +77,13 @@ def write_or_die(path, write):
             os.kill(os.getpid(), signal.SIGKILL)
     whole(path, half)
 
-staging.write_whole = shard_writer.write_whole = manifest_writer.write_whole = write_or_die
+staging.write_atomically = shard_writer.write_atomically = manifest_writer.write_atomically = write_or_die
 packing.build_shards([sys.argv[1]], sys.argv[2], layout=sys.argv[4], split="train=0.8,test=0.2", shard_patches=20)
 """
 FILES = 3 * 3 + 3  # tar, index and note of each shard, then manifest, quarantine and dataset.json
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("turn", [1, 3, 5, 10, FILES])
 def test_a_killed_build_leaves_no_set_and_the_next_one_ends_the_same(breast, shards, tmp_path, turn):
     out = tmp_path / "killed" / "set"
@@ -100,6 +102,7 @@ def test_a_killed_build_leaves_no_set_and_the_next_one_ends_the_same(breast, sha
         assert (out / name).stat().st_ino == inode  # kept, not written again
 
 
+@pytest.mark.faults
 def test_a_build_killed_again_and_again_ends_the_same(breast, shards, tmp_path):
     """As a user's: two workers, SIGKILL for all processes, each time a little later."""
     out = tmp_path / "killed" / "set"
@@ -125,7 +128,7 @@ def test_a_build_killed_again_and_again_ends_the_same(breast, shards, tmp_path):
     assert folder_bytes(out) == folder_bytes(shards)
 
 
-@pytest.mark.parametrize("change", ["tar", "index", "note", "source", "treatment"])
+@pytest.mark.parametrize("change", ["tar", "index", "note", "source", "options"])
 def test_a_shard_that_is_not_what_it_was_is_written_again(breast, tmp_path, monkeypatch, change):
     settings = dict(SETTINGS)
     partial = tmp_path / "set.partial"
@@ -145,7 +148,7 @@ def test_a_shard_that_is_not_what_it_was_is_written_again(breast, tmp_path, monk
         case "source":
             path = breast / "Benign/S B0/x40/patch x40 (0).png"
             path.write_bytes(encoded(999, format="PNG"))
-        case "treatment":
+        case "options":
             settings["min_size"] = 2
     build_shards([breast], tmp_path / "set", **settings)
     build_shards([breast], tmp_path / "undisturbed" / "set", **settings)

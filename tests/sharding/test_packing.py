@@ -207,7 +207,7 @@ def test_exact_copies_are_said(tmp_path):
     files = {f"{name}/{i}.jpg": encoded(i) for name in "ab" for i in range(10)}
     summary = build_shards([write_tree(tmp_path / "in", files)], tmp_path / "set")
     assert "10 patches are exact copies of another one" in summary.notes
-    assert "10 images lie as exact copies in several classes" in summary.notes
+    assert "10 images are in several classes as exact copies" in summary.notes
 
 
 def test_unlabelled_takes_any_depth_and_stores_no_class(breast, tmp_path):
@@ -284,7 +284,7 @@ def test_a_given_split_stays_even_where_copies_lie_on_both_sides(tmp_path):
     files = {f"{split}/a/{i}.jpg": encoded(i) for split in ("train", "test") for i in range(3)}
     summary = build_shards([write_tree(tmp_path / "in", files)], tmp_path / "set", layout="{split}/{class}/{name}")
     assert summary.counts == {"test": {"a": 3}, "train": {"a": 3}}
-    assert any("3 images lie as exact copies in several splits" in note for note in summary.notes), summary.notes
+    assert any("3 images are in several splits as exact copies" in note for note in summary.notes), summary.notes
 
 
 def test_a_table_gives_class_group_and_split(breast, tmp_path):
@@ -368,7 +368,7 @@ def test_png_becomes_what_a_gpu_decodes_and_the_split_stays(breast, shards, tmp_
             assert (row["psnr"] is None) == (name == "jpeg2000")
         assert any(note.startswith("19 images were converted: 19 to jpeg") for note in summary.notes), summary.notes
     assert any(
-        "PSNR of what was encoded with loss: mean" in note
+        "PSNR of lossy encoding: mean" in note
         for note in build_shards([breast], tmp_path / "q", **SETTINGS, encode="jpeg:90").notes
     )
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sharding.philox import STREAMS, philox, priorities, uniforms
+from sharding.philox import STREAMS, philox, shuffle_keys, uniforms
 
 # Random123 1.14, tests/kat_vectors, philox4x32 with 10 rounds: counter, key, result.
 KNOWN_ANSWERS = [
@@ -59,13 +59,13 @@ def test_uniforms_are_uniform_and_unrelated():
 
 
 def test_priorities_shuffle():
-    order = np.argsort(priorities(np.arange(10_000), seed=42, stream="order"))
+    order = np.argsort(shuffle_keys(np.arange(10_000), seed=42, stream="order"))
     assert sorted(order) == list(range(10_000))
     assert abs(np.corrcoef(order, np.arange(10_000))[0, 1]) < 0.05
-    assert (order != np.argsort(priorities(np.arange(10_000), seed=42, stream="order", epoch=1))).mean() > 0.99
+    assert (order != np.argsort(shuffle_keys(np.arange(10_000), seed=42, stream="order", epoch=1))).mean() > 0.99
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64])
 def test_a_seed_out_of_range_is_a_users_mistake(seed):
     with pytest.raises(ValueError, match="out of range"):
-        priorities(np.arange(3), seed=seed, stream="order")
+        shuffle_keys(np.arange(3), seed=seed, stream="order")

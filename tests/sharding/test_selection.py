@@ -301,7 +301,7 @@ def test_copies_lie_on_one_side_of_the_validation_share(rows, validation, fracti
         try:
             parts.append(select(manifest, **settings, part=part))
         except ValueError as error:  # too few contents or groups, or groups that copies tie together
-            assert any(words in str(error) for words in ("too few", "two groups", "hang together"))  # noqa: PT017
+            assert any(words in str(error) for words in ("too few", "two groups", "linked by exact copies"))  # noqa: PT017
             return
     assert not contents(manifest, parts[0]) & contents(manifest, parts[1])
     assert sorted([*parts[0], *parts[1]]) == select(manifest, **settings, part="all").tolist()
@@ -312,10 +312,10 @@ def test_copies_apart_are_counted_like_other_patches():
     settings = dict(validation=0.5, part="validation")
     assert len(select(manifest, **settings, duplicates="apart")) == 50
     assert len(select(manifest, **settings)) in (48, 52)
-    with pytest.raises(ValueError, match="4 of 4 groups hang together"):
+    with pytest.raises(ValueError, match="4 of 4 groups are linked"):
         select(manifest, **settings, group_aware=True)
     assert len(select(manifest, **settings, group_aware=True, duplicates="apart")) == 50
-    with pytest.raises(ValueError, match="4 of 4 groups hang together"):
+    with pytest.raises(ValueError, match="4 of 4 groups are linked"):
         select(manifest, resplit="train=0.5,test=0.5", split="test", group_aware=True)
     parts = parts_of(manifest, "train=0.5,validation=0.25,test=0.25", group_aware=True, duplicates="apart")
     assert [len(part) for part in parts] == [50, 25, 25]

@@ -1,17 +1,15 @@
 import io
 import json
-import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
 import PIL.Image
 import pytest
 
-from sharding import synthetic
 from sharding.drawn_patches import dataset
 from sharding.drawn_patches.dataset import DrawConfig, draw_set
 from sharding.drawn_patches.patches import draw_patch, encode, patch_classes
+from tests.helpers import call_script
 
 
 def contents(folder):
@@ -93,7 +91,7 @@ def test_jpegs_keep_full_colour_resolution():
 
 
 def run(*arguments):
-    return subprocess.run([sys.executable, synthetic.__file__, *arguments], capture_output=True, text=True, timeout=60)
+    return call_script("sharding/synthetic.py", *arguments)
 
 
 def test_the_script_draws_once_and_never_over_something_else(tmp_path):

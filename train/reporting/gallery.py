@@ -24,7 +24,7 @@ from threadpoolctl import threadpool_limits
 from pipelines.shard_reader import ShardReader
 from pipelines.torchvision_reference import decode
 from sharding.manifest import decoded, read_manifest
-from sharding.philox import priorities
+from sharding.philox import shuffle_keys
 from train.records.runs import replacing, write_json
 from train.scoring.knn import nearest
 
@@ -113,7 +113,7 @@ def _unit(features_nF: np.ndarray) -> np.ndarray:
 
 
 def _leave_map(path, test, test_nF, labels, groups, seed):
-    order = np.argsort(priorities(test, seed=seed, stream="exhibits"))
+    order = np.argsort(shuffle_keys(test, seed=seed, stream="exhibits"))
     rows = np.sort(order[:MOST_MAPPED])  # in the order of the ids: with all of them on the map the seed changes nothing
     xy, how = _project(test_nF[rows])
     ids = test[rows]
@@ -164,7 +164,7 @@ def _gallery(test, test_nF, known, known_mF, labels, groups, seed):
 
 def _over_classes(ids: np.ndarray, labels: np.ndarray, seed: int) -> list[int]:
     """Rows of the queries: one of each class in turn, drawn, until there are enough."""
-    order = np.argsort(priorities(ids, seed=seed, stream="exhibits"))
+    order = np.argsort(shuffle_keys(ids, seed=seed, stream="exhibits"))
     waiting = [order[labels[order] == label].tolist() for label in np.unique(labels)]
     rounds = (rows[place] for place in range(max(map(len, waiting))) for rows in waiting if place < len(rows))
     chosen = [row for row, _ in zip(rounds, range(_QUERIES), strict=False)]

@@ -12,7 +12,7 @@ from PIL import Image
 
 from sharding.images.formats import MAX_PIXELS, png_chunks, read_jpeg, webp_size
 from sharding.images.image_checks import Header, Refusal, decode, read_header, silent_decoders
-from sharding.images.image_processing import Treatment, check_stored, treat
+from sharding.images.image_processing import ImageOptions, check_stored, process_image
 from tests.helpers import ROOT, encoded
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -78,7 +78,7 @@ ZOO = {
     "empty": (b"", "empty"),
     "one byte": (b"\xff", "not an image"),
     "text": (b"not an image at all\n" * 20, "not an image"),
-    "html": (b"<!DOCTYPE html><p>404 Not Found", "not an image"),
+    "html": (b"<!DOCTYPE html><p>404 Not ImageBatch", "not an image"),
     "zeros": (bytes(3000), "not an image"),
     "sound": (b"RIFF\x24\0\0\0WAVEfmt ", "not an image"),
     "film": (b"\0\0\0\x18ftypmp42" + bytes(20), "not an image"),
@@ -139,8 +139,8 @@ ZOO = {
 def test_a_bad_file_is_refused(name):
     data, reason = ZOO[name]
     with silent_decoders():
-        refusals = [treat(data, Treatment()), check_stored(data)]
-    for refusal in refusals[: 1 if reason == "too small" else 2]:
+        refusal_messages = [process_image(data, ImageOptions()), check_stored(data)]
+    for refusal in refusal_messages[: 1 if reason == "too small" else 2]:
         assert isinstance(refusal, Refusal), refusal
         assert refusal.reason == reason
         assert refusal.detail
@@ -150,14 +150,14 @@ def test_a_bad_file_is_refused(name):
 def test_the_detail_says_what_to_do():
     assert "GIF" in detail_of("gif") and "save it as PNG" in detail_of("gif")
     assert "12 bits" in detail_of("jpeg of 12 bits")
-    assert "do not end as a JPEG" in detail_of("half a jpeg")
+    assert "do not end like a JPEG" in detail_of("half a jpeg")
     assert f"{MAX_PIXELS:,}" in detail_of("jpeg of more than 2**26 px")
     assert "2 in one file" in detail_of("tiff of two pages")
 
 
 def detail_of(name):
     with silent_decoders():
-        return treat(ZOO[name][0], Treatment()).detail
+        return process_image(ZOO[name][0], ImageOptions()).detail
 
 
 def test_the_largest_that_is_allowed_is_read():
@@ -178,13 +178,13 @@ def test_a_claim_of_4_GB_takes_no_memory():
     script = """
 import resource
 from tests.sharding.images.test_image_checks import PNG, WEBP, claiming
-from sharding.images.image_processing import Treatment, treat
+from sharding.images.image_processing import ImageOptions, process_image
 used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for data in (PNG, WEBP):
-    treat(data, Treatment())
+    process_image(data, ImageOptions())
 before = used()
 bad = [claiming(PNG, 33, 2**32 - 1), claiming(PNG, len(PNG) - 12, 2**32 - 1), WEBP[:24] + b"\\xff\\xff\\0" * 2 + WEBP[30:]]
-print([treat(data, Treatment()).reason for data in bad], used() - before < 50_000)
+print([process_image(data, ImageOptions()).reason for data in bad], used() - before < 50_000)
 """
     assert run_apart(script) == "['undecodable', 'undecodable', 'too large'] True\n"
 
@@ -242,7 +242,7 @@ def test_a_header_is_read_as_the_decoder_reads_it():
 def test_decoders_write_nothing_on_the_terminal(capfd):
     with silent_decoders():
         for name in ("half a compressed tiff", "png with a changed header", "half a jpeg 2000"):
-            treat(ZOO[name][0], Treatment())
+            process_image(ZOO[name][0], ImageOptions())
     print("afterwards", file=sys.stderr)
     assert capfd.readouterr().err == "afterwards\n"
 
@@ -304,11 +304,11 @@ def test_an_unclear_orientation_reaches_no_decoder():
 import numpy as np
 from tests.sharding.images.test_image_checks import EXIF, JPEG
 from sharding.images.image_checks import silent_decoders
-from sharding.images.image_processing import Treatment, treat
+from sharding.images.image_processing import ImageOptions, process_image
 scan = JPEG.index(b"\\xff\\xda") + 200
 data = JPEG[:2] + EXIF["twice the segment"][0] + JPEG[2:scan] + b"\\xff\\x6f" + JPEG[scan + 2 :]
 with silent_decoders():
-    found = {type(treat(data, Treatment())).__name__ for _ in range(100)}
+    found = {type(process_image(data, ImageOptions())).__name__ for _ in range(100)}
 print(found)
 """
     assert run_apart(script) == "{'Refusal'}\n"

@@ -13,11 +13,11 @@ from PIL import Image, ImageOps
 
 from sharding.drawn_patches.patches import draw_patch
 from sharding.images.image_checks import Refusal, read_header, silent_decoders
-from sharding.images.image_processing import Stored, Treatment, check_stored, tissue_share, treat
-from sharding.images.pillow_decoder import picture_of
+from sharding.images.image_processing import ImageOptions, ProcessedImage, check_stored, process_image, tissue_share
+from sharding.images.pillow_decoder import decode_with_pillow
 from tests.helpers import encoded
 
-KEEP = Treatment()
+KEEP = ImageOptions()
 
 
 def smooth(mode="RGBA", *, size=(64, 48)):
@@ -164,27 +164,27 @@ def by_dali(data):
 @pytest.mark.parametrize("name", CONVERTED)
 def test_a_kind_that_a_set_does_not_hold_is_converted(name):
     data, note = CONVERTED[name]
-    stored = treat(data, KEEP)
+    stored = process_image(data, KEEP)
     assert stored[1:3] == ("png", None)
     assert stored.converted == note
     assert stored.psnr is None
     expected, found = by_pillow(data), by_pillow(stored.data)
     assert found.shape == expected.shape == (stored.height, stored.width, 3)
     assert np.array_equal(found, expected)
-    assert read_header(stored.data).oddities == ()
+    assert read_header(stored.data).deviations == ()
 
 
 @pytest.mark.parametrize("name", DEEPER)
 def test_of_16_bits_the_upper_8_are_kept(name):
     """As DALI does it with a PNG: never more than a level from v / 257, and 257 k is k."""
     data, note, samples = DEEPER[name]
-    stored = treat(data, KEEP)
+    stored = process_image(data, KEEP)
     assert stored.converted == note
     assert np.array_equal(by_pillow(stored.data), samples >> 8)
 
 
 def test_16_bits_with_alpha():
-    stored = treat(png_of(DEEP, 6), KEEP)
+    stored = process_image(png_of(DEEP, 6), KEEP)
     assert stored.converted == "16-bit, RGBA over white"
     alpha = DEEP[..., 3:] / 65535
     expected = DEEP[..., :3] / 257 * alpha + 255 * (1 - alpha)
@@ -195,21 +195,21 @@ def test_16_bits_with_a_transparent_colour():
     """Pillow would compare the colour's 16 bits with the pixels' 8."""
     data = png_of(DEEP[..., :3], 2)
     body = b"tRNS" + DEEP[0, 0, :3].astype(">u2").tobytes()
-    refusal = treat(data[:33] + struct.pack(">I", 6) + body + struct.pack(">I", zlib.crc32(body)) + data[33:], KEEP)
+    refusal = process_image(data[:33] + struct.pack(">I", 6) + body + struct.pack(">I", zlib.crc32(body)) + data[33:], KEEP)
     assert refusal.reason == "undecodable" and "transparent colour" in refusal.detail
 
 
 @pytest.mark.parametrize(("levels", "kept"), [(2, True), (3, False)])
 def test_two_decoders_must_agree(monkeypatch, levels, kept):
     def off(data, kind):
-        picture = picture_of(data, kind)
+        picture = decode_with_pillow(data, kind)
         pixels = picture.pixels.copy()
         pixels[7, 5, 1] ^= levels  # of the last bits: up or down
         return picture._replace(pixels=pixels)
 
     data = saved(Image.new("L", (16, 12), 128), "PNG")
-    monkeypatch.setattr("sharding.images.image_processing.picture_of", off)
-    assert isinstance(treat(data, KEEP), Stored) == kept
+    monkeypatch.setattr("sharding.images.image_processing.decode_with_pillow", off)
+    assert isinstance(process_image(data, KEEP), ProcessedImage) == kept
 
 
 def test_a_deep_tiff_that_pillow_would_misread_is_refused():
@@ -217,38 +217,38 @@ def test_a_deep_tiff_that_pillow_would_misread_is_refused():
     white_is_zero = grey.replace(entry + b"\1", entry + b"\0")
     assert white_is_zero != grey
     for data in (white_is_zero, tiff16(planar=2)):
-        refusal = treat(data, KEEP)
+        refusal = process_image(data, KEEP)
         assert refusal.reason == "undecodable" and "not read reliably" in refusal.detail
 
 
 @pytest.mark.parametrize("name", PLAIN)
-@pytest.mark.parametrize("treatment", [KEEP, Treatment(check="header")])
-def test_a_plain_file_is_stored_byte_for_byte(name, treatment):
+@pytest.mark.parametrize("options", [KEEP, ImageOptions(check="header")])
+def test_a_plain_file_is_stored_byte_for_byte(name, options):
     data, format, coding = PLAIN[name]
-    assert treat(data, treatment) == Stored(data, format, coding, 64, 48, None, None)
+    assert process_image(data, options) == ProcessedImage(data, format, coding, 64, 48, None, None)
     assert check_stored(data) is None
 
 
 @pytest.mark.parametrize("name", ["grey jpeg", "rotated tiff", "rgba png"])
 def test_check_header_still_converts(name):
-    assert treat(CONVERTED[name][0], Treatment(check="header")) == treat(CONVERTED[name][0], KEEP)
+    assert process_image(CONVERTED[name][0], ImageOptions(check="header")) == process_image(CONVERTED[name][0], KEEP)
 
 
 def test_check_header_believes_the_data():
     data = bytearray(PLAIN["png"][0])
     data[len(data) // 2] ^= 0xFF
     with silent_decoders():
-        assert treat(bytes(data), Treatment(check="header")).converted is None
-        assert treat(bytes(data), KEEP).reason == "undecodable"
+        assert process_image(bytes(data), ImageOptions(check="header")).converted is None
+        assert process_image(bytes(data), KEEP).reason == "undecodable"
         cut = bytes(PLAIN["jpeg"][0][:-2])
-        assert treat(cut, Treatment(check="header")).reason == "undecodable"
+        assert process_image(cut, ImageOptions(check="header")).reason == "undecodable"
 
 
 @pytest.mark.parametrize("number", range(1, 9))
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP"])
 def test_every_orientation(format, number):
     data = saved(smooth("RGB"), format, exif=oriented(number))
-    stored = treat(data, KEEP)
+    stored = process_image(data, KEEP)
     assert np.array_equal(by_pillow(stored.data), by_pillow(data))
     assert ("rotated by EXIF" in (stored.converted or "")) == (number != 1)
 
@@ -259,7 +259,7 @@ def test_what_dali_decodes_is_what_was_stored(encode):
     kinds = {**CONVERTED, **DEEPER, **PLAIN} if encode == "keep" else {name: PLAIN[name] for name in ("jpeg", "png", "jpeg 2000")}
     with silent_decoders():
         for name, (data, *_) in kinds.items():
-            stored = treat(data, Treatment(encode=encode))
+            stored = process_image(data, ImageOptions(encode=encode))
             assert np.array_equal(by_dali(stored.data), by_pillow(stored.data)), name
             assert by_dali(stored.data).shape == (stored.height, stored.width, 3)
 
@@ -270,8 +270,8 @@ def test_whatever_passes_dali_decodes_to_the_same_size():
     sources = [PLAIN[name][0] for name in ("jpeg", "png", "jpeg 2000")]
     with silent_decoders():
         for i in range(75):
-            stored = treat(damage(sources[i % 3], rng), KEEP)
-            if isinstance(stored, Stored):
+            stored = process_image(damage(sources[i % 3], rng), KEEP)
+            if isinstance(stored, ProcessedImage):
                 assert by_dali(stored.data).shape == (stored.height, stored.width, 3)
                 passed += 1
             else:
@@ -301,7 +301,7 @@ PATCH_PNG = saved(Image.fromarray(PATCH), "PNG")
 
 def test_png_and_jpeg_2000_are_lossless():
     for encode, format in (("png", "png"), ("jpeg2000", "jpeg2000")):
-        stored = treat(saved(Image.fromarray(PATCH), "TIFF"), Treatment(encode=encode))
+        stored = process_image(saved(Image.fromarray(PATCH), "TIFF"), ImageOptions(encode=encode))
         assert stored[1:] == (format, None, 96, 96, f"TIFF, to {encode}", None)
         assert np.array_equal(by_dali(stored.data), PATCH)
 
@@ -309,13 +309,13 @@ def test_png_and_jpeg_2000_are_lossless():
 @pytest.mark.parametrize("side", [1, 2, 3, 5, 31, 33, 64])
 def test_jpeg_2000_of_any_size(side):
     pixels = np.random.default_rng(side).integers(0, 256, (side, 2 * side + 1, 3), np.uint8)
-    stored = treat(saved(Image.fromarray(pixels), "PNG"), Treatment(encode="jpeg2000"))
+    stored = process_image(saved(Image.fromarray(pixels), "PNG"), ImageOptions(encode="jpeg2000"))
     with silent_decoders():
         assert np.array_equal(by_dali(stored.data), pixels)
 
 
 def test_jpeg_has_full_chroma_and_says_what_it_lost():
-    worse, better = (treat(PATCH_PNG, Treatment(encode=f"jpeg:{quality}")) for quality in (50, 95))
+    worse, better = (process_image(PATCH_PNG, ImageOptions(encode=f"jpeg:{quality}")) for quality in (50, 95))
     assert better[1:6] == ("jpeg", "baseline 4:4:4", 96, 96, "to jpeg:95")
     error = by_dali(better.data).astype(float) - PATCH
     assert better.psnr == pytest.approx(10 * np.log10(255**2 / np.mean(error**2)), rel=1e-6)
@@ -324,7 +324,7 @@ def test_jpeg_has_full_chroma_and_says_what_it_lost():
 
 
 def test_jpeg_of_one_colour_loses_nothing():
-    stored = treat(saved(Image.new("RGB", (16, 16), (128, 128, 128)), "PNG"), Treatment(encode="jpeg:95"))
+    stored = process_image(saved(Image.new("RGB", (16, 16), (128, 128, 128)), "PNG"), ImageOptions(encode="jpeg:95"))
     assert stored.psnr == float("inf")
 
 
@@ -335,7 +335,7 @@ def test_jpeg_of_one_colour_loses_nothing():
 def test_what_is_encoded_already_is_not_encoded_again(encode, kept):
     for name in ("jpeg", "progressive jpeg", "png", "jpeg 2000"):
         data, format, _ = PLAIN[name]
-        stored = treat(data, Treatment(encode=encode))
+        stored = process_image(data, ImageOptions(encode=encode))
         assert (stored.data == data) == (stored.converted is None) == (format in kept.split())
 
 
@@ -343,9 +343,9 @@ def test_encoding_carries_nothing_over_and_is_the_same_again():
     """A profile or EXIF data would be in the bytes, and DALI would not heed the one and apply the other."""
     data = saved(Image.fromarray(PATCH), "TIFF", icc_profile=b"profile" * 50, exif=oriented(1), dpi=(300, 300))
     for encode in ("keep", "png", "jpeg:90", "jpeg2000"):
-        stored = treat(data, Treatment(encode=encode))
-        assert stored == treat(data, Treatment(encode=encode))
-        assert stored.data == treat(saved(Image.fromarray(PATCH), "BMP"), Treatment(encode=encode)).data
+        stored = process_image(data, ImageOptions(encode=encode))
+        assert stored == process_image(data, ImageOptions(encode=encode))
+        assert stored.data == process_image(saved(Image.fromarray(PATCH), "BMP"), ImageOptions(encode=encode)).data
         assert b"profile" not in stored.data
 
 
@@ -356,7 +356,7 @@ def test_encoding_carries_nothing_over_and_is_the_same_again():
     ("size", "resize", "expected"), [((64, 48), 24, (32, 24)), ((48, 64), 24, (24, 32)), ((65, 49), 10, (13, 10))]
 )
 def test_the_shorter_side_is_resized(size, resize, expected):
-    stored = treat(saved(smooth("RGB", size=size), "PNG"), Treatment(encode="png", resize=resize))
+    stored = process_image(saved(smooth("RGB", size=size), "PNG"), ImageOptions(encode="png", resize=resize))
     assert (stored.width, stored.height) == expected
     assert stored.converted == "resized, to png"
 
@@ -365,7 +365,7 @@ def test_resizing_averages():
     """Every second pixel black and white becomes grey, not a pattern."""
     board = np.indices((64, 64)).sum(0) % 2 * 255
     pixels = np.repeat(board[..., None], 3, 2).astype(np.uint8)
-    stored = treat(saved(Image.fromarray(pixels), "PNG"), Treatment(encode="png", resize=16))
+    stored = process_image(saved(Image.fromarray(pixels), "PNG"), ImageOptions(encode="png", resize=16))
     inner = by_pillow(stored.data)[4:-4, 4:-4]
     assert np.abs(inner.astype(int) - 127).max() < 10
 
@@ -373,23 +373,23 @@ def test_resizing_averages():
 def test_nothing_is_enlarged():
     data = PLAIN["jpeg"][0]
     for resize in (48, 400):
-        assert treat(data, Treatment(encode="png", resize=resize)).data == data
+        assert process_image(data, ImageOptions(encode="png", resize=resize)).data == data
 
 
 def test_a_jpeg_that_is_resized_is_encoded():
-    stored = treat(PLAIN["jpeg"][0], Treatment(encode="jpeg2000", resize=24))
+    stored = process_image(PLAIN["jpeg"][0], ImageOptions(encode="jpeg2000", resize=24))
     assert (stored.format, stored.converted) == ("jpeg2000", "resized, to jpeg2000")
 
 
 def test_min_size_is_the_smaller_side():
-    assert isinstance(treat(PLAIN["jpeg"][0], Treatment(min_size=48)), Stored)
+    assert isinstance(process_image(PLAIN["jpeg"][0], ImageOptions(min_size=48)), ProcessedImage)
     for name in ("jpeg", "png", "jpeg 2000"):
-        refusal = treat(PLAIN[name][0], Treatment(min_size=49))
+        refusal = process_image(PLAIN[name][0], ImageOptions(min_size=49))
         assert refusal.reason == "too small" and "--min-size is 49" in refusal.detail
 
 
 def test_min_size_means_the_source():
-    assert isinstance(treat(PLAIN["png"][0], Treatment(min_size=48, encode="png", resize=10)), Stored)
+    assert isinstance(process_image(PLAIN["png"][0], ImageOptions(min_size=48, encode="png", resize=10)), ProcessedImage)
 
 
 # Tissue
@@ -418,8 +418,8 @@ def test_tissue_is_a_share_of_the_pixels():
     pixels[:3] = (150, 80, 160)
     data = saved(Image.fromarray(pixels), "PNG")
     assert tissue_share(pixels) == pytest.approx(0.3)
-    assert isinstance(treat(data, Treatment(min_tissue=0.3)), Stored)
-    refusal = treat(data, Treatment(min_tissue=0.31))
+    assert isinstance(process_image(data, ImageOptions(min_tissue=0.3)), ProcessedImage)
+    refusal = process_image(data, ImageOptions(min_tissue=0.31))
     assert refusal.reason == "too little tissue"
     assert "30.0 %" in refusal.detail and "0.31" in refusal.detail
 
@@ -427,8 +427,8 @@ def test_tissue_is_a_share_of_the_pixels():
 def test_what_is_transparent_is_no_tissue():
     stained = Image.new("RGBA", (10, 10), (150, 80, 160, 255))
     clear = Image.new("RGBA", (10, 10), (150, 80, 160, 0))
-    assert isinstance(treat(saved(stained, "PNG"), Treatment(min_tissue=0.9)), Stored)
-    assert treat(saved(clear, "PNG"), Treatment(min_tissue=0.1)).reason == "too little tissue"
+    assert isinstance(process_image(saved(stained, "PNG"), ImageOptions(min_tissue=0.9)), ProcessedImage)
+    assert process_image(saved(clear, "PNG"), ImageOptions(min_tissue=0.1)).reason == "too little tissue"
 
 
 def test_drawn_patches_are_tissue():
@@ -459,19 +459,24 @@ def test_drawn_patches_are_tissue():
 )
 def test_what_cannot_be_meant(arguments, words):
     with pytest.raises(ValueError, match="--") as error:
-        Treatment(**arguments)
+        ImageOptions(**arguments)
     assert words in str(error.value)
 
 
 def test_a_treatment_travels_to_a_worker():
-    treatment = Treatment(encode="jpeg:100", min_size=3, min_tissue=1, resize=9)
-    assert pickle.loads(pickle.dumps(treatment)) == treatment
+    options = ImageOptions(encode="jpeg:100", min_size=3, min_tissue=1, resize=9)
+    assert pickle.loads(pickle.dumps(options)) == options
 
 
 # No bytes raise anything
 
 SOURCES = [data for data, *_ in (*CONVERTED.values(), *DEEPER.values(), *PLAIN.values())]
-TREATMENTS = [KEEP, Treatment(check="header"), Treatment(encode="jpeg:80", min_tissue=0.01), Treatment(encode="png", resize=20)]
+TREATMENTS = [
+    KEEP,
+    ImageOptions(check="header"),
+    ImageOptions(encode="jpeg:80", min_tissue=0.01),
+    ImageOptions(encode="png", resize=20),
+]
 EDITS = st.lists(
     st.tuples(
         st.integers(0, 4),  # set a byte, set a length, cut out, double, cut off
@@ -515,9 +520,9 @@ def mend(data):
 
 @settings(max_examples=1500, deadline=None, derandomize=True, database=None)
 @given(st.sampled_from(SOURCES), EDITS, st.sampled_from(TREATMENTS))
-def test_nothing_is_raised_for_any_bytes(source, edits, treatment):
+def test_nothing_is_raised_for_any_bytes(source, edits, options):
     with silent_decoders():
-        stored = treat(edited(source, edits), treatment)
+        stored = process_image(edited(source, edits), options)
         if isinstance(stored, Refusal):
             assert stored.reason in (
                 "empty",
@@ -529,8 +534,8 @@ def test_nothing_is_raised_for_any_bytes(source, edits, treatment):
                 "too little tissue",
             )
         else:
-            assert read_header(stored.data).oddities == ()
-            if treatment.check == "decode":
+            assert read_header(stored.data).deviations == ()
+            if options.check == "decode":
                 assert check_stored(stored.data) is None
 
 
@@ -538,4 +543,4 @@ def test_nothing_is_raised_for_any_bytes(source, edits, treatment):
 @given(st.sampled_from([b"", *(source[:16] for source in SOURCES)]), st.binary(max_size=200))
 def test_nothing_is_raised_for_a_good_beginning(begin, rest):
     with silent_decoders():
-        assert isinstance(treat(begin + rest, KEEP), Refusal | Stored)
+        assert isinstance(process_image(begin + rest, KEEP), Refusal | ProcessedImage)

@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 
 from sharding.sources import archives
 from sharding.sources.archives import FileReader, images_in
-from sharding.sources.file_listing import Skipped, parted
+from sharding.sources.file_listing import SkippedFiles, split_path
 from sharding.sources.folders import images_under
 from tests.helpers import write_tree
 from tests.sharding.sources.archive_files import NAMES, write_tar, write_zip
 
 
-def contents(archive: Path) -> tuple[dict[bytes, bytes | str], Skipped]:
+def contents(archive: Path) -> tuple[dict[bytes, bytes | str], SkippedFiles]:
     """The bytes of each image, in order, or why they cannot be read; and what was skipped."""
-    skipped = Skipped()
+    skipped = SkippedFiles()
     read: dict[bytes, bytes | str] = {}
     with FileReader() as reader:
         for found in images_in(os.fsencode(archive), skipped):
@@ -61,9 +61,9 @@ def test_an_archive_holds_the_images_of_the_folder_that_it_was_made_of(tree, tmp
                 packed.write(path, path.relative_to(tree))
     read, skipped = contents(archive)
     assert read == {name.encode(): data for name, data in IMAGES.items()}
-    of_folder = Skipped()
+    of_folder = SkippedFiles()
     in_folder = [(found.folder, name) for found in images_under(os.fsencode(tree), set(), of_folder) for name in found.names]
-    assert list(map(parted, read)) == in_folder  # in the same order
+    assert list(map(split_path, read)) == in_folder  # in the same order
     assert skipped.notes() == of_folder.notes()
 
 

@@ -8,15 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sharding.sources import folders
-from sharding.sources.file_listing import Skipped
+from sharding.sources.file_listing import SkippedFiles
 from sharding.sources.folders import images_under
 from tests.helpers import write_tree
 from tests.sharding.sources.archive_files import NAMES
 
 
-def walk(root) -> tuple[list[bytes], list[int], Skipped]:
+def walk(root) -> tuple[list[bytes], list[int], SkippedFiles]:
     """Relative paths, sizes and what was skipped."""
-    skipped = Skipped()
+    skipped = SkippedFiles()
     found = list(images_under(os.fsencode(root), set(), skipped))
     paths = [batch.folder + b"/" + name if batch.folder else name for batch in found for name in batch.names]
     return paths, [size for batch in found for size in batch.sizes], skipped
@@ -34,7 +34,7 @@ def test_images_come_in_the_order_of_their_whole_paths_with_their_sizes(tmp_path
 def test_a_large_folder_comes_in_batches(tmp_path, monkeypatch):
     monkeypatch.setattr(folders, "BATCH", 3)
     write_tree(tmp_path, {f"{i}.jpg": b"" for i in range(8)} | {"5/a.jpg": b""})
-    found = list(images_under(os.fsencode(tmp_path), set(), Skipped()))
+    found = list(images_under(os.fsencode(tmp_path), set(), SkippedFiles()))
     assert [len(batch.names) for batch in found] == [3, 3, 1, 2]  # 5.jpg sorts before 5/
     assert walk(tmp_path)[0] == [b"0.jpg", b"1.jpg", b"2.jpg", b"3.jpg", b"4.jpg", b"5.jpg", b"5/a.jpg", b"6.jpg", b"7.jpg"]
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharding.sources.label_table import Searched, look_up, read_labels
+from sharding.sources.label_table import SourcePaths, match_table, read_label_table
 from sharding.sources.scan import Scan, scan_sources, source_names
 from tests.helpers import write_tree
 from tests.sharding.sources.archive_files import write_tar, write_zip
@@ -19,7 +19,7 @@ from tests.sharding.sources.archive_files import write_tar, write_zip
 
 def cells(path) -> list[dict]:
     """The rows of a table as the scan will see them."""
-    labels = read_labels(str(path))
+    labels = read_label_table(str(path))
     columns = {"path": labels.paths, **labels.fields}
     return [
         dict(zip(columns, row, strict=True)) for row in zip(*(column.to_pylist() for column in columns.values()), strict=True)
@@ -67,7 +67,7 @@ def test_a_cell_with_a_line_break_in_a_long_table(tmp_path):
     """A long table is read in parts."""
     lines = [f'"folder\n{i}/{"x" * 60}.jpg",a\n' for i in range(40_000)]
     (tmp_path / "labels.csv").write_text("path,class\n" + "".join(lines), encoding="utf-8")
-    labels = read_labels(str(tmp_path / "labels.csv"))
+    labels = read_label_table(str(tmp_path / "labels.csv"))
     assert len(labels.paths) == 40_000
     assert pc.all(pc.starts_with(labels.paths, "folder\n")).as_py()
 
@@ -104,7 +104,7 @@ def test_parquet_becomes_text(tmp_path):
 def test_what_is_not_taken_is_said(tmp_path):
     text = ",path,class,sha256,name,container,Unnamed: 0,__index_level_0__\n0,a.jpg,x,1,n,c,0,0\n1,,y,2,m,c,1,1\n"
     (tmp_path / "labels.csv").write_text(text, encoding="utf-8")
-    labels = read_labels(str(tmp_path / "labels.csv"))
+    labels = read_label_table(str(tmp_path / "labels.csv"))
     assert list(labels.fields) == ["class"]
     assert labels.paths.to_pylist() == ["a.jpg"]
     notes = "\n".join(labels.notes)
@@ -135,7 +135,7 @@ def test_what_is_not_taken_is_said(tmp_path):
 def test_a_table_that_cannot_be_used_is_one_sentence(tmp_path, data, words):
     (tmp_path / "labels.csv").write_bytes(data)
     with pytest.raises(ValueError, match="--table") as caught:
-        read_labels(str(tmp_path / "labels.csv"))
+        read_label_table(str(tmp_path / "labels.csv"))
     assert words in str(caught.value)
     assert type(caught.value) is ValueError
 
@@ -143,10 +143,10 @@ def test_a_table_that_cannot_be_used_is_one_sentence(tmp_path, data, words):
 def test_a_table_that_is_not_there(tmp_path):
     for path, words in ((tmp_path / "nowhere.csv", "no such file"), (tmp_path, "is a folder")):
         with pytest.raises(ValueError, match=words):
-            read_labels(str(path))
+            read_label_table(str(path))
     pq.write_table(pa.table({"path": ["a"], "list": [[1]]}), tmp_path / "x.parquet")
     with pytest.raises(ValueError, match=r"'list' is list.*write it as text"):
-        read_labels(str(tmp_path / "x.parquet"))
+        read_label_table(str(tmp_path / "x.parquet"))
 
 
 CELLS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=6)
@@ -299,16 +299,16 @@ def test_every_image_and_every_row_is_accounted_for(tmp_path_factory, images, na
     """Against a plain dict per source."""
     path = tmp_path_factory.getbasetemp() / "rows.csv"
     path.write_text("path,class\n" + "".join(f"{root}{name},{name}\n" for root, name in named), encoding="utf-8")
-    searched = [Searched(f"/s{i}", pa.chunked_array([sorted(names)])) for i, names in enumerate(images)]
+    searched = [SourcePaths(f"/s{i}", pa.chunked_array([sorted(names)])) for i, names in enumerate(images)]
     expected = [{name for root, name in named if root in ("", f"/s{i}/")} & names for i, names in enumerate(images)]
     ambiguous = len(images) == 2 and any(not root and name in images[0] & images[1] for root, name in named)
-    labels = read_labels(str(path))
+    labels = read_label_table(str(path))
     if ambiguous or not any(expected):
         with pytest.raises(ValueError, match=r"write absolute paths|no row for any"):
-            look_up(labels, searched)
+            match_table(labels, searched)
         return
-    looked = look_up(labels, searched)
-    for source, found, names in zip(searched, looked.rows, expected, strict=True):
+    matched = match_table(labels, searched)
+    for source, found, names in zip(searched, matched.rows, expected, strict=True):
         for name, row in zip(source.relative.to_pylist(), found.to_pylist(), strict=True):
             assert (row is not None) == (name in names)
             assert row is None or named[row][1] == name
@@ -318,4 +318,4 @@ def test_every_image_and_every_row_is_accounted_for(tmp_path_factory, images, na
         for root, name in named
         if not any((place, name) in served for place in ([root] if root else ["/s0/", "/s1/"][: len(images)]))
     }
-    assert len(looked.missing) == len({(root or "/s0/", name) for root, name in lost})
+    assert len(matched.missing) == len({(root or "/s0/", name) for root, name in lost})

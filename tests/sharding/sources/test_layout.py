@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sharding.manifest import COLUMNS
-from sharding.sources.image_table import PLACE
+from sharding.sources.image_table import LOCATION
 from sharding.sources.layout import RESERVED, parse_layout
 
 
@@ -75,7 +75,7 @@ def test_a_bad_layout_is_refused_with_a_reason(layout, words):
 
 def test_all_columns_are_reserved_but_those_that_fields_fill():
     assert set(COLUMNS) - RESERVED == {"class", "group", "split"}
-    assert set(PLACE) <= RESERVED  # or a field would take the place of where the file lies
+    assert set(LOCATION) <= RESERVED  # or a field would take the place of where the file lies
 
 
 NAMES = st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=12)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sharding.manifest import WORDS
 from sharding.sources import image_table
 from sharding.sources.archives import FileReader
-from sharding.sources.image_table import PLACE
+from sharding.sources.image_table import LOCATION
 from sharding.sources.scan import scan_sources, source_names
 from tests.helpers import BREAST_LAYOUT, write_tree
 from tests.sharding.sources.archive_files import NAMES, write_tar
@@ -30,7 +30,7 @@ def test_files_are_sorted_and_carry_fields(breast):
     assert list(map(str.encode, paths)) == sorted(map(str.encode, paths))
     assert scan.notes == []
     assert scan.fields == ("class", "slide", "magnification")
-    assert scan.files.column_names == [*PLACE, *scan.fields]
+    assert scan.files.column_names == [*LOCATION, *scan.fields]
     path = breast / "종양 (tumour)/S 종1/x40/patch x40 (2).jpg"
     row = scan.files.slice(paths.index("종양 (tumour)/S 종1/x40/patch x40 (2).jpg"), 1).to_pylist()[0]
     assert row == {
@@ -51,7 +51,9 @@ def test_every_column_has_its_type_however_many_files(breast, tmp_path, monkeypa
     source = breast if kind == "folder" else Path(shutil.make_archive(str(tmp_path / "x"), kind, breast))
     scan = scan_sources([source], layout=BREAST_LAYOUT)
     assert len(scan.files) == 55
-    assert dict(zip(scan.files.column_names, scan.files.schema.types, strict=True)) == PLACE | dict.fromkeys(scan.fields, WORDS)
+    assert dict(zip(scan.files.column_names, scan.files.schema.types, strict=True)) == LOCATION | dict.fromkeys(
+        scan.fields, WORDS
+    )
     container = None if kind == "folder" else os.fsencode(source)
     assert set(scan.files["container"].to_pylist()) == {container}
     classes = [name.split("/")[-4] for name in source_names(scan.files)]
@@ -179,6 +181,6 @@ def test_files_of_any_name_are_found_and_read(paths):
                 contents.add(b"%d" % number)
         files = scan_sources([root], labelled=False).files
         with FileReader() as reader:
-            rows = zip(*(files[column].to_pylist() for column in PLACE), strict=True)
+            rows = zip(*(files[column].to_pylist() for column in LOCATION), strict=True)
             assert {reader.read(*row) for row in rows} == contents
         "".join(source_names(files)).encode()

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharding.sources.file_listing import Skipped
+from sharding.sources.file_listing import SkippedFiles
 from sharding.sources.zips import is_zip, read_zip_member, zip_members
 from tests.sharding.sources.archive_files import write_zip
 
 
-def members(path) -> tuple[dict[bytes, bytes | str], Skipped]:
+def members(path) -> tuple[dict[bytes, bytes | str], SkippedFiles]:
     """The bytes of each member, or why they cannot be read."""
-    skipped = Skipped()
+    skipped = SkippedFiles()
     file = os.open(path, os.O_RDONLY)
     contents: dict[bytes, bytes | str] = {}
     try:
@@ -122,10 +122,10 @@ def test_what_cannot_be_read_is_said_of_the_member(tmp_path):
     assert members(tmp_path / "x.zip")[0] == {
         b"good.jpg": b"good",
         b"locked.jpg": "encrypted",
-        b"packed.jpg": "compressed in a way that is not supported (method 12)",
-        b"flipped.jpg": "damaged zip: its data do not fit their checksum",
-        b"gone.jpg": "damaged zip: no file where its directory says",
-        b"deflated.jpg": "damaged zip: its data cannot be inflated",
+        b"packed.jpg": "compressed by an unsupported method (12)",
+        b"flipped.jpg": "damaged zip: its data do not match their checksum",
+        b"gone.jpg": "damaged zip: no member where its directory says",
+        b"deflated.jpg": "damaged zip: its data cannot be decompressed",
     }
 
 

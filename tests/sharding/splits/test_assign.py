@@ -143,9 +143,9 @@ def test_copies_lie_in_one_split_whatever_the_order_of_the_patches(patches, shar
 
 
 def test_copies_stay_together_where_keys_are_equal_by_chance():
-    bunches = np.arange(100) % 10
-    splits = split_patches(np.zeros(100, int), np.zeros(100, np.uint64), SHARES, seed=1, bunches=bunches)
-    assert all(len(found) == 1 for found in sides(bunches, splits).values())
+    clusters = np.arange(100) % 10
+    splits = split_patches(np.zeros(100, int), np.zeros(100, np.uint64), SHARES, seed=1, clusters=clusters)
+    assert all(len(found) == 1 for found in sides(clusters, splits).values())
     assert np.bincount(splits).tolist() == [80, 20]
 
 
@@ -181,21 +181,21 @@ def test_only_copies_that_a_cut_would_part_move(names, shares):
     ],
 )
 def test_a_cut_moves_to_the_nearer_end_of_the_copies(copies, cut, moved):
-    bunches = np.full(10, -1)
-    bunches[slice(*copies)] = 0
-    parts = cut_classes(np.zeros(10, int), np.arange(10), bunches, lambda label, count: [0, cut, count], parts=2)
+    clusters = np.full(10, -1)
+    clusters[slice(*copies)] = 0
+    parts = cut_classes(np.zeros(10, int), np.arange(10), clusters, lambda label, count: [0, cut, count], parts=2)
     assert parts.tolist() == [0] * moved + [1] * (10 - moved)
 
 
 def test_copies_in_several_classes_go_to_where_most_of_them_are():
     # Class 0 is cut after its first patch, class 1 after its first two: the copies lie on both sides.
-    for labels, bunches, expected in (
+    for labels, clusters, expected in (
         ([0, 0, 1, 1, 1], [-1, 0, 0, -1, -1], [0, 0, 0, 0, 1]),  # one against one: the earlier part
         ([0, 0, 0, 1, 1, 1], [-1, 0, 0, 0, -1, -1], [0, 1, 1, 1, 0, 1]),
         ([0, 0, 1, 1, 1], [-1, 0, 0, 0, -1], [0, 0, 0, 0, 1]),
     ):
         count = len(labels)
-        parts = cut_classes(np.array(labels), np.arange(count), np.array(bunches), lambda label, n: [0, 1 + label, n], parts=2)
+        parts = cut_classes(np.array(labels), np.arange(count), np.array(clusters), lambda label, n: [0, 1 + label, n], parts=2)
         assert parts.tolist() == expected
 
 
@@ -206,14 +206,14 @@ def test_copies_in_several_classes_go_to_where_most_of_them_are():
     shares=st.sampled_from([SHARES, THREE]),
 )
 def test_what_is_new_makes_up_for_what_is_held(old, new, shares):
-    held = np.array([min(split, len(shares) - 1) for _, split in old] + [-1] * len(new))
+    assigned = np.array([min(split, len(shares) - 1) for _, split in old] + [-1] * len(new))
     labels = np.array([label for label, _ in old] + new)
-    splits, _ = assign(labels, range(len(labels)), shares, held=held)
-    np.testing.assert_array_equal(splits[: len(old)], held[: len(old)])
+    splits, _ = assign(labels, range(len(labels)), shares, assigned=assigned)
+    np.testing.assert_array_equal(splits[: len(old)], assigned[: len(old)])
     for label in np.unique(new):
         mine = labels == label
         asked = np.diff(cut_points(int(mine.sum()), list(shares.values())))
-        before = np.bincount(held[mine & (held >= 0)], minlength=len(shares))
+        before = np.bincount(assigned[mine & (assigned >= 0)], minlength=len(shares))
         reached = np.bincount(splits[mine], minlength=len(shares))
         # Nothing better: no split that got new patches has more than one patch above what another one is short of.
         excess = reached - asked
@@ -225,33 +225,33 @@ def test_what_is_new_makes_up_for_what_is_held(old, new, shares):
 
 def test_new_copies_follow_the_held_ones_and_no_split_with_share_0_grows():
     names = [f"patch {i % 500}" for i in range(1000)]
-    held = np.array([i % 2 for i in range(500)] + [-1] * 500)
-    splits, notes = assign([0] * 1000, names, held=held)
-    np.testing.assert_array_equal(splits[500:], held[:500])
+    assigned = np.array([i % 2 for i in range(500)] + [-1] * 500)
+    splits, notes = assign([0] * 1000, names, assigned=assigned)
+    np.testing.assert_array_equal(splits[500:], assigned[:500])
     assert "500 patches are exact copies of another one" in notes
-    assert not any("lie as exact copies" in note for note in notes)
+    assert not any(note.endswith("in several splits as exact copies") for note in notes)
     # Where the set itself holds copies apart, most of them decide, and it is said.
-    splits, notes = assign([0] * 4, ["a", "a", "a", "a"], held=np.array([0, 1, 1, -1]))
+    splits, notes = assign([0] * 4, ["a", "a", "a", "a"], assigned=np.array([0, 1, 1, -1]))
     assert splits.tolist() == [0, 1, 1, 1]
-    assert "1 image lies as exact copies in several splits, since what the set held before keeps its split" in notes
-    held[0] = 2
-    splits, _ = assign([0] * 1000, range(1000), {**SHARES, "kept": 0.0}, held=held)
+    assert "1 image is in several splits as exact copies, since patches of the old set keep their split" in notes
+    assigned[0] = 2
+    splits, _ = assign([0] * 1000, range(1000), {**SHARES, "kept": 0.0}, assigned=assigned)
     assert np.bincount(splits).tolist() == [749, 250, 1]  # all new ones to train, since test holds too many
     groups = list(map(str, range(1000)))  # class 1 has no group in it, and gets none
-    splits, _ = assign([0, 1] * 500, range(1000), {**SHARES, "kept": 0.0}, held=held, by="group", groups=groups)
+    splits, _ = assign([0, 1] * 500, range(1000), {**SHARES, "kept": 0.0}, assigned=assigned, by="group", groups=groups)
     assert (splits == 2).sum() == 1
 
 
 def test_one_split_takes_all_and_needs_no_groups():
     splits, notes = assign([0, 1], ["a", "a"], {"train": 1.0}, by="group")
     assert splits.tolist() == [0, 0]
-    assert notes == ["1 patch is an exact copy of another one", "1 image lies as exact copies in several classes"]
+    assert notes == ["1 patch is an exact copy of another one", "1 image is in several classes as exact copies"]
 
 
 def test_patches_without_a_group_cannot_be_split_by_it():
-    with pytest.raises(ValueError, match="2 patches have no slide: correct the layout, or say --split-by patch"):
+    with pytest.raises(ValueError, match="2 patches have no slide: correct the layout, or give --split-by patch"):
         assign([0] * 4, range(4), groups=["s", None, "t", None], by="group")
-    splits, _ = assign([0] * 4, range(4), groups=["s", None, "t", None], by="group", held=np.array([-1, 1, -1, 1]))
+    splits, _ = assign([0] * 4, range(4), groups=["s", None, "t", None], by="group", assigned=np.array([-1, 1, -1, 1]))
     assert splits.tolist() == [0, 1, 0, 1]
 
 
@@ -261,16 +261,16 @@ def test_patches_without_a_group_cannot_be_split_by_it():
 def test_what_is_said_of_copies():
     names = [i // 3 for i in range(2001)]  # 0.8 of them is 1,601, which is between two of three copies
     copies = "1,334 patches are exact copies of another one"
-    brought = "1 image would have lain as exact copies in several splits: each was put in one"
+    brought = "1 image would have been in several splits as exact copies: each was put in one"
     assert assign([0] * 2001, names)[1] == [copies, brought]
-    apart = "1 image lies as exact copies in several splits"
+    apart = "1 image is in several splits as exact copies"
     assert assign([0] * 2001, names, duplicates="apart")[1] == [copies, apart]
     assert assign([0] * 100, range(100))[1] == []
 
 
 def test_what_is_said_of_copies_in_several_classes():
     names = [i // 2 for i in range(200)]
-    assert assign([0, 1] * 100, names)[1][-1] == "100 images lie as exact copies in several classes"
+    assert assign([0, 1] * 100, names)[1][-1] == "100 images are in several classes as exact copies"
     assert assign([0, -1] * 100, names)[1] == ["100 patches are exact copies of another one"]  # no label contradicts none
 
 
@@ -284,9 +284,9 @@ def test_what_is_said_of_groups():
     ]
     splits, notes = assign([0] * 2000, range(2000), groups=groups)
     assert notes[1:] == ["400 of 400 test patches share a group with train patches"]
-    held = np.array([0, 1, *[-1] * 1998])  # one slide, two spellings
-    notes = assign([0] * 2000, range(2000), groups=groups, by="group", held=held)[1]
-    assert notes[1].startswith("every slide but 1 that the set held in several is whole in one split: train / test got ")
+    assigned = np.array([0, 1, *[-1] * 1998])  # one slide, two spellings
+    notes = assign([0] * 2000, range(2000), groups=groups, by="group", assigned=assigned)[1]
+    assert notes[1].startswith("every slide but 1 that the old set has in several is whole in one split: train / test got ")
 
 
 def test_classes_that_are_far_from_their_shares_are_named():
@@ -296,4 +296,4 @@ def test_classes_that_are_far_from_their_shares_are_named():
     assert notes[1:] == ["more than 5 percentage points off the asked train / test: Rare (60.0% / 40.0% of 100)"]
     # A patch cannot be cut: 2 and 1 of 3 is as near as can be, and nothing was asked where all have a place.
     assert assign([0] * 3, range(3))[1] == []
-    assert assign([0] * 50, range(50), held=np.zeros(50, int))[1] == []
+    assert assign([0] * 50, range(50), assigned=np.zeros(50, int))[1] == []

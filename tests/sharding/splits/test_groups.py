@@ -1,4 +1,4 @@
-"""Whole groups: balanced as well as they allow, tied together by copies, and added to what is held."""
+"""Whole groups: balanced as well as they allow, tied together by copies, and added to what is assigned."""
 
 import hashlib
 
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharding.splits.groups import Groups, fold_case, split_groups, split_whole_groups, unite
+from sharding.splits.groups import Groups, fold_case, merge_linked, split_groups, split_whole_groups
 
 SHARES = {"train": 0.8, "test": 0.2}
 
@@ -71,12 +71,12 @@ def test_groups_make_up_for_what_is_held():
     groups = np.repeat(np.arange(100), 20)
     labels = np.arange(2000) % 2
     names = [f"s{i:03d}" for i in range(100)]
-    held = np.where(groups < 20, 1, -1)  # all that should go to test is there already
-    splits = split_groups(labels, groups, names, SHARES, seed=1, held=held)
+    assigned = np.where(groups < 20, 1, -1)  # all that should go to test is there already
+    splits = split_groups(labels, groups, names, SHARES, seed=1, assigned=assigned)
     np.testing.assert_array_equal(splits, np.where(groups < 20, 1, 0))
-    held[groups < 10] = 0
-    splits = split_groups(labels, groups, names, SHARES, seed=1, held=held)
-    np.testing.assert_array_equal(splits[groups < 20], held[groups < 20])
+    assigned[groups < 10] = 0
+    splits = split_groups(labels, groups, names, SHARES, seed=1, assigned=assigned)
+    np.testing.assert_array_equal(splits[groups < 20], assigned[groups < 20])
     assert np.bincount(splits).tolist() == [1600, 400]
 
 
@@ -96,22 +96,22 @@ COPIES = st.lists(st.tuples(st.integers(-1, 7), st.integers(-1, 7)), max_size=30
 @settings(deadline=None, max_examples=100)
 @given(patches=COPIES)
 def test_unite_finds_what_hangs_together(patches):
-    codes, bunches = (np.array([patch[i] for patch in patches], np.int64) for i in (0, 1))
-    united = unite(codes, 8, bunches)
+    codes, clusters = (np.array([patch[i] for patch in patches], np.int64) for i in (0, 1))
+    united = merge_linked(codes, 8, clusters)
     slow = [{group} for group in range(8)]  # merged until nothing changes
-    for bunch in range(8):
-        tied = {group for group, b in patches if b == bunch and group >= 0}
+    for cluster in range(8):
+        tied = {group for group, b in patches if b == cluster and group >= 0}
         joined = [part for part in slow if part & tied]
         slow = [part for part in slow if not part & tied] + ([set().union(*joined)] if joined else [])
     assert united.tolist() == [min(next(part for part in slow if group in part)) for group in range(8)]
 
 
-def whole(labels, groups, bunches, shares=SHARES, *, held=None, seed=1):
+def whole(labels, groups, clusters, shares=SHARES, *, assigned=None, seed=1):
     """split_whole_groups with groups that are named by their codes."""
     names = [f"s{i:03d}" for i in range(max(groups) + 1)]
     known = Groups(np.array(groups), names, [name.upper() for name in names])
-    held = None if held is None else np.array(held)
-    return split_whole_groups(np.array(labels), known, np.array(bunches), shares, seed=seed, field="slide", held=held)
+    assigned = None if assigned is None else np.array(assigned)
+    return split_whole_groups(np.array(labels), known, np.array(clusters), shares, seed=seed, field="slide", assigned=assigned)
 
 
 @settings(deadline=None, max_examples=60)
@@ -119,20 +119,20 @@ def whole(labels, groups, bunches, shares=SHARES, *, held=None, seed=1):
 def test_groups_that_share_copies_stay_together(data):
     count = data.draw(st.integers(4, 12))
     groups = [group for group in range(count) for _ in range(data.draw(st.integers(2, 20)))]
-    bunches = [data.draw(st.sampled_from([-1] * 20 + [0, 1, 2])) for _ in groups]
+    clusters = [data.draw(st.sampled_from([-1] * 20 + [0, 1, 2])) for _ in groups]
     labels = [group % 2 for group in groups]
     try:
-        splits = whole(labels, groups, bunches)
+        splits = whole(labels, groups, clusters)
     except ValueError as error:
-        assert "hang together" in str(error)  # noqa: PT017
+        assert "linked by exact copies" in str(error)  # noqa: PT017
         return
-    for codes in (groups, bunches):
+    for codes in (groups, clusters):
         found = {}
         for code, split in zip(codes, splits.tolist(), strict=True):
             found.setdefault(code, set()).add(split)
         found.pop(-1, None)
         assert all(len(one) == 1 for one in found.values())
-    if max(bunches) < 0:
+    if max(clusters) < 0:
         names = [f"s{i:03d}" for i in range(count)]
         np.testing.assert_array_equal(splits, split_groups(np.array(labels), np.array(groups), names, SHARES, seed=1))
 
@@ -149,7 +149,7 @@ def test_a_blank_patch_on_many_slides_is_refused_with_the_way_out():
         assert "--min-tissue" in str(caught.value) and "--duplicates apart" in str(caught.value)
     # Two slides of a rare class that share an image: test would have none of it.
     rare = [2] * 40 + [0] * 960
-    with pytest.raises(ValueError, match=r"^2 of 50 slides hang together"):
+    with pytest.raises(ValueError, match=r"^2 of 50 slides are linked"):
         whole(rare, groups, [0 if i in (3, 33) else -1 for i in range(1000)])
     # What is as far off without the copies is not their fault: 0.7 and 0.3 instead of halves.
     sizes, halves = np.repeat([0, 1, 2], [70, 29, 1]), {"train": 0.5, "test": 0.5}
@@ -160,16 +160,16 @@ def test_a_blank_patch_on_many_slides_is_refused_with_the_way_out():
 def test_new_groups_go_where_what_they_share_is_held():
     # Held: groups 0 in train and 1 in test. New patches of group 0; group 2 copies 1; 3 hangs on 2; 4 has most in train.
     groups = [0, 0, 1, 1, 1, 0, 2, 2, 3, 4, 4, 4, *range(5, 105)]
-    bunches = [0, 1, 2, 2, 3, 2, 2, 4, 4, 0, 1, 3] + [-1] * 100
-    held = [0, 0, 1, 1, 1] + [-1] * 107
-    splits = whole([0] * 112, groups, bunches, held=held)
+    clusters = [0, 1, 2, 2, 3, 2, 2, 4, 4, 0, 1, 3] + [-1] * 100
+    assigned = [0, 0, 1, 1, 1] + [-1] * 107
+    splits = whole([0] * 112, groups, clusters, assigned=assigned)
     assert splits[:12].tolist() == [0, 0, 1, 1, 1, 0, 1, 1, 1, 0, 0, 0]
     assert abs((splits == 1).mean() - 0.2) < 0.01
 
 
 def test_where_all_is_held_nothing_is_asked_of_groups():
-    held = np.array([0, 1, 1])
+    assigned = np.array([0, 1, 1])
     none = Groups(np.full(3, -1), [], [])
     np.testing.assert_array_equal(
-        split_whole_groups(np.zeros(3), none, np.zeros(3, int), SHARES, seed=1, field="slide", held=held), held
+        split_whole_groups(np.zeros(3), none, np.zeros(3, int), SHARES, seed=1, field="slide", assigned=assigned), assigned
     )
