@@ -141,7 +141,7 @@ class Tissue:
     def finish(self):
         """(h, e): everything put together."""
         rng, size = self.rng, self.size
-        # Stroma: wavy fibres, some of them split_path by clefts.
+        # Stroma: wavy fibres, some of them separated by clefts.
         along = self.x_SS * np.sin(self.angle) - self.y_SS * np.cos(self.angle)
         bend = noise(rng, size, size / 30) * 7
         streak = noise(rng, size, size / 6)

@@ -14,7 +14,7 @@ import webdataset
 
 from sharding.manifest import COLUMNS, class_names, fingerprint, read_dataset, read_manifest
 from sharding.packing import build_shards
-from sharding.shard_format import member, sample_key, shard_bounds
+from sharding.shard_format import sample_key, shard_bounds, tar_member
 from tests.helpers import BREAST_LAYOUT, breast_files, encoded, folder_bytes, write_tree
 
 SETTINGS = dict(layout=BREAST_LAYOUT, split="train=0.8,test=0.2", shard_patches=20)
@@ -414,7 +414,7 @@ def test_members_are_those_of_tarfile(name, size):
     data = bytes(range(256)) * 3
     info = tarfile.TarInfo(name)
     info.size = size
-    assert b"".join(member(name, data[:size])) == info.tobuf(tarfile.USTAR_FORMAT) + data[:size] + bytes(-size % 512)
+    assert b"".join(tar_member(name, data[:size])) == info.tobuf(tarfile.USTAR_FORMAT) + data[:size] + bytes(-size % 512)
 
 
 def test_shards_are_even_and_not_tiny():

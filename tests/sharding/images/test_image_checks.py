@@ -78,7 +78,7 @@ ZOO = {
     "empty": (b"", "empty"),
     "one byte": (b"\xff", "not an image"),
     "text": (b"not an image at all\n" * 20, "not an image"),
-    "html": (b"<!DOCTYPE html><p>404 Not ImageBatch", "not an image"),
+    "html": (b"<!DOCTYPE html><p>404 Not Found", "not an image"),
     "zeros": (bytes(3000), "not an image"),
     "sound": (b"RIFF\x24\0\0\0WAVEfmt ", "not an image"),
     "film": (b"\0\0\0\x18ftypmp42" + bytes(20), "not an image"),

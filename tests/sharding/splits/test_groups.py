@@ -1,4 +1,4 @@
-"""Whole groups: balanced as well as they allow, tied together by copies, and added to what is assigned."""
+"""Whole groups: balanced as well as they allow, linked by copies, and added to the patches that are assigned already."""
 
 import hashlib
 
