@@ -40,7 +40,10 @@ _NO_FRAMES = (0xC4, 0xC8, 0xCC)  # DHT, JPG and DAC lie among the frame markers
 
 @dataclass(frozen=True)
 class Refusal:
-    """A refused image: one of a few reasons, to count by, and a detail about this file."""
+    """A refused image: one of a few reasons, to count by, and a detail about this file.
+
+    quarantine.parquet records both, so another wording gives sets with refused images another fingerprint.
+    """
 
     reason: str
     detail: str
@@ -204,5 +207,5 @@ def damaged(data: bytes, kind: str) -> Refusal:
     """The refusal of a file of this format that cannot be decoded."""
     end = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}.get(kind)
     if end and end not in data[-64:]:
-        return Refusal("undecodable", f"damaged or cut short: {len(data)} bytes that do not end like a {kind}")
+        return Refusal("undecodable", f"damaged or cut short: {len(data)} bytes that do not end as a {kind} ends")
     return Refusal("undecodable", f"looks like {kind}, but its header or its data cannot be decoded")

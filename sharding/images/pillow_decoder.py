@@ -69,7 +69,7 @@ def decode_with_pillow(data: bytes, kind: str) -> DecodedImage | Refusal:
                 return several_images(f"{images} in one file")
             deviations = _deviations(image, kind)
             if deviations is None:
-                return Refusal("undecodable", f"a {kind} with samples that are not read reliably ({image.mode}): {WAY_OUT}")
+                return Refusal("undecodable", f"a {kind} of samples that are not read reliably ({image.mode}): {WAY_OUT}")
             if kind in _ORIENTED:
                 image = PIL.ImageOps.exif_transpose(image)
             pixels = _rgba(image)

@@ -197,7 +197,7 @@ class FileReader:
 def _read_file(path: bytes, size: int) -> bytes:
     if size < 0:
         os.stat(path)  # raises the reason
-        raise OSError(ENOENT, "was not there when the sources were scanned")
+        raise OSError(ENOENT, "was not there when the sources were searched")
     file = os.open(path, os.O_RDONLY)
     try:
         data = os.read(file, size + 1)

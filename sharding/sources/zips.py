@@ -174,7 +174,7 @@ def read_zip_member(file: int, offset: int, size: int) -> bytes:
     """The bytes of the member whose local header is at `offset` of an open zip. Raises OSError when they cannot be read."""
     header = os.pread(file, _LOCAL.size, offset)
     if len(header) < _LOCAL.size or not header.startswith(_LOCAL_SIGNATURE):
-        raise OSError(EIO, "damaged zip: no member where its directory says")
+        raise OSError(EIO, "damaged zip: no file where its directory says")
     _, _, flags, method, _, _, crc, _, _, name_length, extra_length = _LOCAL.unpack(header)
     if flags & _ENCRYPTED:
         raise OSError(EIO, "encrypted")
@@ -189,13 +189,13 @@ def read_zip_member(file: int, offset: int, size: int) -> bytes:
         try:
             data = inflate.decompress(packed, size + 1)
         except zlib.error:
-            raise OSError(EIO, "damaged zip: its data cannot be decompressed") from None
+            raise OSError(EIO, "damaged zip: its data cannot be inflated") from None
         rest = inflate.unused_data
     else:
-        raise OSError(EIO, f"compressed by an unsupported method ({method})")
+        raise OSError(EIO, f"compressed in a way that is not supported (method {method})")
     if flags & _HAS_DESCRIPTOR:
         rest = rest.removeprefix(_DESCRIPTOR_SIGNATURE)
         crc = int.from_bytes(rest[:4], "little")
     if len(data) != size or zlib.crc32(data) != crc:
-        raise OSError(EIO, "damaged zip: its data do not match their checksum")
+        raise OSError(EIO, "damaged zip: its data do not fit their checksum")
     return data

@@ -150,7 +150,7 @@ def test_a_bad_file_is_refused(name):
 def test_the_detail_says_what_to_do():
     assert "GIF" in detail_of("gif") and "save it as PNG" in detail_of("gif")
     assert "12 bits" in detail_of("jpeg of 12 bits")
-    assert "do not end like a JPEG" in detail_of("half a jpeg")
+    assert "do not end as a JPEG" in detail_of("half a jpeg")
     assert f"{MAX_PIXELS:,}" in detail_of("jpeg of more than 2**26 px")
     assert "2 in one file" in detail_of("tiff of two pages")
 

@@ -122,10 +122,10 @@ def test_what_cannot_be_read_is_said_of_the_member(tmp_path):
     assert members(tmp_path / "x.zip")[0] == {
         b"good.jpg": b"good",
         b"locked.jpg": "encrypted",
-        b"packed.jpg": "compressed by an unsupported method (12)",
-        b"flipped.jpg": "damaged zip: its data do not match their checksum",
-        b"gone.jpg": "damaged zip: no member where its directory says",
-        b"deflated.jpg": "damaged zip: its data cannot be decompressed",
+        b"packed.jpg": "compressed in a way that is not supported (method 12)",
+        b"flipped.jpg": "damaged zip: its data do not fit their checksum",
+        b"gone.jpg": "damaged zip: no file where its directory says",
+        b"deflated.jpg": "damaged zip: its data cannot be inflated",
     }
 
 
