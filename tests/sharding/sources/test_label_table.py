@@ -127,9 +127,9 @@ def test_what_is_not_taken_is_said(tmp_path):
         ("path,class\na,종양\n".encode("utf-16"), "not in UTF-8: save it as CSV UTF-8"),
         (b"PK\3\4 and so on", "a workbook: save it as CSV UTF-8"),
         (b"PAR1 and so on", "cannot be read"),
-        (b"path,class\na,b\na,c\n", "two things of 'a': its class is 'b' and 'c'"),
-        (b"path,class\na,b\n./a,\n", "two things of 'a': its class is 'b' and ''"),
-        ("path,class\ne\u0301,b\n\u00e9,c\n".encode(), "two things of 'é'"),
+        (b"path,class\na,b\na,c\n", "contradicts itself about 'a': its class is 'b' and 'c'"),
+        (b"path,class\na,b\n./a,\n", "contradicts itself about 'a': its class is 'b' and ''"),
+        ("path,class\ne\u0301,b\n\u00e9,c\n".encode(), "contradicts itself about 'é'"),
     ],
 )
 def test_a_table_that_cannot_be_used_is_one_sentence(tmp_path, data, words):
@@ -180,7 +180,7 @@ def test_each_image_gets_its_row(tmp_path):
     apart = unicodedata.normalize("NFD", composed)
     root = write_tree(tmp_path / "in", {"a/1.jpg": b"x", f"b/{apart}.jpg": b"x", "c.jpg": b"x", "d.jpg": b"x"})
     labels = f"patient,path,class,split\np1,a/1.jpg,x,train\np2,b/{composed}.jpg,{apart},test\np3,{root}/c.jpg,x,\n,c.jpg,,\n"
-    with pytest.raises(ValueError, match=r"two things of 'c\.jpg': its patient"):
+    with pytest.raises(ValueError, match=r"contradicts itself about 'c\.jpg': its patient"):
         scan_sources([root], table=table(tmp_path / "t.csv", labels))
     labels = labels.replace("\n,c.jpg,,", "\np3,./c.jpg,x,")
     scan = scan_sources([root], table=table(tmp_path / "t.csv", labels))

@@ -84,7 +84,7 @@ def test_case_alone_makes_no_other_group():
     folded = fold_case(np.array([3, 0, 1, -1, 2]), ["s1", "S2", "T", "S1"])
     assert folded.codes.tolist() == [0, 0, 1, -1, 2]
     assert folded.names == ["s1", "s2", "t"]
-    assert folded.spelled == ["S1", "S2", "T"]
+    assert folded.display_names == ["S1", "S2", "T"]
     assert fold_case(np.array([-1, -1]), []).codes.tolist() == [-1, -1]
 
 
@@ -144,7 +144,7 @@ def test_a_blank_patch_on_many_slides_is_refused_with_the_way_out():
     assert set(splits[:600].tolist()) == {0} and np.bincount(splits).tolist() == [800, 200]
     for slides in (46, 50):  # 92 % and all of them: off by 12 %, and nothing left for test
         blank = [0 if i % 20 == 0 and i // 20 < slides else -1 for i in range(1000)]
-        with pytest.raises(ValueError, match=rf"^{slides} of 50 slides hang .* \(for example, S000 and S001\)") as caught:
+        with pytest.raises(ValueError, match=rf"^{slides} of 50 slides are linked .* \(for example, S000 and S001\)") as caught:
             whole([0] * 1000, groups, blank)
         assert "--min-tissue" in str(caught.value) and "--duplicates apart" in str(caught.value)
     # Two slides of a rare class that share an image: test would have none of it.
