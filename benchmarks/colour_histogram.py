@@ -1,4 +1,4 @@
-"""The yardstick for features: how well do colours alone tell the classes apart?
+"""The baseline for features: how well do colours alone tell the classes apart?
 
     python benchmarks/colour_histogram.py --data shards/breast
     python benchmarks/colour_histogram.py --data shards/breast --fraction 0.05 0.25 0.5 --seeds 5
@@ -9,25 +9,21 @@ this have learnt the stain. It judges on the same patches as train/evaluate.py d
 """
 
 import io
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
+from harness import script
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
-
-from pipelines.shard_reader import ShardReader  # noqa: E402
-from sharding.cli import option, required, run_script  # noqa: E402
-from sharding.manifest import class_names, decoded  # noqa: E402
-from sharding.process_pool import available_cores  # noqa: E402
-from sharding.selection import select  # noqa: E402
-from sharding.splits.groups import split_groups  # noqa: E402
-from train.scoring.metrics import METRICS, score  # noqa: E402
+from pipelines.shard_reader import ShardReader
+from sharding.cli import option, required
+from sharding.manifest import class_names, decoded
+from sharding.process_pool import available_cores
+from sharding.selection import select
+from sharding.splits.groups import split_groups
+from train.scoring.metrics import METRICS, score
 
 BINS = 8  # per channel
 NEIGHBOURS = 5
@@ -122,7 +118,7 @@ def group_folds(reader: ShardReader, *, folds: int, fraction: float, seed: int) 
 
 
 def judge(reader: ShardReader, folds: Sequence[Fold]) -> Iterator[dict]:
-    """The figures of `train.scoring.metrics.score` for 5 nearest neighbours on colour histograms, fold by fold.
+    """The metrics of `train.scoring.metrics.score` for 5 nearest neighbours on colour histograms, fold by fold.
 
     Raises ValueError where there are no classes, or where patches of a fold have no label.
     """
@@ -147,9 +143,9 @@ def main(config: Config) -> None:
         raise ValueError("--folds goes with one --fraction and one seed")
     folds = group_folds(reader, folds=config.folds, fraction=config.fraction[0], seed=config.seed)
     found = []
-    for number, (fold, figures) in enumerate(zip(folds, judge(reader, folds), strict=True), start=1):
-        found.append(figures)
-        print(_line(f"fold {number}", fold, figures), flush=True)
+    for number, (fold, metrics) in enumerate(zip(folds, judge(reader, folds), strict=True), start=1):
+        found.append(metrics)
+        print(_line(f"fold {number}", fold, metrics), flush=True)
     print(f"mean of {config.folds} folds: {', '.join(_spread(name, found) for name in ('accuracy', 'balanced_accuracy'))}")
 
 
@@ -160,24 +156,24 @@ def _judge_split(reader: ShardReader, config: Config) -> None:
     title, found = f"{config.split} -> {config.test_split}", list(judge(reader, folds))
     for start in range(0, len(places), config.seeds):
         here = slice(start, start + config.seeds)
-        for (_, seed), fold, figures in zip(places[here], folds[here], found[here], strict=True):
+        for (_, seed), fold, metrics in zip(places[here], folds[here], found[here], strict=True):
             print(
-                _line(title if len(places) == 1 else f"{title}, {places[start][0]:.3g} of the labels, seed {seed}", fold, figures)
+                _line(title if len(places) == 1 else f"{title}, {places[start][0]:.3g} of the labels, seed {seed}", fold, metrics)
             )
         if config.seeds > 1:
             means = ", ".join(_spread(name, found[here]) for name in ("accuracy", "balanced_accuracy"))
             print(f"mean of {config.seeds} seeds: {means}")
 
 
-def _line(title: str, fold: Fold, figures: dict) -> str:
-    shown = ", ".join(f"{METRICS[name].title} {figures[name]:.3f}" for name in ("accuracy", "balanced_accuracy"))
+def _line(title: str, fold: Fold, metrics: dict) -> str:
+    shown = ", ".join(f"{METRICS[name].title} {metrics[name]:.3f}" for name in ("accuracy", "balanced_accuracy"))
     return f"{title}: {shown}, {len(fold.train):,} train and {len(fold.test):,} test patches"
 
 
-def _spread(name: str, figures: list[dict]) -> str:
-    values = [figure[name] for figure in figures]
+def _spread(name: str, metrics: list[dict]) -> str:
+    values = [each[name] for each in metrics]
     return f"{METRICS[name].title} {np.mean(values):.3f} (standard deviation {np.std(values, ddof=1):.3f})"
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, Config, prog="colour_histogram.py", description=(__doc__ or "").splitlines()[0]))
+    script(main, Config, __file__, __doc__)

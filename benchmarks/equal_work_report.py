@@ -1,30 +1,27 @@
-"""What the benchmark of equal work says: figures and curves over seeds, their differences, and whether seeds make as much.
+"""The report of the benchmark of equal work: metrics and loss curves over seeds, and whether differences exceed the spread.
 
-    python benchmarks/equal_work_report.py RESULT.json RESULT.json      # of other seeds: what all of them say
+    python benchmarks/equal_work_report.py RESULT.json RESULT.json      # results of other seeds
 
-writes the result of all their seeds as one, under today's date.
+pools them and writes one result of all their seeds under today's date.
 """
 
 import json
 import math
 import statistics
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from equal_work_contenders import CONTENDERS, FIGURES, MODES
-from measuring import conclude, heading, markdown_table, new_path, packed, typed
-from rich.console import Console
+from contenders.equal_work import METRICS, MODES, PRETRAINED
+from harness import Result, script
+from report import Block, Record, Report, Table, missing_lines, packed_line, with_failure
 from scipy.stats import t as student
 
-from sharding.cli import option, positional, run_script
+from sharding.cli import option, positional
 
-Record = dict[str, Any]
-OTHERS = ("lightly", "plain", "plain-joint", "replayed")  # whom ours is held against
-FIGURE_NAMES = tuple(f"{title} {words}" for title in MODES.values() for words in FIGURES.values())
+OTHERS = ("lightly", "plain", "plain-joint", "replayed")  # those that ours is compared with
+METRIC_NAMES = tuple(f"{title} {words}" for title in MODES.values() for words in METRICS.values())
 LARGEST = 2.0  # times the spread: of a curve's many points one is far off by chance
 FIRST_LOSS = {False: 1e-4, True: 1e-2}  # on the very same views and weights, at most: in float32 and in bf16 (True)
 _SETS = ("learnt_from", "judged_on")
@@ -71,7 +68,7 @@ class CurveDifference(NamedTuple):
 
 
 def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference | None:
-    """Of figures by seed. None for fewer than two seeds in common."""
+    """Of a metric by seed. None for fewer than two seeds in common."""
     seeds = sorted(ours.keys() & theirs.keys())
     if len(seeds) < 2:
         return None
@@ -116,9 +113,9 @@ def epoch_means(losses: Sequence[float], epochs: int) -> list[float]:
     return [statistics.fmean(losses[epoch * steps : (epoch + 1) * steps]) for epoch in range(epochs)]
 
 
-def figures_of(record: Record, name: str, figure: str) -> dict[int, float]:
+def metric_of(record: Record, name: str, metric: str) -> dict[int, float]:
     """By seed."""
-    return {run["seed"]: run["figures"][figure] for run in record["runs"].get(name, ())}
+    return {run["seed"]: run["figures"][metric] for run in record["runs"].get(name, ())}
 
 
 def curves_of(record: Record, name: str, curve: str = "curve") -> dict[int, list[float]]:
@@ -131,20 +128,6 @@ def first_losses(record: Record) -> float | None:
     ours, replayed = (curves_of(record, name, "first_epoch") for name in ("ours", "replayed"))
     found = [abs(ours[seed][0] - replayed[seed][0]) for seed in ours.keys() & replayed.keys()]
     return max(found, default=None)
-
-
-def completed(record: Record) -> Record:
-    """The record with what is made of its runs, of which some may be missing."""
-    judged, curved = [], []
-    for name in OTHERS:
-        if name not in record["runs"]:
-            continue
-        for figure in FIGURE_NAMES:
-            if found := difference(figures_of(record, "ours", figure), figures_of(record, name, figure)):
-                judged.append({"other": name, "figure": figure, **found._asdict(), "verdict": found.verdict})
-        if curve := curve_difference(curves_of(record, "ours"), curves_of(record, name)):
-            curved.append({"other": name, **curve._asdict(), "verdict": curve.verdict})
-    return record | {"differences": judged, "curve_differences": curved, "first_loss_difference": first_losses(record)}
 
 
 def pooled(results: Mapping[str, Record]) -> Record:
@@ -172,52 +155,90 @@ def _task(record: Record) -> dict[str, Any]:
     return {**settings, **sets} | {name: record[name] for name in ("versions", "failed")} | {"contenders": sorted(record["runs"])}
 
 
-# ---- Tables ----
+# ---- The report ----
+
+
+def report_of(record: Record) -> Report:
+    """Of a record of which some runs may be missing."""
+    names = [name for name in OTHERS if name in record["runs"]]
+    metrics, curves = [], []
+    for name in names:
+        for metric in METRIC_NAMES:
+            if found := difference(metric_of(record, "ours", metric), metric_of(record, name, metric)):
+                metrics.append({"other": name, "figure": metric, **found._asdict(), "verdict": found.verdict})
+        if curve := curve_difference(curves_of(record, "ours"), curves_of(record, name)):
+            curves.append({"other": name, **curve._asdict(), "verdict": curve.verdict})
+    record = record | {"differences": metrics, "curve_differences": curves, "first_loss_difference": first_losses(record)}
+    s, learnt, judged = record["settings"], record["learnt_from"], record["judged_on"]
+    packed = dict.fromkeys(packed_line(each) for each in (learnt, judged) if "packed_by" in each)
+    blocks: list[Block] = [
+        f"{s['backbone']} at {s['image_size']} px, recipe {s['recipe']}, {s['epochs']} epochs of {learnt['patches']:,}"
+        f" {'drawn' if record['drawn'] else 'real'} training patches of {learnt['name']!r} in batches of {s['batch_size']} (an"
+        f" incomplete one is left out), {s['steps']:,} steps; Adam at 3e-4, warm-up for a tenth of them, then half a cosine;"
+        f" {'bf16' if s['bf16'] else 'float32'} on the {s['device']}; seeds {', '.join(map(str, s['seeds']))}.",
+        *([" ".join(packed)] if packed else []),
+        "All start from the same backbone (and, but for lightly, head) of each seed and read the same patches of the same shards."
+        " lightly draws its own order and views. Plain torch has our order of the patches and draws its own views; it and lightly"
+        " put one view after the other through the network, so that batch norm sees them apart. Ours puts them through together,"
+        " and so does plain torch with both views as one batch. On our draws, torchvision makes the views that ours made, both as"
+        " one batch: two curves of the same numbers, computed twice, that rounding drives apart. Nobody blurs.",
+        f"Judged by train/evaluate.py, with the seed of the pretraining, on the {judged['test']:,} test patches of"
+        f" {judged['name']!r}, whose groups {'are not' if judged['grouped'] else 'may be'} in its training split: mean ± standard"
+        " deviation over the seeds.",
+        metrics_table(record),
+        "Differences are means over seeds, with 95 % intervals paired by seed. The spread is the standard deviation over seeds."
+        " Within the spread: the difference is at most that. MISSED: it is more, and 0 is outside the interval. Not decided: it"
+        " is more, and 0 is inside. A curve is within the spread where its mean distance is, and the largest is at most"
+        f" {LARGEST:g} times that; otherwise the interval where it is largest decides.",
+        *verdict_lines(record),
+        *_batch_norm(record),
+        *_for_scale(record),
+        f"Mean loss of an epoch (nothing learnt: {math.log(2 * s['batch_size'] - 1):.3f}), mean ± standard deviation over the"
+        " seeds:",
+        curve_table(record),
+    ]
+    return Report(record, "Quality at equal work", blocks)
 
 
 def verdict_lines(record: Record) -> list[str]:
     lines = []
     for row in record["differences"]:
         lines.append(
-            f"{row['verdict']}: {row['figure']}, ours less {_title(row['other'])}: {row['mean']:+.4f}"
+            f"- {row['verdict']}: {row['figure']}, ours less {_title(row['other'])}: {row['mean']:+.4f}"
             f" [{row['low']:+.4f}, {row['high']:+.4f}], spread over {row['seeds']} seeds {row['spread']:.4f}"
         )
     for row in record["curve_differences"]:
         lines.append(
-            f"{row['verdict']}: loss by epoch, ours against {_title(row['other'])}: mean distance {row['mean']:.4f}, largest"
+            f"- {row['verdict']}: loss by epoch, ours against {_title(row['other'])}: mean distance {row['mean']:.4f}, largest"
             f" {row['largest']:.4f} (epoch {row['epoch']}: [{row['low']:+.4f}, {row['high']:+.4f}]),"
             f" spread over {row['seeds']} seeds {row['spread']:.4f}"
         )
     first, enough = record["first_loss_difference"], FIRST_LOSS[record["settings"]["bf16"]]
     if first is not None:
         words = "reached" if first <= enough else "MISSED"
-        lines.append(f"{words}: the first step's loss on the same draws: differs by {first:.2g}, wanted at most {enough:g}")
+        lines.append(f"- {words}: the first step's loss on the same draws: differs by {first:.2g}, wanted at most {enough:g}")
     if not lines:
-        lines.append("not measured: nothing that could be compared has run to its end with two seeds")
-    return lines + [f"{_title(name)}: {why}" for name, why in record["missing"].items()]
+        lines.append("- not measured: nothing that could be compared has finished with two seeds")
+    return lines + missing_lines(record, PRETRAINED)
 
 
-def table(record: Record) -> tuple[list[str], list[list[str]]]:
+def metrics_table(record: Record) -> Table:
     """Mean and deviation over the seeds, a row for each contender."""
     rows = []
     for name, runs in record["runs"].items():
-        why = record["failed"].get(name)
-        cells = [_over_seeds(list(figures_of(record, name, figure).values()), 3) for figure in FIGURE_NAMES]
+        cells = [_over_seeds(list(metric_of(record, name, metric).values()), 3) for metric in METRIC_NAMES]
         last = [curve[-1] for curve in curves_of(record, name).values()]
-        rows.append([f"{_title(name)} (FAILED: {why})" if why else _title(name), str(len(runs)), *cells, _over_seeds(last, 3)])
-    return ["", "seeds", *FIGURE_NAMES, "loss of the last epoch"], rows
+        rows.append([with_failure(_title(name), record, name), str(len(runs)), *cells, _over_seeds(last, 3)])
+    return Table(["", "seeds", *METRIC_NAMES, "loss of the last epoch"], rows)
 
 
-def curve_table(record: Record) -> tuple[list[str], list[list[str]]]:
+def curve_table(record: Record) -> Table:
     """The mean loss of some epochs, mean and deviation over the seeds."""
-    names = [name for name in record["runs"] if curves_of(record, name)]
+    curves = {name: found.values() for name in record["runs"] if (found := curves_of(record, name))}
     epochs = record["settings"]["epochs"]
     shown = sorted({round(1 + place * (epochs - 1) / (_ROWS - 1)) for place in range(_ROWS)})
-    rows = [
-        [str(epoch), *(_over_seeds([c[epoch - 1] for c in curves_of(record, name).values()], 4) for name in names)]
-        for epoch in shown
-    ]
-    return ["epoch", *map(_title, names)], rows
+    rows = [[str(epoch), *(_over_seeds([c[epoch - 1] for c in each], 4) for each in curves.values())] for epoch in shown]
+    return Table(["epoch", *map(_title, curves)], rows)
 
 
 def _over_seeds(values: Sequence[float], digits: int) -> str:
@@ -228,52 +249,7 @@ def _over_seeds(values: Sequence[float], digits: int) -> str:
 
 
 def _title(name: str) -> str:
-    return CONTENDERS[name].title
-
-
-def body(record: Record) -> list[str]:
-    """What follows the heading."""
-    s, learnt, judged = record["settings"], record["learnt_from"], record["judged_on"]
-    drawn = "drawn" if record["drawn"] else "real"
-    grouped = "are not" if judged["grouped"] else "may be"
-    return [
-        f"{s['backbone']} at {s['image_size']} px, recipe {s['recipe']}, {s['epochs']} epochs of {learnt['patches']:,} {drawn}"
-        f" training patches of {learnt['name']!r} in batches of {s['batch_size']} (an incomplete one is left out), {s['steps']:,}"
-        f" steps; Adam at 3e-4, warm-up for a tenth of them, then half a cosine; {'bf16' if s['bf16'] else 'float32'} on the"
-        f" {s['device']}; seeds {', '.join(map(str, s['seeds']))}.",
-        "",
-        *_packed(learnt, judged),
-        "All start from the same backbone (and, but for lightly, head) of each seed and read the same patches of the same shards."
-        " lightly draws its own order and views. Plain torch has our order of the patches and draws its own views; it and lightly"
-        " put one view after the other through the network, so that batch norm sees them apart. Ours puts them through together,"
-        " and so does plain torch with both views as one batch. On our draws, torchvision makes the views that ours made, both as"
-        " one batch: two curves of the same numbers, computed twice, that rounding drives apart. Nobody blurs.",
-        "",
-        f"Judged by train/evaluate.py, with the seed of the pretraining, on the {judged['test']:,} test patches of"
-        f" {judged['name']!r}, whose groups {grouped} in its training split: mean ± standard deviation over the seeds.",
-        "",
-        *markdown_table(*table(record)),
-        "",
-        "Differences are means over seeds, with 95 % intervals paired by seed. The spread is the standard deviation over seeds."
-        " Within the spread: the difference is at most that. MISSED: it is more, and 0 is outside the interval. Not decided: it"
-        " is more, and 0 is inside. A curve is within the spread where its mean distance is, and the largest is at most"
-        f" {LARGEST:g} times that; otherwise the interval where it is largest decides.",
-        "",
-        *(f"- {line}" for line in verdict_lines(record)),
-        *_batch_norm(record),
-        *_for_scale(record),
-        "",
-        "Mean loss of an epoch (nothing learnt: "
-        f"{math.log(2 * s['batch_size'] - 1):.3f}), mean ± standard deviation over the seeds:",
-        "",
-        *markdown_table(*curve_table(record)),
-    ]
-
-
-def _packed(*sets: Mapping[str, Any]) -> list[str]:
-    """Results of before the 24th of November 2026 do not say it."""
-    sentences = dict.fromkeys(packed(each) for each in sets if "packed_by" in each)
-    return [" ".join(sentences), ""] if sentences else []
+    return PRETRAINED[name].title
 
 
 def _batch_norm(record: Record) -> list[str]:
@@ -286,28 +262,17 @@ def _batch_norm(record: Record) -> list[str]:
 
 
 def _for_scale(record: Record) -> list[str]:
-    """What pretraining does to the figures: were it nothing, equal figures would say nothing."""
+    """What pretraining does to the metrics: were it nothing, equal metrics would say nothing."""
     found = []
-    for figure in FIGURE_NAMES:
-        if scale := difference(figures_of(record, "ours", figure), figures_of(record, "random", figure)):
-            found.append(f"{figure} {scale.mean:+.3f} [{scale.low:+.3f}, {scale.high:+.3f}]")
+    for metric in METRIC_NAMES:
+        if scale := difference(metric_of(record, "ours", metric), metric_of(record, "random", metric)):
+            found.append(f"{metric} {scale.mean:+.3f} [{scale.low:+.3f}, {scale.high:+.3f}]")
     return [f"- for scale, ours less random weights: {', '.join(found)}"] if found else []
-
-
-def markdown(record: Record) -> str:
-    return "\n".join([*heading("Quality at equal work", record), *body(record), ""])
-
-
-def finish(record: Record, path: Path, console: Console) -> None:
-    """Complete the record, write and show it. Exits with 1 where something failed."""
-    record = completed(record)
-    tables = [table(record), curve_table(record)]
-    conclude(record, path, console, markdown=markdown(record), tables=tables, lines=verdict_lines(record))
 
 
 @dataclass(frozen=True)
 class Config:
-    """What is put together."""
+    """What is pooled."""
 
     results: list[str] = positional("JSON files of equal_work.py, of the same task and other seeds")
     out: str = option("benchmarks/results", "folder for the result of all of them")
@@ -320,9 +285,10 @@ def main(config: Config) -> None:
             results[place] = json.loads(Path(place).read_bytes())
         except (OSError, ValueError) as error:
             raise ValueError(f"{place} is no result of equal_work.py: {error}") from error
-    today = {"date": time.strftime("%Y-%m-%d"), "command": typed(sys.argv)}
-    finish(pooled(results) | today, new_path(Path(config.out), "equal-work"), Console(highlight=False, soft_wrap=True))
+    result = Result(config.out, "equal-work")
+    today = {name: result.record[name] for name in ("date", "command")}
+    result.finish(report_of(pooled(results) | today))
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, Config, prog="equal_work_report.py", description=(__doc__ or "").splitlines()[0]))
+    script(main, Config, __file__, __doc__)

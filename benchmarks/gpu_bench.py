@@ -1,16 +1,16 @@
-"""Every figure that only a GPU can show, in one command of at most 8 minutes: what is right on it, and how fast all of it is.
+"""Everything that only a GPU can measure, in one command of at most 8 minutes: what is correct on it, and how fast all of it is.
 
     python benchmarks/gpu_bench.py --out benchmarks/results                       # on a host with a GPU
     python benchmarks/gpu_bench.py --out DIR --data shards/oral                   # and pretrain on a set of one's own
     python benchmarks/gpu_bench.py --out DIR --parts step loss                    # only these
-    python benchmarks/gpu_bench.py --out /tmp/bench --dry                         # the same on a CPU, tiny, in 3 minutes
+    python benchmarks/gpu_bench.py --out /tmp/bench --dry                         # the same on a CPU, tiny, in 4 minutes
 
-Each part is one of the other benchmarks, in a process of its own with a time that it may take; one that takes longer is ended,
-with all that it started, and what it had found by then is kept. A part that fails is written down with its reason, and the next
-one begins. They come in the order of what they are worth, so that where the time runs out the last ones are skipped.
+Each part is one of the other benchmarks, in a process of its own with a time limit. A part that takes longer is ended with all
+that it started, and what it had found by then is kept. A part that fails is written down with its reason, and the next one
+begins. The most valuable come first: where the time runs out, the last ones are skipped.
 
-After every part all is written to <out>/<date>-gpu-bench-<device>.json and, as tables, to the same name's .md; what the parts say
-goes to its .log. The exit code is 1 if a part failed.
+After every part all is written to <out>/<date>-gpu-bench-<device>.json and .md; the parts' output goes to .log. The exit code is
+1 if a part failed.
 """
 
 import contextlib
@@ -22,25 +22,146 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
+import gpu_check
+import loader
+import ntxent
+import short_pretraining
+import step
+import step_options
+from contenders.loader import LOADERS
+from harness import Result, script, typed
+from report import Block, Record, Report, Table, markdown, markdown_lines
+from worker import ROOT
 
-from gpu_bench_parts import NEED_NO_DATA, PARTS, Setting, markdown  # noqa: E402
-from measuring import heading, machine, new_path, record_of, typed, versions_of  # noqa: E402
-
-from sharding.cli import option, required, run_script  # noqa: E402
-from sharding.process_pool import available_cores  # noqa: E402
-from train.records.runs import code_commit, write_json, write_text  # noqa: E402
+from sharding.cli import option, required
+from train.records.runs import write_text
 
 _PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "ray", "numba", "kornia", "lightly", "simclr")
 _WRITE_S = 5.0  # of the time for everything, kept for the end
 _START_S = 90  # for torch to be imported on a machine that has not yet read it
-_SAID = 40  # last lines of a failed part that its result keeps
+_LAST_LINES = 40  # of a failed part's output that its result keeps
+FULL = {"backbone": "resnet50", "image_size": 224, "batch_size": 256, "patches": 8192}
+DRY = {"backbone": "test_resnet", "image_size": 32, "batch_size": 4, "patches": 64}
+_DRY_LOADERS = ["torchvision-v2", "kornia", "ours", "dali", "decode"]  # one of each kind
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the parts share. work: where patches and shard sets stay; data: a labelled shard set to pretrain on, None: one is
+    drawn; commit: of the code."""
+
+    work: Path
+    dry: bool
+    data: str | None
+    commit: str
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.dry else "cuda"
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        return DRY if self.dry else FULL
+
+    @property
+    def drawn(self) -> Path | None:
+        """The shard set that the part `data` made; None where it did not."""
+        return next(iter(sorted(self.work.glob("images-*-shards"))), None)
+
+    def flags(self, *names: str) -> list[Any]:
+        return [each for name in names for each in (f"--{name.replace('_', '-')}", self.sizes[name])]
+
+    @property
+    def one_core(self) -> list[Any]:
+        return ["--cores", 1] if self.dry else []  # on shared cores, threads that wait for each other are slower than one
+
+
+class Part(NamedTuple):
+    """seconds: that it may take; least: that must be left to begin with it. arguments: the script's name and its arguments, given
+    the setting and the seconds that it has. report: of what the script wrote, which may be cut short."""
+
+    title: str
+    seconds: float
+    least: float
+    arguments: Callable[[Setting, float], list[Any]]
+    report: Callable[[Record], Report] | None
+
+
+def _data(s: Setting, seconds: float) -> list[Any]:
+    return ["patch_set.py", "--work", s.work, *s.flags("patches"), "--size", s.sizes["image_size"]]
+
+
+def _check(s: Setting, seconds: float, *steps: str) -> list[Any]:
+    arguments = ["gpu_check.py", "--commit", s.commit, "--seconds", max(1, round(seconds - 5)), "--steps", *steps]
+    arguments += s.flags("backbone", "image_size", "batch_size")
+    return [*arguments, *(["--data", s.drawn] if s.drawn else []), *(["--dry"] if s.dry else [])]
+
+
+def _correctness(s: Setting, seconds: float) -> list[Any]:
+    return _check(s, seconds, "environment", "decode", "views", "purity")  # the other parts measure speed
+
+
+def _threads(s: Setting, seconds: float) -> list[Any]:
+    return _check(s, seconds, "loader")
+
+
+def _step_sizes(s: Setting) -> list[Any]:
+    return ["--work", s.work, "--device", s.device, *s.flags(*s.sizes)]
+
+
+def _step(s: Setting, seconds: float) -> list[Any]:
+    timed = ["--rounds", 1, "--seconds", 0.2 if s.dry else 6, "--limit", max(1, round(seconds)), *s.one_core]
+    return ["step.py", *_step_sizes(s), *timed]
+
+
+def _loss(s: Setting, seconds: float) -> list[Any]:
+    timed = ["--timed", 0.02, "--anchors", 64, *s.one_core] if s.dry else ["--timed", 0.5, "--in-process"]
+    return ["ntxent.py", "--device", s.device, "--rounds", 1, *timed]
+
+
+def _loader(s: Setting, seconds: float) -> list[Any]:
+    names = _DRY_LOADERS if s.dry else [name for name, contender in LOADERS.items() if "cuda" in contender.devices]
+    sizes = [*s.flags("patches", "batch_size"), "--size", s.sizes["image_size"]]
+    timed = ["--rounds", 1, *(["--seconds", 0.1, "--lap", 2] if s.dry else ["--seconds", 3, "--lap", 16]), *s.one_core]
+    return ["loader.py", "--work", s.work, "--device", s.device, *sizes, *timed, "--contenders", *names]
+
+
+def _options(s: Setting, seconds: float) -> list[Any]:
+    # Not every CPU's host has the C++ compiler that compiling takes there.
+    timed = ["--seconds", 0.1, "--batches", 2, 4, "--no-compile"] if s.dry else []
+    return ["step_options.py", *_step_sizes(s), *timed, "--groups", "options", "batches"]
+
+
+def _two_pass(s: Setting, seconds: float) -> list[Any]:
+    timed = ["--seconds", 0.1, "--batches", 4] if s.dry else []
+    return ["step_options.py", *_step_sizes(s), *timed, "--groups", "two-pass"]
+
+
+def _pretraining(s: Setting, seconds: float) -> list[Any]:
+    sizes = ["--backbone", "test_resnet", "--image-size", 32, "--batch-size", 16, "--patches", 120] if s.dry else []
+    # Half of the time is for the commands' starts and for the classifiers.
+    timed = ["--epochs", 2] if s.dry else ["--seconds", max(1, round(seconds / 2 - 15))]
+    return ["short_pretraining.py", "--work", s.work, *sizes, *timed, *(["--data", s.data] if s.data else [])]
+
+
+# By value: a GPU is lent for minutes, and what comes last may find no time left.
+PARTS = {
+    "data": Part("Patches", 45, 0, _data, None),
+    "check": Part("Correctness on the device", 80, 20, _correctness, gpu_check.report_of),
+    "step": Part("A training step", 190, 30, _step, step.report_of),
+    "loss": Part("NT-Xent", 45, 15, _loss, ntxent.report_of),
+    "loader": Part("The loader", 110, 20, _loader, loader.report_of),
+    "options": Part("Options of a training step", 90, 20, _options, step_options.report_of),
+    "pretraining": Part("A short pretraining", 110, 45, _pretraining, short_pretraining.report_of),
+    "two-pass": Part("Micro-batches in two passes", 30, 15, _two_pass, step_options.report_of),
+    "threads": Part("The loader by threads", 45, 25, _threads, gpu_check.report_of),
+}
+NEED_NO_DATA = {"data", "loss", "pretraining"}
 
 
 @dataclass(frozen=True)
@@ -64,36 +185,30 @@ def main(config: Config) -> None:
     if config.data is not None and not Path(config.data).is_dir():
         raise ValueError(f"--data {config.data}: there is no such folder; give a shard set made by sharding/build.py")
     device = device_name(dry=config.dry)
-    short = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    path = new_path(Path(config.out).resolve(), f"gpu-bench-{short}")
-    commit = config.commit or code_commit()
-    record: dict[str, Any] = {
-        **record_of(machine(available_cores()), versions_of(_PACKAGES), commit),
-        "device": device,
-        "dry": config.dry,
-        "parts": {},
-    }
+    kind = f"gpu-bench-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}"
+    result = Result(str(Path(config.out).resolve()), kind, _PACKAGES, commit=config.commit)
+    result.record |= {"device": device, "dry": config.dry, "parts": {}}
     # Whoever ends this process ends the parts with it: they are of other process groups.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with contextlib.ExitStack() as stack:
         work = config.work or stack.enter_context(tempfile.TemporaryDirectory(prefix="gpu-bench-", ignore_cleanup_errors=True))
-        setting = Setting(Path(work).resolve(), config.dry, config.data and str(Path(config.data).resolve()), commit)
+        data = config.data and str(Path(config.data).resolve())
+        setting = Setting(Path(work).resolve(), config.dry, data, result.record["commit"])
         setting.work.mkdir(parents=True, exist_ok=True)
-        log = stack.enter_context(path.with_suffix(".log").open("w+b"))
+        log = stack.enter_context(result.path.with_suffix(".log").open("w+b"))
         for name in names:
-            run_part(name, setting, record, path, log, left=deadline - time.monotonic())
-    print(f"\n{path.with_suffix('.md').read_text()}\n{path.with_suffix('.md')}", flush=True)
-    failed = [name for name, part in record["parts"].items() if part["status"] == "failed"]
+            run_part(name, setting, result, log, left=deadline - time.monotonic())
+    print(f"\n{result.path.with_suffix('.md').read_text()}\n{result.path.with_suffix('.md')}", flush=True)
+    failed = [name for name, part in result.record["parts"].items() if part["status"] == "failed"]
     if failed:
         print(f"FAILED: {', '.join(failed)}", file=sys.stderr, flush=True)
         raise SystemExit(1)
 
 
 def chosen_parts(names: list[str]) -> list[str]:
-    """In their order, with the patches where one of them needs these. Raises ValueError for a name that is none."""
-    unknown = [name for name in names if name not in PARTS]
-    if unknown:
-        raise ValueError(f"there is no part {unknown[0]!r}: choose of {', '.join(PARTS)}")
+    """In their order, with the patches where one of them needs these. Raises ValueError for an unknown name."""
+    if unknown := [name for name in names if name not in PARTS]:
+        raise ValueError(f"there is no part {unknown[0]!r}: choose from {', '.join(PARTS)}")
     chosen = set(names or PARTS)
     if chosen - NEED_NO_DATA:
         chosen.add("data")
@@ -108,47 +223,47 @@ def device_name(*, dry: bool) -> str:
     try:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=_START_S, check=False)
     except subprocess.TimeoutExpired:
-        raise ValueError(f"torch was not done looking for a GPU after {_START_S} s: is its driver well?") from None
+        raise ValueError(f"torch was not done looking for a GPU after {_START_S} s: does its driver work?") from None
     if done.returncode:
         said = done.stderr.strip().splitlines()
-        raise ValueError(f"torch sees no GPU here ({said[-1] if said else 'it said nothing'}): --dry runs the same on the CPU")
+        raise ValueError(f"torch sees no GPU here ({said[-1] if said else 'no output'}): --dry runs the same on the CPU")
     return done.stdout.strip().splitlines()[-1]
 
 
-def run_part(name: str, setting: Setting, record: dict[str, Any], path: Path, log: IO[bytes], *, left: float) -> None:
+def run_part(name: str, setting: Setting, result: Result, log: IO[bytes], *, left: float) -> None:
     """Run a part in the time that is left, with its outcome written down before and after."""
     part = PARTS[name]
     seconds = left if setting.dry else min(part.seconds, left)
     if left < max(part.least, 1):
-        _note(record, path, name, {"status": "skipped", "why": f"{left:.0f} s were left, and it needs at least {part.least:g} s"})
+        why = f"{left:.0f} s were left, and it needs at least {part.least:g} s"
+        _note(result, name, {"status": "skipped", "why": why})
         return
     results = setting.work / f"results-{name}"
-    script, *arguments = map(str, part.arguments(setting, seconds))
+    file, *arguments = map(str, part.arguments(setting, seconds))
     if name != "data":
         arguments += ["--out", str(results)]
-    shown = typed([f"benchmarks/{script}", *arguments])
-    _note(record, path, name, {"status": "running", "command": shown})  # what stands there if this process is killed
+    shown = typed([f"benchmarks/{file}", *arguments])
+    _note(result, name, {"status": "running", "command": shown})  # what stands there if this process is killed
     began, place = time.monotonic(), log.tell()
-    ended = ended_in_time([sys.executable, str(ROOT / "benchmarks" / script), *arguments], setting, log, seconds)
-    took = round(time.monotonic() - began, 1)
+    ended = ended_in_time([sys.executable, str(ROOT / "benchmarks" / file), *arguments], setting, log, seconds)
+    found: Record = {"status": "ok", "seconds": round(time.monotonic() - began, 1), "command": shown}
     log.seek(place)
     said = log.read().decode(errors="replace").strip().splitlines()
-    found: dict[str, Any] = {"status": "ok", "seconds": took, "command": shown}
     if not ended.in_time:
-        found |= {"status": "failed", "why": f"not done after {seconds:.0f} s; what it had found is kept", "said": said[-_SAID:]}
+        found |= {"status": "failed", "why": f"not done after {seconds:.0f} s; what it had found is kept"}
     elif ended.code:
-        why = f"exit code {ended.code}: {said[-1] if said else 'it said nothing'}"
-        found |= {"status": "failed", "why": why, "said": said[-_SAID:]}
+        found |= {"status": "failed", "why": f"exit code {ended.code}: {said[-1] if said else 'no output'}"}
+    if found["status"] == "failed":
+        found["said"] = said[-_LAST_LINES:]
     if written := sorted(results.glob("*.json"), key=lambda each: each.stat().st_mtime):
         found["found"] = json.loads(written[-1].read_text())
-    _note(record, path, name, found)
+    _note(result, name, found)
 
 
-def _note(record: dict[str, Any], path: Path, name: str, part: dict[str, Any]) -> None:
-    record["parts"][name] = part
-    write_json(path, record)
-    title = f"GPU benchmark{' (a dry run: no figure means anything)' if record['dry'] else ''}, {record['device']}"
-    write_text(path.with_suffix(".md"), markdown(record, heading(title, record)))
+def _note(result: Result, name: str, part: Record) -> None:
+    result.record["parts"][name] = part
+    result.save()
+    write_text(result.path.with_suffix(".md"), markdown(report_of(result.record)))
     took = f" after {part['seconds']} s" if "seconds" in part else ""
     print(f"{name}: {part['status']}{took}{': ' + part['why'] if 'why' in part else ''}", flush=True)
 
@@ -161,7 +276,12 @@ class Ended(NamedTuple):
 
 
 def ended_in_time(command: list[str], setting: Setting, log: IO[bytes], seconds: float) -> Ended:
-    """Run a command for at most so many seconds, and end whatever it leaves running. What it says goes to the log."""
+    """Run a command for at most so many seconds, and end whatever it leaves running. Its output goes to the log."""
+    # Temporary files, and what the compiler makes, are where they are removed with the rest; the latter serves later parts. Ray's
+    # sockets are elsewhere: the path of a socket may have no more than 107 letters.
+    ours = {"TMPDIR": str(setting.work), "TORCHINDUCTOR_CACHE_DIR": str(setting.work / "compiled"), "PYTHONUNBUFFERED": "1"}
+    if setting.dry:
+        ours["OMP_NUM_THREADS"] = "1"
     # A group of its own, to be ended as one. Ray's processes are in others, and end when those that started them do.
     process = subprocess.Popen(
         command,
@@ -169,7 +289,7 @@ def ended_in_time(command: list[str], setting: Setting, log: IO[bytes], seconds:
         stdout=log,
         stderr=subprocess.STDOUT,
         cwd=ROOT,
-        env=_environment(os.environ, setting),
+        env={"RAY_TMPDIR": "/tmp", **os.environ, **ours},
         start_new_session=True,
     )
     in_time = True
@@ -178,25 +298,33 @@ def ended_in_time(command: list[str], setting: Setting, log: IO[bytes], seconds:
     except subprocess.TimeoutExpired:
         in_time = False
     finally:
-        _end_group(process.pid)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     return Ended(in_time, process.returncode)
 
 
-def _environment(given: Mapping[str, str], setting: Setting) -> dict[str, str]:
-    """Temporary files, and what the compiler makes, are where they are removed with the rest; the latter serves later parts."""
-    # Ray's sockets would be there too, and the path of a socket may have no more than 107 letters.
-    work = setting.work
-    ours = {"TMPDIR": str(work), "TORCHINDUCTOR_CACHE_DIR": str(work / "compiled"), "PYTHONUNBUFFERED": "1"}
-    if setting.dry:
-        ours["OMP_NUM_THREADS"] = "1"
-    return {"RAY_TMPDIR": "/tmp", **given, **ours}
+def report_of(record: Record) -> Report:
+    """A table of the parts, and what each of them found, also where it was cut short."""
+    rows = [[name, part["status"], str(part.get("seconds", "-")), part.get("why", "")] for name, part in record["parts"].items()]
+    blocks: list[Block] = [Table(["part", "status", "seconds", ""], rows)]
+    for name, part in record["parts"].items():
+        if found := part.get("found"):
+            blocks += [f"## {PARTS[name].title}", f"`{part['command']}`", *_blocks(name, found)]
+    title = f"GPU benchmark{' (a dry run: no figure means anything)' if record['dry'] else ''}, {record['device']}"
+    return Report(record, title, blocks)
 
 
-def _end_group(group: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
+def _blocks(name: str, found: Record) -> list[Block]:
+    write = PARTS[name].report
+    try:
+        blocks = list(write(found).blocks) if write else []
+        markdown_lines(blocks)
+        return blocks
+    # What is cut short may lack what a table takes for granted, and the other parts are still to come.
+    except Exception as error:
+        return [f"This result cannot be shown ({type(error).__name__}: {error}); it is in the JSON file."]
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, Config, prog="gpu_bench.py", description=(__doc__ or "").splitlines()[0]))
+    script(main, Config, __file__, __doc__)

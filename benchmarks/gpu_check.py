@@ -14,7 +14,6 @@ is then 1. `--steps` runs only some of them.
 
 import faulthandler
 import re
-import sys
 import tempfile
 import time
 import traceback
@@ -22,15 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
-
 # The processes that draw patches import this file again. torch is nothing to them: it and the steps are imported in `main`.
-from measuring import machine, new_path, record_of  # noqa: E402
+from harness import Result, script
+from report import Record, Report, Table
 
-from sharding.cli import option, required, run_script  # noqa: E402
-from sharding.process_pool import available_cores  # noqa: E402
-from train.records.runs import write_json, write_text  # noqa: E402
+from sharding.cli import option, required
 
 # In this order: functions of gpu_steps, and the seconds that must be left to begin with them
 STEPS = {
@@ -70,38 +65,21 @@ def main(config: Config) -> None:
     deadline = time.monotonic() + config.seconds
     names = chosen_steps(config)
     device = device_name(config)
-    path = new_path(Path(config.out), f"gpu-check-{device}")
     given = {name: value for name in FULL if (value := getattr(config, name, None)) is not None}
     sizes: dict[str, Any] = (DRY if config.dry else FULL) | given
-    record = {
-        **record_of(machine(available_cores()), {}, config.commit),
-        "device": device,
-        "dry": config.dry,
-        "backbone": sizes["backbone"],
-        "image_size": sizes["image_size"],
-        "batch_size": sizes["batch_size"],
-        "steps": {},
-    }
+    result = Result(config.out, f"gpu-check-{device}", commit=config.commit)
+    shown = {name: sizes[name] for name in ("backbone", "image_size", "batch_size")}
+    result.record |= {"device": device, "dry": config.dry, **shown, "steps": {}}
     with tempfile.TemporaryDirectory(prefix="gpu-check-", ignore_cleanup_errors=True) as folder:
         from gpu_steps import Setting
 
-        s = Setting(
-            folder=Path(folder),
-            device="cpu" if config.dry else "cuda",
-            dry=config.dry,
-            data=config.data,
-            deadline=deadline,
-            **sizes,
-        )
+        kind: dict[str, Any] = {"device": "cpu" if config.dry else "cuda", "dry": config.dry}
+        s = Setting(folder=Path(folder), **kind, data=config.data, deadline=deadline, **sizes)
         for name in names:
-            run_step(name, s, record, path)
-    write_text(path.with_suffix(".md"), table(record))
-    print(f"\n{table(record)}\n{path}", flush=True)
+            run_step(name, s, result)
     faulthandler.cancel_dump_traceback_later()
-    failed = [name for name, result in record["steps"].items() if result["status"] == "failed"]
-    if failed:
-        print(f"FAILED: {', '.join(failed)}", file=sys.stderr, flush=True)
-        raise SystemExit(1)
+    result.record["failed"] = {name: step["error"] for name, step in result.record["steps"].items() if step["status"] == "failed"}
+    result.finish(report_of(result.record))
 
 
 def chosen_steps(config: Config) -> list[str]:
@@ -127,22 +105,23 @@ def device_name(config: Config) -> str:
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower()).strip("-")
 
 
-def run_step(name: str, s, record: dict[str, Any], path: Path) -> None:
+def run_step(name: str, s: Any, result: Result) -> None:
     """Run a step, with its outcome written down before and after."""
     import gpu_steps
 
+    steps = result.record["steps"]
     if s.left < STEPS[name] and not s.dry:
         why = f"{s.left:.0f} s were left, and it may take {STEPS[name]} s"
-        record["steps"][name] = {"status": "skipped", "why": why}
+        steps[name] = {"status": "skipped", "why": why}
         print(f"SKIPPED {name}: {why}", flush=True)
-        write_json(path, record)
+        result.save()
         return
     step = getattr(gpu_steps, name)
     print(f"{name}: {step.__doc__.splitlines()[0]}", flush=True)
-    record["steps"][name] = {"status": "running"}  # what stands there if the process is killed
-    write_json(path, record)
+    steps[name] = {"status": "running"}  # what stands there if the process is killed
+    result.save()
     started, status = time.monotonic(), "ok"
-    found: dict[str, Any] = {}
+    found: Record = {}
     try:
         step(s, found)
     # The one place that catches everything: a GPU is lent for minutes, and what the other steps find out is worth
@@ -152,35 +131,23 @@ def run_step(name: str, s, record: dict[str, Any], path: Path) -> None:
         found |= {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc().splitlines()}
         print(f"FAILED {name}: {found['error']}\n{traceback.format_exc()}", flush=True)
     seconds = round(time.monotonic() - started, 1)
-    record["steps"][name] = {"status": status, "step_seconds": seconds} | found
-    write_json(path, record)
+    steps[name] = {"status": status, "step_seconds": seconds} | found
+    result.save()
     print(f"    {name}: {status} after {seconds} s", flush=True)
 
 
-def table(record: dict[str, Any]) -> str:
-    """The figures as Markdown, a row each."""
-    end = "; a dry run, so no figure means anything." if record["dry"] else "."
-    head = [
-        f"# GPU check, {record['date']}, {record['device']}",
-        "",
-        f"Commit {record['commit']}; `{record['command']}`{end}",
-        "",
-    ]
-    return "\n".join([*head, *body(record), ""])
-
-
-def body(record: dict[str, Any]) -> list[str]:
-    """What follows the heading."""
-    lines = ["| step | figure | value |", "| --- | --- | --- |"]
-    for step, result in record["steps"].items():
-        lines.append(f"| {step} | | {result['status']} ({result.get('step_seconds', 0)} s) |")
-        for name, value in result.items():
-            if name in ("status", "step_seconds", "traceback"):
-                continue
-            text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
-            lines.append(f"| {step} | {name} | {' '.join(text.split()).replace('|', '/')} |")
-    return lines
+def report_of(record: Record) -> Report:
+    """A row for each measurement of each step."""
+    rows = []
+    for step, found in record["steps"].items():
+        rows.append([step, "", f"{found['status']} ({found.get('step_seconds', 0)} s)"])
+        for name, value in found.items():
+            if name not in ("status", "step_seconds", "traceback"):
+                text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+                rows.append([step, name, text])
+    title = f"GPU check{' (a dry run: no figure means anything)' if record['dry'] else ''}, {record['device']}"
+    return Report(record, title, [Table(["step", "figure", "value"], rows)])
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, Config, prog="gpu_check.py", description=(__doc__ or "").splitlines()[0]))
+    script(main, Config, __file__, __doc__)

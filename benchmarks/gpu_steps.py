@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from contenders import step as contenders
+from contenders.step import fresh_memory
 from gpu_pixels import (
     SEED,
     by_pillow,
@@ -26,21 +28,16 @@ from gpu_pixels import (
     levels,
     with_halved_colour,
 )
-from measuring import set_of
-from step_model import METHOD, WEIGHT_DECAY, model_step
+from harness import set_of
+from worker import synchronize
 
 from pipelines.loader import ViewLoader
 from pipelines.recipes import get_recipe
 from pipelines.shard_reader import ShardReader
 from sharding.drawn_patches.dataset import LAYOUTS, DrawConfig, draw_set
-from sharding.manifest import fingerprint
 from sharding.packing import build_shards
 from sharding.process_pool import available_cores
-from train.records.data import Input, SetInput, place_of
-from train.records.runs import Run, versions
-from train.trainer.loop import Job, fit
-from train.trainer.precision import backend_settings
-from train.trainer.worker import single_worker
+from train.records.runs import versions
 
 Result = dict[str, Any]
 
@@ -130,7 +127,7 @@ def decode(s: Setting, found: Result) -> None:
         on_cpu = decoded(encoded, len(encoded), {"device": "cpu"})
         one, other = (decoded(encoded, batch_size, decoder) for batch_size in (len(encoded), max(1, len(encoded) * 3 // 8)))
         same = difference(one, other)["max"] == 0
-        _note(found, f"{kind}, {name}", difference(one, on_cpu) | {"same_in_other_batch": same})
+        note(found, f"{kind}, {name}", difference(one, on_cpu) | {"same_in_other_batch": same})
 
 
 def views(s: Setting, found: Result) -> None:
@@ -148,8 +145,8 @@ def views(s: Setting, found: Result) -> None:
             first_views(reader, count, recipe=recipe, size=size, device=device, batch_size=min(32, count), threads=2)
             for device in (s.device, "cpu")
         )
-        _note(found, name, difference(levels(on_device), levels(on_cpu)))
-    _note(found, "colour alone", colour_difference(s.encoded_sample(), side, s.device))
+        note(found, name, difference(levels(on_device), levels(on_cpu)))
+    note(found, "colour alone", colour_difference(s.encoded_sample(), side, s.device))
 
 
 def purity(s: Setting, found: Result) -> None:
@@ -163,42 +160,35 @@ def purity(s: Setting, found: Result) -> None:
         usual: Result = common | {"batch_size": batch_size, "threads": 4}
         first = first_views(reader, n, **usual)
         other = first_views(reader, n, batch_size=batch_size * 3 // 4, threads=1, **common)
-        _note(found, f"{name}: again", identity(first, first_views(reader, n, **usual)))
-        _note(found, f"{name}: other batch and threads", identity(first, other))
+        note(found, f"{name}: again", identity(first, first_views(reader, n, **usual)))
+        note(found, f"{name}: other batch and threads", identity(first, other))
         if n > batch_size:  # otherwise there is no middle to restart in
             rest = first_views(reader, n - batch_size, step=1, **usual)
-            _note(found, f"{name}: restart", identity(first[:, batch_size:], rest))
+            note(found, f"{name}: restart", identity(first[:, batch_size:], rest))
     found["all_identical"] = all(result["identical"] for result in found.values())
+
+
+def _task(s: Setting, shards: str, seconds: float, steps: int) -> contenders.Task:
+    sizes: Result = {"backbone": s.backbone, "image_size": s.image_size, "batch_size": s.batch_size}
+    bf16 = not s.dry  # few CPUs know it
+    cores = available_cores()
+    return contenders.Task(
+        shards, "", str(s.folder), **sizes, device=s.device, bf16=bf16, cores=cores, seconds=seconds, steps=steps, compile=False
+    )
 
 
 def model(s: Setting, found: Result) -> None:
     """The model alone: training steps as the loop takes them, on views that lie on the device."""
-    _fresh_memory(s.device)
-    training = model_step(
-        backbone=s.backbone,
-        image_size=s.image_size,
-        batch_size=s.batch_size,
-        device=s.device,
-        precision="fp32" if s.dry else "bf16",  # few CPUs know it
-    )
-
-    def steps(count: int) -> float:
-        return _seconds(s.device, (training.step() for _ in range(count))) / count
-
-    with backend_settings(torch.device(s.device), deterministic=False):
-        found["first_step_seconds"] = round(steps(1), 2)
-        steps(1 if s.dry else 5)  # warm-up
-        guess = steps(1 if s.dry else 3)
-        count = max(1, min(50, round((0.2 if s.dry else 2.5) / guess)))
-        seconds = statistics.median(steps(count) for _ in range(3))
-    s.model_alone = 2 * s.batch_size / seconds
-    figures: Result = {"img_per_s": round(s.model_alone, 1), "ms_per_step": round(1000 * seconds, 2), "timed_steps": 3 * count}
-    found |= figures | _peak_memory(s.device)
+    run = contenders.model(_task(s, "", 0.2 if s.dry else 7.5, 0))
+    s.model_alone = run["img_per_s"]
+    ms = 1000 * run["seconds"] / run["steps"]
+    found |= {"img_per_s": round(run["img_per_s"], 1), "ms_per_step": round(ms, 2), "timed_steps": run["steps"]}
+    found |= _peak_memory(s.device)
 
 
 def loader(s: Setting, found: Result) -> None:
     """The loader alone, and decoding alone, for several thread counts: medians over interleaved repetitions of an epoch."""
-    _fresh_memory(s.device)  # what the model leaves in torch's cache is out of DALI's reach
+    fresh_memory(s.device)  # what the model leaves in torch's cache is out of DALI's reach
     cores, reader = available_cores(), s.reader()
     counts = [1] if s.dry else [t for t in (4, 8, 16) if t <= cores] or [cores]
     ids, batch_size = np.arange(len(reader)), min(s.batch_size, len(reader))
@@ -232,92 +222,48 @@ def loader(s: Setting, found: Result) -> None:
             "repetitions": [round(r, 1) for r in loaded[t]],
             "decode_repetitions": [round(r, 1) for r in decoded_alone[t]],
         }
-        _note(found, f"{t} threads", figures)
+        note(found, f"{t} threads", figures)
 
 
 def joint(s: Setting, found: Result) -> None:
-    """Pretraining by the project's own loop, loader and model together, for some hundred steps in bf16."""
-    _fresh_memory(s.device)
-    job = _job(s)
-    job.folder.mkdir()
+    """Pretraining by the project's own stage, loader and model together, for some hundred steps in bf16."""
+    fresh_memory(s.device)
     started = time.monotonic()
-    fit(job, single_worker(job.folder, torch.device(s.device)))
-    rows = Run(job.folder).metrics()
-    steady = rows[1:] or rows  # kernels are chosen and loaded in the first one
-    rates = [row["patches_per_s"] for row in steady]
-    patches = statistics.median(rates)
-    found |= {
-        "steps": job.steps,
-        "batch_size": job.batch_size,
-        "seconds": round(time.monotonic() - started, 1),
-        "patches_per_s": round(patches, 1),
-        "img_per_s": round(2 * patches, 1),
-        "patches_per_s_range": [min(rates), max(rates)],
-        "data_wait": round(statistics.median(row["data_wait"] for row in steady), 4),
-        "loss_first": round(rows[0]["loss"], 4),
-        "loss_last": round(rows[-1]["loss"], 4),
-        "loss_of_chance": round(float(np.log(2 * job.batch_size - 1)), 4),
-    }
-    found |= _peak_memory(s.device)
-    if s.model_alone:
-        found["joint_to_model"] = round(2 * patches / s.model_alone, 3)
-
-
-def _job(s: Setting) -> Job:
-    ids = np.arange(len(s.reader()))
-    batch_size = min(s.batch_size, len(ids))
+    batch_size = min(s.batch_size, len(s.reader()))
     # Half as fast as the model alone must still fit, with time to begin and end.
     speed = s.model_alone / (2 * batch_size) if s.model_alone else 3.0
     steps = 6 if s.dry else max(20, min(300, round(min(60.0, s.left - 40) * speed * 0.5)))
-    epochs = -(-steps // (len(ids) // batch_size))
-    return Job(
-        folder=s.folder / "run",
-        input=Input((SetInput(place_of(str(s.reader().folder)), fingerprint(s.reader().folder), ids),)),
-        method=METHOD,
-        backbone=s.backbone,
-        init="scratch",
-        image_size=s.image_size,
-        batch_size=batch_size,
-        epochs=epochs,
-        optimizer="lars",
-        peak_learning_rate=0.3 * batch_size / 256,
-        weight_decay=WEIGHT_DECAY,
-        warmup_epochs=epochs / 10,
-        precision="fp32" if s.dry else "bf16",
-        seed=SEED,
-        threads=0,
-        compile=False,
-        log_every=20 if steps >= 100 else max(1, steps // 5),
-        checkpoint_every=10**9,  # writing hundreds of megabytes is not what is measured
-        max_failures=0,
-        card={},
-    )
+    task = dataclasses.replace(_task(s, str(s.reader().folder), 0.0, steps), batch_size=batch_size)
+    run = contenders.pretrained(task, workers=0)
+    found |= {
+        "steps": run["steps"],
+        "batch_size": batch_size,
+        "seconds": round(time.monotonic() - started, 1),
+        "patches_per_s": round(run["img_per_s"] / 2, 1),
+        "img_per_s": round(run["img_per_s"], 1),
+        "data_wait": round(run["data_wait"], 4),
+        "loss_first": round(run["loss_first"], 4),
+        "loss_last": round(run["loss_last"], 4),
+        "loss_of_chance": round(float(np.log(2 * batch_size - 1)), 4),
+    }
+    found |= _peak_memory(s.device)
+    if s.model_alone:
+        found["joint_to_model"] = round(run["img_per_s"] / s.model_alone, 3)
 
 
-def _note(found: Result, name: str, value: Any) -> None:
+def note(found: Result, name: str, value: Any) -> None:
     found[name] = value
     print(f"    {name}: {value}", flush=True)
 
 
 def _seconds(device: str, work: Iterable) -> float:
     """The time it takes to go through it, to the end of all that was asked of the device on any stream: DALI's too."""
-    _synchronize(device)
+    synchronize(device)
     started = time.perf_counter()
     for _ in work:
         pass
-    _synchronize(device)
+    synchronize(device)
     return time.perf_counter() - started
-
-
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def _fresh_memory(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
 
 
 def _peak_memory(device: str) -> Result:

@@ -18,16 +18,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from harness import script
+from worker import own_memory
 
-import numpy as np  # noqa: E402
-import pyarrow as pa  # noqa: E402
-import pyarrow.compute as pc  # noqa: E402
-import pyarrow.parquet as pq  # noqa: E402
-
-from sharding.cli import option, required, run_script  # noqa: E402
-from sharding.manifest import read_dataset, read_manifest, shard_file  # noqa: E402
+from sharding.cli import option, required
+from sharding.manifest import read_dataset, read_manifest, shard_file
 
 _AT_A_TIME = 1_000_000  # rows written at once
 
@@ -136,11 +135,9 @@ def measured(config: Config) -> dict:
 
 
 def _peak() -> float:
-    """Most memory that this process has had at once, MB. What getrusage says begins with the peak of the process that started
-    this one."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024 / 1e6
+    """Most memory that this process has had at once, MB."""
+    return own_memory("VmHWM") / 1e6
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, Config, prog="benchmarks/large_manifest.py", description=(__doc__ or "").split("\n")[0]))
+    script(main, Config, __file__, __doc__)

@@ -5,52 +5,73 @@
     python benchmarks/loader.py --work DISK/bench --peers DISK/peers      # and other packages' loaders
     python benchmarks/loader.py --work DISK/bench --device cuda           # on a GPU, and others that work there
 
-All contenders run in turn, round by round (A B C A B C), each in a fresh process, on the same patches, in batches of the same
-size, on the same cores, with the files in the page cache. What is timed is the steady state, by the clock on the wall: whole
-batches, after the first ones, for at least `--seconds`, and as many as an epoch (or `--lap`) has or a multiple of that.
+All contenders have the same patches in the page cache, batches of the same size and the same cores. The steady state is timed
+by the wall clock: whole batches, after the first ones, for at least `--seconds`, and as many as an epoch (or `--lap`) has.
 
-On the CPU two further measurements follow in processes of their own. `parts`: CPU milliseconds per patch of our loader and of
-each of its parts, on one core with one thread, and from these the share of what the host does (reading and drawing). `memory`:
-what our loader's process occupies at the end of each of ten short epochs, and the most at any time.
+On the CPU two further measurements follow. `parts`: CPU milliseconds per patch of our loader and of each part, on one core,
+and the share of the host's part (reading and drawing). `memory`: of our loader's process at the end of each of ten short epochs.
 
-Results go to <out>/<date>-loader.json (on a GPU <date>-loader-cuda.json), written after every run, and at the end as tables to
-the same name's .md. A target that was not reached is printed as MISSED; who could not run stands in the table with the reason,
-and then the exit code is 1.
+Results: <out>/<date>-loader.json and .md, on a GPU <date>-loader-cuda.
 """
 
 import dataclasses
 import functools
-import json
+import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
-from rich.console import Console
+from contenders import loader_peers
+from contenders.loader import CONTENDERS, LOADERS, PARTS, Task
+from harness import (
+    Result,
+    absent,
+    check_at_least,
+    chosen,
+    cores_of,
+    run_contender,
+    script,
+    settings_of,
+)
+from patch_set import patch_set
+from peers import LOADER_PEERS, Environment, environment_of
+from report import (
+    Block,
+    Record,
+    Report,
+    Table,
+    Target,
+    images_line,
+    judge,
+    missing_lines,
+    number,
+    ratio,
+    rounds_table,
+    spread,
+    target_lines,
+    with_failure,
+)
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
+from sharding.cli import option, required
 
-import loader_contenders  # noqa: E402
-import loader_parts  # noqa: E402
-import loader_peers  # noqa: E402
-from loader_contenders import Task  # noqa: E402
-from loader_peers import ALL, NOT_TO_BE_HAD, PEER_CONTENDERS, PEERS  # noqa: E402
-from loader_report import completed, markdown, tables, target_lines  # noqa: E402
-from measuring import absent, chosen, conclude, machine, new_path, record_of, run_fresh, settings_of, take, versions_of  # noqa: E402
-from patch_set import patch_set  # noqa: E402
-from step_peers import Environment, environment_of  # noqa: E402
-
-from pipelines.shard_reader import ShardReader  # noqa: E402
-from sharding.cli import option, required, run_script  # noqa: E402
-from sharding.process_pool import available_cores  # noqa: E402
-
+ALL = LOADERS | loader_peers.CONTENDERS
 NAMES = (*ALL, "parts", "memory")
+TITLES = {name: contender.title for name, contender in ALL.items()}
 _WARM = 2  # batches that are not timed, at least
 _PART_SECONDS = 1.0  # of CPU time, at least, for each part and round
 _PACKAGES = ("torch", "torchvision", "pillow", "nvidia-dali-cuda130", "numba", "numpy")
+_HOST = ("reading", "drawing")  # what the host does for every patch so that views are functions of their numbers
+TARGETS = (
+    Target("ours", "rate_to_torchvision", 4.0, "ours, its rate as a multiple of torchvision's"),
+    Target("ours", "rate_to_dali", 1.0, "ours, its rate as a multiple of that of DALI's own operators"),
+    Target("ours-blur", "time_to_ours", 2.0, "ours with blur, its time as a multiple of ours without", at_least=False),
+    Target("parts", "share", 0.03, "reading and drawing, their share of the loader's CPU time", at_least=False),
+    Target("parts", "patches_per_s", 60_000, "reading and drawing, patches/s on one core"),
+)
+GPU_TARGETS = (Target("ours", "rate_to_decode", 0.8, "ours, its rate as a share of decoding alone"),)
+_GROWTH = "memory at batch {:,}, at the end of the last epoch as a multiple of that at the end of the second"
 
 
 @dataclass(frozen=True)
@@ -59,9 +80,7 @@ class Config:
 
     work: str = required("a folder to work in: drawn images and the shard set stay there")
     out: str = option("benchmarks/results", "folder for the results")
-    peers: str | None = option(
-        None, "folder of environments for other packages, one each; made, with pip, where they are not there"
-    )
+    peers: str | None = option(None, "folder of environments for other packages, one each; made with pip where they are missing")
     images: str | None = option(None, "a folder of real patches (JPEG or PNG) to use instead of drawn ones")
     device: Literal["cpu", "cuda"] = option("cpu", "where the views are wanted")
     patches: int = option(4096, "patches to draw")
@@ -76,133 +95,157 @@ class Config:
 
 
 def main(config: Config) -> None:
-    others = PEER_CONTENDERS if config.peers and config.device == "cpu" else ()
+    others = [*loader_peers.CONTENDERS] if config.peers and config.device == "cpu" else []
     names = chosen(config.contenders or [*of_device(config.device), *others], NAMES)
-    for name, least in (("rounds", 1), ("size", 1), ("batch_size", 1), ("patches", config.batch_size), ("cores", 0), ("lap", 1)):
-        value = getattr(config, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} {value} is out of range: give at least {least}")
-    cores = config.cores or available_cores()
-    if cores > available_cores():
-        raise ValueError(f"--cores {cores} is out of range: this process may use {available_cores()}")
-    console = Console(highlight=False, soft_wrap=True)
+    check_at_least(config, rounds=1, size=1, batch_size=1, patches=config.batch_size, lap=1)
+    cores = cores_of(config.cores)
+    kind = "loader-cuda" if config.device == "cuda" else "loader"
+    result = Result(config.out, kind, _PACKAGES, cores=cores)
     work = Path(config.work).resolve()
-    started = machine(cores)
-    peers = {name: environments(config.peers, name) for name in names if name in PEERS}
-    missing = absent({name: contender.needs for name, contender in ALL.items()}, names)
-    for environment in peers.values():
+    environments = {name: environment_in(config.peers, name) for name in names if name in LOADER_PEERS}
+    missing = absent(ALL, names)
+    for environment in environments.values():
         missing |= environment.missing
-    names = [name for name in names if name not in missing]
-    console.print("drawing patches and packing them, unless they are there")
-    data = patch_set(
-        config.images,
-        work,
-        patches=config.patches,
-        size=config.size,
-        batch_size=config.batch_size,
-        cores=cores,
-    )
-    reader = ShardReader(data.shards)
-    console.print(f"{len(reader):,} patches of {data.described['kilobytes']:.1f} KB", markup=False)
-    task = the_task(config, reader, cores)
-    path = new_path(Path(config.out), "loader-cuda" if config.device == "cuda" else "loader")
-    record: dict[str, Any] = {
-        **record_of(started, versions_of(_PACKAGES) | {name: v for each in peers.values() for name, v in each.versions.items()}),
-        "images": data.described,
-        "timed": settings_of(task),
-        "runs": {},
-        "missing": missing | (NOT_TO_BE_HAD if config.peers else {}),
-        "failed": {},
-    }
-    for job in jobs(config, names, task):
-        python = peers[job.name].python if job.name in peers else sys.executable
-        measure = functools.partial(one_run, job, work, python)
-        take(record, job.key, job.title, path, console, measure, functools.partial(_shown, job))
-    record = completed(record)
-    conclude(
-        record,
-        path,
-        console,
-        markdown=markdown(record),
-        tables=((header, rows) for _, header, rows in tables(record)),
-        lines=target_lines(record),
-    )
+        result.record["versions"] |= environment.versions
+    names = result.leave_out(missing, names)
+    result.record["missing"] |= loader_peers.NOT_INSTALLABLE if config.peers else {}
+    result.say("drawing patches and packing them, unless they are there")
+    sizes = {"patches": config.patches, "size": config.size, "batch_size": config.batch_size}
+    data = patch_set(config.images, work, cores=cores, **sizes)
+    task = task_of(config, data.shards, data.described["patches"], cores)
+    result.record |= {"images": data.described, "timed": settings_of(task)}
+
+    def measure(name: str) -> Record:
+        module = "contenders.loader_peers" if name in LOADER_PEERS else "contenders.loader"
+        python = environments[name].python if name in environments else sys.executable
+        return run_contender(module, name, task, python=python)
+
+    loaders = [name for name in names if name in ALL]
+    result.rounds(loaders, config.rounds, measure, lambda run: f"{run['patches_per_s']:,.0f} patches/s")
+    alone = functools.partial(dataclasses.replace, task, device="cpu")
+    if "parts" in names:
+        job = functools.partial(
+            run_contender, "contenders.loader", "parts", alone(cores=1, seconds=min(_PART_SECONDS, config.seconds))
+        )
+        result.take("parts", "parts", job, lambda run: f"{run['ms']['loader'][-1]:.3f} CPU ms per patch")
+    for size in config.memory_batches if "memory" in names else ():
+        job = functools.partial(run_contender, "contenders.loader", "memory", alone(batch_size=size))
+        title = f"memory at batch {size:,}"
+        result.take(f"memory {size}", title, job, lambda run: f"{run['peak_bytes'] / 1e6:,.0f} MB at most")
+    result.finish(report_of(result.record))
 
 
-def environments(folder: str | None, name: str) -> Environment:
+def environment_in(folder: str | None, name: str) -> Environment:
     """The environment of that peer alone."""
-    return environment_of(folder and str(Path(folder) / name), [name], PEERS)
+    return environment_of(folder and str(Path(folder) / name), [name], LOADER_PEERS)
 
 
 def of_device(device: str) -> list[str]:
     """Who is measured there unless others are asked for."""
-    names = [name for name, contender in ALL.items() if device in contender.devices]
-    return [*names, "parts", "memory"] if device == "cpu" else names
+    return [name for name, contender in CONTENDERS.items() if device in contender.devices]
 
 
-def the_task(config: Config, reader: ShardReader, cores: int) -> Task:
-    """Of a contender. Both numbers of batches divide by the cores, so that of torchvision's workers, which make a batch each, no
-    one has more to do than the others."""
-    return Task(
-        shards=str(reader.folder),
-        cores=cores,
-        batch_size=config.batch_size,
-        image_size=config.size,
-        warm=_divisible(_WARM, cores),
-        lap=_divisible(config.lap or len(reader) // config.batch_size, cores),
-        seconds=config.seconds,
-        rounds=config.rounds,
-        device=config.device,
+def task_of(config: Config, shards: str, patches: int, cores: int) -> Task:
+    """Both numbers of batches divide by the cores: torchvision's workers make a batch each, and all as many."""
+    lap = config.lap or patches // config.batch_size
+    warm, lap = (-(-least // cores) * cores for least in (_WARM, lap))
+    size = {"batch_size": config.batch_size, "image_size": config.size}
+    return Task(shards, cores, **size, warm=warm, lap=lap, seconds=config.seconds, rounds=config.rounds, device=config.device)
+
+
+# ---- The report ----
+
+
+def summarise(runs: dict[str, list[Record]]) -> Record:
+    """Medians over the rounds, and ratios within a round. A loader with blur is compared with torchvision and DALI with blur."""
+    found = {}
+    for name, rounds in runs.items():
+        if rounds and name in ALL:
+            rates, blur = [run["patches_per_s"] for run in rounds], "-blur" if name.endswith("-blur") else ""
+            others = {"torchvision": f"torchvision{blur}", "dali": f"dali{blur}", "decode": "decode"}
+            ratios = {f"rate_to_{key}": ratio(rounds, runs.get(other), "patches_per_s") for key, other in others.items()}
+            found[name] = {"patches_per_s": statistics.median(rates), "spread": spread(rates), **ratios}
+            found[name]["time_to_ours"] = ratio(runs.get("ours"), rounds, "patches_per_s")
+    return found
+
+
+def summarise_parts(found: dict[str, list[float]]) -> Record:
+    """found: CPU milliseconds per patch by part and round. Medians over the rounds: of each part ("ms"), of what the whole loader
+    takes beyond the sum of its parts ("rest_ms"), of the host's share of the whole ("share"), and the host's rate."""
+    rounds = [dict(zip(found, times, strict=True)) for times in zip(*found.values(), strict=True)]
+    host = [sum(times[name] for name in _HOST) for times in rounds]
+    return {
+        "ms": {name: statistics.median(times) for name, times in found.items()},
+        "rest_ms": statistics.median(2 * times["loader"] - sum(times.values()) for times in rounds),
+        "share": statistics.median(mine / times["loader"] for mine, times in zip(host, rounds, strict=True)),
+        "patches_per_s": statistics.median(1000 / mine for mine in host),
+    }
+
+
+def growth(runs: Sequence[Record]) -> float | None:
+    return runs[0]["resident_bytes"][-1] / runs[0]["resident_bytes"][1] if runs else None
+
+
+def report_of(record: Record) -> Report:
+    """Of a record of which some runs may be missing."""
+    runs, timed = record["runs"], record["timed"]
+    summary = summarise(runs)
+    parts = summarise_parts(runs["parts"][0]["ms"]) if runs.get("parts") else None
+    memory = {int(key.removeprefix("memory ")): found for key, found in runs.items() if key.startswith("memory ")}
+    rows = {**summary, "parts": parts or {}} | {f"memory {size}": {"growth": growth(each)} for size, each in memory.items()}
+    grown = [Target(f"memory {size}", "growth", 1.05, _GROWTH.format(size), at_least=False) for size in memory]
+    targets = judge(rows, GPU_TARGETS if timed["device"] == "cuda" else (*TARGETS, *grown))
+    record = record | {"summary": summary, "parts": parts, "targets": targets}
+    blocks: list[Block] = [images_line(record["images"])]
+    if any(name in ALL for name in runs):
+        columns = {f"rate / {word}": (f"rate_to_{key}", ".2f") for key, word in _COMPARED.items()}
+        columns["time / ours"] = ("time_to_ours", ".2f")
+        blocks += [_speed_text(timed), rounds_table(record, TITLES, "patches_per_s", "patches/s", columns)]
+    if "parts" in runs:
+        text = "CPU time of all threads per patch, recipe simclr, on one core with one thread; medians over the rounds."
+        blocks += [text, _parts_table(record)]
+    if memory:
+        text = (
+            "Resident memory (MB are 10^6 bytes; the mapped tars' pages are in it) of a process that runs the loader for ten"
+            " short epochs, recipe simclr."
+        )
+        blocks += [text, _memory_table(record, memory)]
+    lines = target_lines(record, lambda value: number(value) if value >= 1000 else f"{value:.3g}")
+    return Report(record, "The loader", [*blocks, *lines, *missing_lines(record, ALL)])
+
+
+_COMPARED = {"torchvision": "torchvision", "dali": "DALI", "decode": "decoding"}
+
+
+def _speed_text(timed: Record) -> str:
+    return (
+        f"Two views of {timed['image_size']} px on the {timed['device']}, batch {timed['batch_size']}. Patches/s of the steady"
+        f" state: after {timed['warm']} batches, {timed['lap']} batches or a multiple of them that takes at least"
+        f" {timed['seconds']:g} s; a fresh process each time, the rounds interleaved. Ratios are medians of the ratios within a"
+        " round; with blur, against others with blur. Spread: from the slowest to the fastest round, as a share of the median."
     )
 
 
-def _divisible(least: int, by: int) -> int:
-    return -(-least // by) * by
+def _parts_table(record: Record) -> Table:
+    header, found = ["part", "CPU ms per patch", "share of the loader"], record["parts"]
+    if found is None:
+        return Table(header, [[with_failure("all parts", record, "parts"), "-", "-"]])
+    ms = found["ms"]
+    lines = {PARTS[name]: ms[name] for name in PARTS if name != "loader"}
+    lines |= {"everything else": found["rest_ms"], PARTS["loader"]: ms["loader"]}
+    return Table(header, [[title, f"{value:.4f}", f"{value / ms['loader']:.2%}"] for title, value in lines.items()])
 
 
-class Job(NamedTuple):
-    """A process: the script that it runs, and by what name it does so. key: what its figures are kept under."""
-
-    title: str
-    script: ModuleType
-    name: str
-    task: Task
-    key: str
-
-
-def jobs(config: Config, names: Sequence[str], task: Task) -> Iterator[Job]:
-    """In their order."""
-    for number in range(1, config.rounds + 1):
-        for name in names:
-            if name in ALL:
-                script = loader_peers if name in PEER_CONTENDERS else loader_contenders
-                yield Job(f"round {number}: {name}", script, name, task, name)
-    if "parts" in names:
-        alone = dataclasses.replace(task, device="cpu", cores=1, seconds=min(_PART_SECONDS, config.seconds))
-        yield Job("parts", loader_parts, "parts", alone, "parts")
-    if "memory" in names:
-        for size in config.memory_batches:
-            sized = dataclasses.replace(task, device="cpu", batch_size=size)
-            yield Job(f"memory at batch {size:,}", loader_parts, "memory", sized, f"memory {size}")
-
-
-def one_run(job: Job, work: Path, python: str) -> dict[str, Any]:
-    """What it reports. python: the interpreter that has what it needs. Raises RunFailed."""
-    result, load = work / "result.json", machine(job.task.cores)["load"][0]
-    result.unlink(missing_ok=True)
-    given = json.dumps(dataclasses.asdict(job.task))
-    run_fresh([python, str(job.script.__file__), job.name, given, str(result)], work / "run.log")
-    return {**json.loads(result.read_text()), "load_before": load}
-
-
-def _shown(job: Job, found: dict[str, Any]) -> str:
-    """A line for who waits; the tables say more."""
-    if job.name in ALL:
-        return f"{found['patches_per_s']:,.0f} patches/s"
-    if job.name == "parts":
-        return f"{found['ms']['loader'][-1]:.3f} CPU ms per patch"
-    return f"{found['peak_bytes'] / 1e6:,.0f} MB at most"
+def _memory_table(record: Record, memory: dict[int, list[Record]]) -> Table:
+    rows = []
+    for size, runs in memory.items():
+        cells = ["-"] * 4
+        for run in runs:
+            second, last = run["resident_bytes"][1], run["resident_bytes"][-1]
+            cells = [f"{second / 1e6:,.0f}", f"{last / 1e6:,.0f}", f"{last / second:.3f}", f"{run['peak_bytes'] / 1e6:,.0f}"]
+        rows.append([with_failure(f"{size:,}", record, f"memory {size}"), *cells])
+    return Table(["batch", "end of epoch 2, MB", "end of the last epoch, MB", "last / second", "peak, MB"], rows)
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, Config, prog="loader.py", description=(__doc__ or "").splitlines()[0]))
+    script(main, Config, __file__, __doc__)

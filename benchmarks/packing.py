@@ -1,53 +1,42 @@
-"""How fast are patches packed, held against the decoder's own speed, tar, and the other tools, on the same files?
+"""How fast are patches packed, compared with the decoder's own speed, tar, and other tools, on the same files?
 
     python benchmarks/packing.py --work DISK/bench                                # 100,000 drawn patches of 224 px
     python benchmarks/packing.py --work DISK/bench --images data/breast --layout '{class}/{slide}/{magnification}/{name}'
     python benchmarks/packing.py --work DISK/bench --memory                       # peak memory by number of patches
 
-All contenders run in turn, round by round (A B C A B C), each in a fresh process and with the images in the page cache. A
-packer's time is what its user waits for: from the start of the process to its end, and then until its output is on the disk
-(fsync of every file and folder). The bare decoders' time is that of decoding alone, so the yardstick is not short.
+A packer's time is what its user waits for: from the start of the process to its end, and then until its output is on the disk
+(fsync of every file and folder). The bare decoders' time is that of decoding alone, so that the baseline is not too slow.
 
-Results go to <out>/<date>-packing.json, written after every run, and at the end as a table to the same name's .md. A target
-that was not reached is printed as MISSED.
+Results: <out>/<date>-packing.json and .md, with --memory <date>-packing-memory.
 """
 
+import contextlib
 import functools
-import importlib.util
+import os
 import shutil
-import sys
+import statistics
+import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
+from contenders.packing import CONTENDERS, DECODERS, Task
+from drawn_images import LAYOUT, draw_images, image_files
+from harness import Result, RunFailed, absent, check_at_least, chosen, run_contender, run_fresh, script, versions_of
+from report import Record, Report, Table, Target, judge, medians, missing_lines, ratio, rounds_table, spread, target_lines
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
-
-from measuring import RunFailed, chosen, machine, new_path, print_table, record_of, take  # noqa: E402
-from packing_contenders import CONTENDERS, Task  # noqa: E402
-from packing_images import LAYOUT, draw_images, image_files  # noqa: E402
-from packing_report import (  # noqa: E402
-    judge,
-    memory_markdown,
-    memory_table,
-    speed_lines,
-    speed_markdown,
-    speed_table,
-    summarise,
-    versions,
-)
-from packing_runs import note_peaks, one_run, output_folder, run_process  # noqa: E402
-
-from sharding.cli import option, required, run_script  # noqa: E402
-from sharding.process_pool import available_cores  # noqa: E402
-from train.records.runs import write_json, write_text  # noqa: E402
+from sharding.cli import option, required
+from sharding.process_pool import available_cores
 
 _QUALITY = {"speed": 85, "memory": 100}  # of the drawn JPEGs: 15 to 19 KB at 224 px, and 0.9 KB at 16 px
 _TINY = 16  # pixels, side of the images for --memory
+_PACKAGES = ("numpy", "pyarrow", "pillow", "nvidia-nvimgcodec-cu13", "nvidia-dali-cuda130")
+TARGETS = (
+    Target("ours-decode", "rate_to_decode", 0.8, "ours with --check decode, as a share of the bare decode's rate"),
+    Target("ours-header", "time_to_tar", 3.0, "ours with --check header, its time as a multiple of tar's", at_least=False),
+    Target("ours-header", "rate_to_webdataset", 5.0, "ours with --check header, its rate as a multiple of ShardWriter's"),
+)
 
 
 @dataclass(frozen=True)
@@ -69,145 +58,175 @@ class Config:
 
 
 def main(config: Config) -> None:
-    for name, least in (("rounds", 1), ("patches", 1), ("distinct", 1), ("size", 1), ("workers", 0)):
-        if getattr(config, name) < least:
-            raise ValueError(f"--{name} {getattr(config, name)} is out of range: give at least {least}")
+    check_at_least(config, rounds=1, patches=1, distinct=1, size=1, workers=0)
+    names = chosen(config.contenders, CONTENDERS)
+    if config.images and not Path(config.images).is_dir():
+        raise ValueError(f"--images {config.images}: there is no such folder; give the one that holds a folder for each class")
+    if config.memory and (len(set(config.counts)) < 2 or min(config.counts) < 1):
+        raise ValueError("--counts needs at least two numbers of patches: the least is the base of the others")
     workers = config.workers or available_cores()
     Path(config.work).mkdir(parents=True, exist_ok=True)
-    path = new_path(Path(config.out), "packing-memory" if config.memory else "packing")
-    record: dict[str, Any] = {
-        **record_of(machine(workers), {}),
-        "failed": {},
-    }
-    console = Console(highlight=False, soft_wrap=True)
-    (measure_memory if config.memory else measure_speed)(config, workers, record, path, console)
-    console.print(f"{path.with_suffix('.md')}")
-    if failed := record["failed"]:
-        print(f"FAILED: {', '.join(failed)}", file=sys.stderr, flush=True)
-        raise SystemExit(1)
+    if config.memory:
+        measure_memory(config, workers)
+    else:
+        measure_speed(config, workers, names)
 
 
 # ---- Speed ----
 
 
-def measure_speed(config: Config, workers: int, record: dict[str, Any], path: Path, console: Console) -> None:
-    """Every contender in turn, round by round."""
-    record["missing"] = missing = absent(chosen(config.contenders, CONTENDERS))
-    names = [name for name in chosen(config.contenders, CONTENDERS) if name not in missing]
-    for name, how in missing.items():
-        console.print(f"{name}: {how}", markup=False)
+def measure_speed(config: Config, workers: int, names: list[str]) -> None:
+    result = Result(config.out, "packing", cores=workers)
+    missing = absent(CONTENDERS, names)
+    if "tar" in names and not shutil.which("tar"):
+        missing["tar"] = "not installed: GNU tar"
+    names = result.leave_out(missing, names)
     if config.images:
         images = Path(config.images)
-        if not images.is_dir():
-            raise ValueError(f"--images {images}: there is no such folder; give the one that holds a folder for each class")
     else:
-        console.print(f"drawing {config.patches:,} images, unless they are there", markup=False)
-        images = draw_images(
-            Path(config.work),
-            patches=config.patches,
-            size=config.size,
-            distinct=min(config.distinct, config.patches),
-            quality=_QUALITY["speed"],
-            workers=workers,
-        )
+        result.say(f"drawing {config.patches:,} images, unless they are there")
+        images = _draw(config, config.patches, config.size, config.distinct, "speed", workers)
     patches, size = read_once(images)
-    record |= {
-        "versions": versions(names),
+    result.record |= {
+        "versions": versions_of([*_PACKAGES, *(CONTENDERS[name].package for name in names if CONTENDERS[name].package)]),
         "images": {"patches": patches, "bytes": size, "drawn": not config.images},
-        "runs": {name: [] for name in names},
     }
-    console.print(f"{patches:,} images of {size / patches / 1e3:.1f} KB", markup=False)
-    for number in range(1, config.rounds + 1):
-        for name in names:
-            measure = functools.partial(_one_speed, name, images.resolve(), config, workers, patches, size)
-            take(
-                record,
-                name,
-                f"round {number}: {name}",
-                path,
-                console,
-                measure,
-                lambda run: f"{run['patches_per_s']:,.0f} patches/s",
-            )
-    record["summary"] = summarise(record["runs"])
-    record["targets"] = judge(record["summary"])
-    write_json(path, record)
-    write_text(path.with_suffix(".md"), speed_markdown(record))
-    print_table(console, *speed_table(record))
-    for line in speed_lines(record):
-        console.print(line, markup=False)
+    if "tar" in names:
+        said = subprocess.run(["tar", "--version"], capture_output=True, text=True, check=True).stdout
+        result.record["versions"]["tar"] = said.splitlines()[0].removeprefix("tar ")
+    result.say(f"{patches:,} images of {size / patches / 1e3:.1f} KB")
+
+    def measure(name: str) -> Record:
+        with output_folder(config.work) as out:
+            return one_run(name, Task(str(images.resolve()), str(out), workers, config.layout), patches, size)
+
+    result.rounds(names, config.rounds, measure, lambda run: f"{run['patches_per_s']:,.0f} patches/s")
+    result.finish(speed_report(result.record))
 
 
-def absent(names: Iterable[str]) -> dict[str, str]:
-    """What is not installed, and how it would be."""
-    found = {}
-    for name in names:
-        contender = CONTENDERS[name]
-        if name == "tar":
-            if not shutil.which("tar"):
-                found[name] = "not installed: GNU tar"
-        elif contender.module and not _is_installed(contender.module):
-            found[name] = f"not installed: pip install {contender.package}"
-    return found
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the package around it is missing
-        return False
+def _draw(config: Config, patches: int, size: int, distinct: int, quality: str, workers: int) -> Path:
+    sizes = {"patches": patches, "size": size, "distinct": min(distinct, patches)}
+    return draw_images(Path(config.work), quality=_QUALITY[quality], workers=workers, **sizes)
 
 
 def read_once(images: Path) -> tuple[int, int]:
     """Read every image, so that all contenders find them in memory. Returns how many there are, and their bytes."""
-    patches = size = 0
-    for path, _ in image_files(images):
-        with open(path, "rb", buffering=0) as file:
-            size += len(file.read())
-        patches += 1
-    if not patches:
+    sizes = [len(Path(path).read_bytes()) for path, _ in image_files(images)]
+    if not sizes:
         raise ValueError(f"{images} holds no image in a folder of a class: give a folder that holds a folder for each class")
-    return patches, size
+    return len(sizes), sum(sizes)
 
 
-def _one_speed(name: str, images: Path, config: Config, workers: int, patches: int, size: int) -> dict[str, float]:
-    with output_folder(config.work) as out:
-        return one_run(name, Task(str(images), str(out), workers, config.layout), patches, size)
+@contextlib.contextmanager
+def output_folder(work: str) -> Iterator[Path]:
+    """An empty folder, removed at the end. Nothing that was written before waits for the disk while a contender runs."""
+    out = Path(work).resolve() / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    os.sync()
+    try:
+        yield out
+    finally:
+        shutil.rmtree(out)
+
+
+def one_run(name: str, task: Task, patches: int, size: int) -> Record:
+    """patches, size: what it was given; size in bytes. counted_s: what the rate is of; start_s: Python, its imports, its end;
+    work_s: after the imports; sync_s: afterwards, until the output is on the disk. Raises RunFailed."""
+    load = os.getloadavg()[0]
+    started = time.perf_counter()
+    report = run_process(name, task)
+    wall = time.perf_counter() - started
+    sync = sync_tree(Path(task.out))
+    if report.get("patches", patches) != patches:
+        raise RunFailed(f"{report['patches']:,} of {patches:,} patches are there")
+    work = report.get("work_s", wall)
+    if name not in DECODERS and sum(path.stat().st_size for path in Path(task.out).rglob("*") if path.is_file()) < size:
+        raise RunFailed("the output is smaller than the images")
+    counted = work if name in DECODERS else wall + sync
+    found = {"patches_per_s": patches / counted, "counted_s": counted, "start_s": wall - work, "work_s": work}
+    return found | {"sync_s": sync, "load_before": load}
+
+
+def run_process(name: str, task: Task, watch: Callable[[int], None] | None = None) -> Record:
+    """Run a contender to its end; what it reports. watch: called with its process id, again and again. Raises RunFailed."""
+    if name == "tar":
+        run_fresh(["tar", "-C", task.images, "-cf", f"{task.out}/images.tar", "."], Path(task.out).with_name("tar.log"))
+        return {}
+    return run_contender("contenders.packing", name, task, watch=watch)
+
+
+def sync_tree(folder: Path) -> float:
+    """Seconds until every file and folder below is on the disk."""
+    started = time.perf_counter()
+    for place, _, names in os.walk(folder):
+        for path in (*(os.path.join(place, name) for name in names), place):
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+    return time.perf_counter() - started
+
+
+def summarise(runs: dict[str, list[Record]]) -> Record:
+    """Medians over the rounds, and ratios within a round. The bare decode is the faster of its two, by their medians."""
+    rates = {name: statistics.median(run["patches_per_s"] for run in found) for name, found in runs.items() if found}
+    decode = max((name for name in DECODERS if name in rates), key=lambda name: rates[name], default="")
+    packs = {name: found for name, found in runs.items() if name not in DECODERS}
+    return {
+        name: {
+            **medians(runs[name], "patches_per_s", "counted_s", "start_s", "sync_s"),
+            "spread": spread([run["patches_per_s"] for run in runs[name]]),
+            "rate_to_decode": ratio(runs[name], runs.get(decode), "patches_per_s"),
+            "time_to_tar": ratio(packs.get(name), runs.get("tar"), "counted_s"),
+            "rate_to_webdataset": ratio(packs.get(name), runs.get("webdataset"), "patches_per_s"),
+        }
+        for name in rates
+    }
+
+
+def speed_report(record: Record) -> Report:
+    summary = summarise(record["runs"])
+    record = record | {"summary": summary, "targets": judge(summary, TARGETS)}
+    images = record["images"]
+    seconds = {f"{word} s".strip(): (f"{key}_s", ".2f") for word, key in (("", "counted"), ("start", "start"), ("sync", "sync"))}
+    names = {"rate_to_decode": "rate / bare decode", "time_to_tar": "time / tar", "rate_to_webdataset": "rate / ShardWriter"}
+    columns = seconds | {title: (key, ".2f") for key, title in names.items()}
+    titles = {name: contender.title for name, contender in CONTENDERS.items()}
+    text = (
+        f"{images['patches']:,} {'drawn' if images['drawn'] else 'real'} images of {images['bytes'] / images['patches']:,.0f}"
+        " bytes on average, in the page cache. Patches/s, a fresh process each time, the rounds interleaved. A packer's time runs"
+        " from the start of its process, imports included, until its output is synced to disk; a bare decode's time is that of"
+        " decoding alone. Ratios are medians of the ratios within a round."
+    )
+    table = rounds_table(record, titles, "patches_per_s", "patches/s", columns)
+    return Report(record, "Packing", [text, table, *target_lines(record), *missing_lines(record, CONTENDERS)])
 
 
 # ---- Memory ----
 
 
-def measure_memory(config: Config, workers: int, record: dict[str, Any], path: Path, console: Console) -> None:
+def measure_memory(config: Config, workers: int) -> None:
     """Peak resident memory of our packer, in a fresh process for each number of patches."""
     counts = sorted(set(config.counts))
-    if len(counts) < 2 or counts[0] < 1:
-        raise ValueError("--counts needs at least two numbers of patches: the least is the base of the others")
-    record |= {"versions": versions(["ours-header"]), "memory": []}
+    result = Result(config.out, "packing-memory", _PACKAGES, cores=workers)
+    rows = result.record["memory"] = []
     for count in counts:
-        console.print(f"{count:,} patches: drawing them, unless they are there, and packing", markup=False)
-        images = draw_images(
-            Path(config.work),
-            patches=count,
-            size=_TINY,
-            distinct=min(config.distinct, counts[0]),
-            quality=_QUALITY["memory"],
-            workers=workers,
-        )
-        try:
-            with output_folder(config.work) as out:
-                record["memory"].append(_one_peak(Task(str(images.resolve()), str(out), workers, LAYOUT), count))
-        except RunFailed as error:
-            record["failed"][f"{count:,} patches"] = str(error)
-            console.print(f"FAILED: {error}", markup=False)
+        result.say(f"{count:,} patches: drawing them, unless they are there, and packing")
+        images = _draw(config, count, _TINY, min(config.distinct, counts[0]), "memory", workers)
+        with output_folder(config.work) as out:
+            task = Task(str(images.resolve()), str(out), workers, LAYOUT)
+            title = f"{count:,} patches"
+            found = result.attempt(title, title, functools.partial(one_peak, task, count), lambda row: f"{row['wall_s']:.1f} s")
+        if found is None:
             break
-        finally:
-            write_json(path, record)
-    write_text(path.with_suffix(".md"), memory_markdown(record))
-    print_table(console, *memory_table(record["memory"]))
+        rows.append(found)
+        result.save()
+    result.finish(memory_report(result.record))
 
 
-def _one_peak(task: Task, count: int) -> dict[str, float]:
+def one_peak(task: Task, count: int) -> Record:
     """Peaks in bytes. Raises RunFailed."""
     patches, size = read_once(Path(task.images))
     peaks: dict[int, int] = {}
@@ -225,5 +244,45 @@ def _one_peak(task: Task, count: int) -> dict[str, float]:
     }
 
 
+def note_peaks(root: int, peaks: dict[int, int]) -> None:
+    """Update the peak memory so far, in bytes, of the process `root` and of all its descendants."""
+    parents, seen = {}, {}
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            status = Path(f"/proc/{entry}/status").read_text(errors="replace")
+        except OSError:  # it has just ended
+            continue
+        fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+        if "VmHWM" in fields:  # neither the kernel's own nor one that has ended
+            parents[int(entry)] = int(fields["PPid"])
+            seen[int(entry)] = int(fields["VmHWM"].split()[0]) * 1024
+    for process in seen:
+        ancestor = process
+        while ancestor != root and ancestor in parents:
+            ancestor = parents[ancestor]
+        if ancestor == root:
+            peaks[process] = max(peaks.get(process, 0), seen[process])
+
+
+def memory_report(record: Record) -> Report:
+    """Bytes per patch are the growth since the first row, over the patches more than there; "-" where that had no child."""
+    rows = []
+    for row in record["memory"]:
+        first = record["memory"][0]
+        more = row["patches"] - first["patches"]
+        cells = [f"{row['patches']:,}", f"{row['image_bytes']:,.0f}"]
+        for name in ("parent_bytes", "child_bytes"):
+            growth = f"{(row[name] - first[name]) / more:,.0f}" if more and first[name] else "-"
+            cells += [f"{row[name] / 1e6:,.1f}", growth]
+        rows.append([*cells, f"{row['wall_s']:.1f}"])
+    header = ["patches", "bytes each", "parent, MB", "its bytes per patch", "largest child, MB", "its bytes per patch", "s"]
+    text = (
+        "Peak resident memory (VmHWM; MB are 10^6 bytes) of ours with --check header: of the process that packs, and of its"
+        " largest child. Bytes per patch are the growth since the first row."
+    )
+    failed = [f"- FAILED: {what}: {why}" for what, why in record["failed"].items()]
+    return Report(record, "Memory of packing", [text, Table(header, rows), *failed])
+
+
 if __name__ == "__main__":
-    sys.exit(run_script(main, Config, prog="packing.py", description=(__doc__ or "").splitlines()[0]))
+    script(main, Config, __file__, __doc__)

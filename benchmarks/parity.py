@@ -10,29 +10,26 @@ table and its figures, and fails where a mean exceeds 1 level of 255 or a 99.9th
 
 import dataclasses
 import io
-import itertools
-import platform
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from harness import Result, script
 from PIL import Image
+from report import Record, Report, Table
+from worker import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
-
-from pipelines.dali_graph import DaliGraph  # noqa: E402
-from pipelines.recipes import RECIPES, ColourJitter, GaussianBlur, RandomCrop, Recipe, StainJitter  # noqa: E402
-from pipelines.torchvision_reference import decode, reference_view, reference_views  # noqa: E402
-from pipelines.views import draw_views  # noqa: E402
-from sharding.cli import option, run_script  # noqa: E402
-from sharding.drawn_patches.patches import draw_patch, encode  # noqa: E402
-from sharding.process_pool import available_cores  # noqa: E402
-from train.records.runs import code_commit, versions, write_json, write_text  # noqa: E402
+from pipelines.dali_graph import DaliGraph
+from pipelines.recipes import RECIPES, ColourJitter, GaussianBlur, RandomCrop, Recipe, StainJitter
+from pipelines.torchvision_reference import decode, reference_view, reference_views
+from pipelines.views import draw_views
+from sharding.cli import option
+from sharding.drawn_patches.patches import draw_patch, encode
+from sharding.process_pool import available_cores
+from train.records.runs import versions
 
 SEED = 42
 MEAN, HIGH = 1.0, 4.0  # levels: what a mean and a 99.9th percentile may be at most
@@ -120,17 +117,9 @@ def main(config: Config) -> None:
     torch.set_num_threads(1)
     sources = _sources(config)
     cases = OPERATIONS | {f"recipe {name}": recipe for name, recipe in RECIPES.items()}
-    record: dict[str, Any] = {
-        "benchmark": "parity",
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": {"system": platform.platform(), "processor": _processor(), "cores": available_cores()},
-        "versions": versions(),
-        "commit": code_commit(),
-        "command": " ".join(["python", "benchmarks/parity.py", *sys.argv[1:]]),
-        "patches": config.patches,
-        "image_size": config.image_size,
-        "rows": [],
-    }
+    result = Result(config.out, "parity")
+    rows: list[Record] = []
+    result.record |= {"versions": versions(), "patches": config.patches, "image_size": config.image_size, "rows": rows}
     for name, recipe in cases.items():
         graphs = {
             column: DaliGraph(
@@ -145,20 +134,17 @@ def main(config: Config) -> None:
         }
         for source, encoded in sources.items():
             row = {"case": name, "source": source} | compare(graphs, encoded)
-            record["rows"].append(row)
-            print(_line(row), flush=True)
-    record["too_far"] = [
+            rows.append(row)
+            result.say(" | ".join(_cells(row)))
+    result.record["too_far"] = [
         f"{COLUMNS[column]}: {row['case']} on {row['source']}"
-        for row in record["rows"]
+        for row in rows
         for column in ("graph", "torch")
         if not (row[column]["mean"] <= MEAN and row[column]["p99_9"] <= HIGH)  # what is no number is too far, too
     ]
-    path = _new_path(Path(config.out))
-    write_json(path, record)
-    write_text(path.with_suffix(".md"), table(record))
-    print(path.with_suffix(".md"))
-    if record["too_far"]:
-        print(f"TOO FAR: {'; '.join(record['too_far'])}", file=sys.stderr)
+    result.finish(report_of(result.record), show=[])
+    if result.record["too_far"]:
+        print(f"TOO FAR: {'; '.join(result.record['too_far'])}", file=sys.stderr)
         raise SystemExit(1)
 
 
@@ -173,48 +159,20 @@ def _sources(config: Config) -> dict[str, list[np.ndarray]]:
     return dict(zip(names, patches, strict=True))
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
-def _new_path(folder: Path) -> Path:
-    """A new file's name: an earlier result is never overwritten."""
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"{time.strftime('%Y-%m-%d')}-parity"
-    endings = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
-    return next(path for ending in endings if not (path := folder / f"{name}{ending}.json").exists())
-
-
-def _line(row: dict[str, Any]) -> str:
+def _cells(row: Record) -> list[str]:
     cells = (f"{row[column]['mean']:.4f} / {row[column]['p99_9']:.3f} / {row[column]['max']:.2f}" for column in COLUMNS)
-    return f"| {row['case']} | {row['source']} | {' | '.join(cells)} |"
+    return [row["case"], row["source"], *cells]
 
 
-def table(record: dict[str, Any]) -> str:
-    """The figures as Markdown, a row each."""
-    machine = record["machine"]
-    lines = [
-        f"# Parity with torchvision, {record['date']}",
-        "",
-        f"{machine['processor']}, {machine['cores']} cores, {machine['system']}.",
-        f"Commit {record['commit']}; `{record['command']}`.",
-        f"{', '.join(f'{name} {version}' for name, version in record['versions'].items())}.",
-        "",
+def report_of(record: Record) -> Report:
+    text = (
         "Mean / 99.9th percentile / maximum of the difference to torchvision in float, in levels of 255, with the same draws,"
-        f" over {record['patches']} patches of each source, at {record['image_size']} px.",
-        "",
-        f"| operation | patches | {' | '.join(COLUMNS.values())} |",
-        "| --- | --- | " + " | ".join("---:" for _ in COLUMNS) + " |",
-        *(_line(row) for row in record["rows"]),
-        "",
-        f"More than {MEAN:g} in the mean or {HIGH:g} at the 99.9th percentile: {'; '.join(record['too_far']) or 'none'}.",
-    ]
-    return "\n".join(lines) + "\n"
+        f" over {record['patches']} patches of each source, at {record['image_size']} px."
+    )
+    table = Table(["operation", "patches", *COLUMNS.values()], [_cells(row) for row in record["rows"]])
+    end = f"More than {MEAN:g} in the mean or {HIGH:g} at the 99.9th percentile: {'; '.join(record['too_far']) or 'none'}."
+    return Report(record, "Parity with torchvision", [text, table, end])
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, Config, prog="parity.py", description=(__doc__ or "").splitlines()[0]))
+    script(main, Config, __file__, __doc__)

@@ -3,20 +3,18 @@
 python benchmarks/patch_set.py --work DISK/bench --patches 8192      # beforehand, so that no benchmark has to
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
+from drawn_images import draw_images
+from harness import script
+from report import Record
 
-from packing_images import draw_images  # noqa: E402
-
-from sharding.cli import option, required, run_script  # noqa: E402
-from sharding.manifest import read_manifest  # noqa: E402
-from sharding.packing import build_shards  # noqa: E402
-from sharding.process_pool import available_cores  # noqa: E402
+from sharding.cli import option, required
+from sharding.manifest import read_manifest
+from sharding.packing import build_shards
+from sharding.process_pool import available_cores
 
 _QUALITY = 90  # of the drawn JPEGs: 22 KB at 224 px
 _DISTINCT = 1000  # different pictures among the drawn ones, at most; the others differ in a comment of their header
@@ -27,14 +25,13 @@ class PatchSet(NamedTuple):
 
     shards: str
     images: str
-    described: dict[str, Any]
+    described: Record
 
 
 def patch_set(given: str | None, work: Path, *, patches: int, size: int, batch_size: int, cores: int) -> PatchSet:
-    """The shard set of a folder of images, or of so many drawn ones, made under `work` where it is not there. All of its files
-    are read once, so that everyone finds them in memory.
+    """The shard set of a folder of images, or of drawn ones, made under `work` where it is not there, and read into memory.
 
-    given: that folder, None: patches of `size` px are drawn. Raises ValueError for a folder that is not there, or holds fewer
+    given: that folder; None: patches of `size` px are drawn. Raises ValueError for a folder that is not there, or holds fewer
     images than a batch.
     """
     if given is not None and not Path(given).is_dir():
@@ -67,9 +64,9 @@ class Config:
 
 def main(config: Config) -> None:
     work = Path(config.work).resolve()
-    made = patch_set(None, work, patches=config.patches, size=config.size, batch_size=1, cores=available_cores())
-    print(made.shards)
+    sizes = {"patches": config.patches, "size": config.size}
+    print(patch_set(None, work, batch_size=1, cores=available_cores(), **sizes).shards)
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, Config, prog="patch_set.py", description=(__doc__ or "").splitlines()[0]))
+    script(main, Config, __file__, __doc__)

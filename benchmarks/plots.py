@@ -1,36 +1,35 @@
-"""Results of the other benchmarks as pictures: FILE.png beside each FILE.json.
+"""Plots of the other benchmarks' results: FILE.png beside each FILE.json.
 
     python benchmarks/plots.py benchmarks/results/2026-11-23-loader.json
 
 A bar is the median over rounds, each of which is a dot on it; ours are in colour. What failed or was not started has no bar: the
-tables name it, and say why.
+tables name it with its reason.
 """
 
 import re
 import statistics
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
+from contenders.equal_work import PRETRAINED
+from contenders.heads import CONTENDERS as HEADS
+from contenders.heads import SCENARIOS
+from contenders.ntxent import CONTENDERS as LOSSES
+from contenders.packing import CONTENDERS as PACKERS
+from contenders.smoke import RATIOS
+from contenders.step import CONTENDERS as STEPS
+from harness import script
+from loader import ALL as LOADERS
+from report import Record
+from smoke import FALL
+from starting import CONTENDERS as STARTS
+from starting import PARTS
 
-import equal_work_contenders  # noqa: E402
-import heads  # noqa: E402
-import loader_peers  # noqa: E402
-import ntxent_contenders  # noqa: E402
-import packing_contenders  # noqa: E402
-import smoke_sides  # noqa: E402
-import starting  # noqa: E402
-import step_contenders  # noqa: E402
-from smoke_report import FALL  # noqa: E402
+from sharding.cli import positional
+from train.records.runs import read_json
 
-from sharding.cli import positional, run_script  # noqa: E402
-from train.records.runs import read_json  # noqa: E402
-
-Record = dict[str, Any]
 _OURS, _OTHERS = "#2f6f9f", "#b9b9b9"
 _LINES = ("#8a8a8a", "#d08a2e", "#4f9d57", "#a05195")  # of others
 
@@ -69,12 +68,12 @@ class Config:
 def main(config: Config) -> None:
     paths = list(map(Path, config.files))
     if strange := next((path for path in paths if kind_of(path) not in PANELS), None):
-        raise ValueError(f"{strange}: there is no picture of this kind of result; there is of {', '.join(PANELS)}")
+        raise ValueError(f"{strange}: no plot for this kind of result; there are plots of {', '.join(PANELS)}")
     for path in paths:
         record = read_json(path, "give a result of a benchmark")
-        picture = path.with_suffix(".png")
-        draw(list(PANELS[kind_of(path)](record)), f"{record['date']}, {record['machine']['cores']} cores", picture)
-        print(picture)
+        plot = path.with_suffix(".png")
+        draw(list(PANELS[kind_of(path)](record)), f"{record['date']}, {record['machine']['cores']} cores", plot)
+        print(plot)
 
 
 def kind_of(path: Path) -> str:
@@ -101,47 +100,45 @@ def is_ours(name: str) -> bool:
 def packing(record: Record) -> Iterator[Bars]:
     patches, size = record["images"]["patches"], record["images"]["bytes"]
     title = f"Packing {patches:,} images of {size / patches / 1e3:.1f} KB, and merely decoding them"
-    yield from rates(record, "patches/s", title, packing_contenders.CONTENDERS)
+    yield from rates(record, "patches/s", title, PACKERS)
 
 
 def loader(record: Record) -> Iterator[Bars]:
     timed = record["timed"]
     title = f"Loading: two views of {timed['image_size']} px, batch {timed['batch_size']}"
-    yield from rates(record, "patches/s", title, loader_peers.ALL)
+    yield from rates(record, "patches/s", title, LOADERS)
 
 
 def step(record: Record) -> Iterator[Bars]:
     t = record["timed"]
     title = f"A training step: {t['backbone']} at {t['image_size']} px, batch {t['batch_size']}, {t['device']}"
-    shown = {name: contender for name, contender in step_contenders.CONTENDERS.items() if name != "loader"}
+    shown = {name: contender for name, contender in STEPS.items() if name != "loader"}
     yield from rates(record, "img/s", title, shown)
 
 
 def loss(record: Record) -> Iterator[Lines]:
-    for figure, scale, title, unit in (
+    for value, scale, title, unit in (
         ("seconds", 1e3, "NT-Xent, forward and backward: time", "ms"),
         ("peak_bytes", 1 / 2**20, "NT-Xent: memory beyond the embeddings", "MiB"),
     ):
         lines: dict[str, list[tuple[float, float]]] = {}
         for anchors, found in record["summary"].items():
             for name, row in found.items():
-                points = lines.setdefault(ntxent_contenders.CONTENDERS[name].title, [])
-                points.append((int(anchors), row[figure] * scale))
+                points = lines.setdefault(LOSSES[name].title, [])
+                points.append((int(anchors), row[value] * scale))
         yield Lines(title, "anchors, 2N", unit, lines, powers=True)
 
 
 def linear(record: Record) -> Iterator[Bars]:
     for scenario, runs in record["runs"].items():
-        bars = [
-            Bar(heads.CONTENDERS[name].title, [run["seconds"] for run in found], name == "ours") for name, found in runs.items()
-        ]
-        yield Bars(f"Linear heads: {heads.SCENARIOS[scenario]}", "s", [bar for bar in bars if bar.values])
+        bars = [Bar(HEADS[name].title, [run["seconds"] for run in found], name == "ours") for name, found in runs.items()]
+        yield Bars(f"Linear heads: {SCENARIOS[scenario]}", "s", [bar for bar in bars if bar.values])
 
 
 def ratios(record: Record) -> Iterator[Bars]:
     """Each run's ratio as a share of the median, so that all fit one axis."""
     bars = []
-    for name in smoke_sides.RATIOS:
+    for name in RATIOS:
         values = [run[name]["ratio"] for run in record["runs"] if name in run]
         if values:
             middle = statistics.median(values)
@@ -150,9 +147,9 @@ def ratios(record: Record) -> Iterator[Bars]:
 
 
 def starts(record: Record) -> Iterator[Bars]:
-    for part, title in starting.PARTS.items():
+    for part, title in PARTS.items():
         bars = []
-        for name, (words, _) in starting.CONTENDERS.items():
+        for name, (words, _) in STARTS.items():
             if values := [found[part] for found in record["rounds"][name]]:
                 bars.append(Bar(words, values, True))
         yield Bars(f"Starting: {title}", "s", bars)
@@ -164,9 +161,7 @@ def curves(record: Record) -> Iterator[Lines]:
     for name, runs in record["runs"].items():
         if found := [run["curve"] for run in runs if "curve" in run]:
             means = map(statistics.fmean, zip(*found, strict=True))
-            lines[equal_work_contenders.CONTENDERS[name].title] = [
-                (float(epoch), loss) for epoch, loss in enumerate(means, start=1)
-            ]
+            lines[PRETRAINED[name].title] = [(float(epoch), loss) for epoch, loss in enumerate(means, start=1)]
     seeds = len(record["settings"]["seeds"])
     yield Lines(f"SimCLR at equal work: loss, mean over {seeds} seeds", "epoch", "NT-Xent, nats", lines, powers=False)
 
@@ -242,4 +237,4 @@ def _draw_lines(axes: Any, panel: Lines) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, Config, prog="plots.py", description=(__doc__ or "").splitlines()[0]))
+    script(main, Config, __file__, __doc__)

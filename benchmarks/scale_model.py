@@ -1,10 +1,10 @@
 """A cost model of SimCLR pretraining: what limits it, for so many GPUs and so many patches.
 
-Letters, as in `models.ntxent`: W ranks (GPUs), V views of a patch, B patches of a rank in a step, D width of the projection,
-M = V B anchors of a rank, N = W M anchors of all. Times in seconds, volumes in bytes, rates in units per second.
+W ranks (GPUs), V views of a patch, B patches of a rank in a step, D width of the projection, M = V B anchors of a rank, N = W M
+anchors of all. Times in seconds, volumes in bytes, rates in units per second; machines.yaml says what each constant is.
 
-A step takes what its parts take one after the other (`step_parts`). Beside it, at the same time, patches are read and decoded.
-So the rate of the whole is the lowest of the rates of all stages (`limits`), and that stage is the bottleneck.
+A step takes what its parts take one after the other (`step_parts`). Patches are read and decoded at the same time. So the rate of
+the whole is the lowest of the rates of all stages (`limits`), and that stage is the bottleneck.
 """
 
 import math
@@ -23,12 +23,11 @@ _CACHED = 0.5  # of a node's memory, that its page cache may have; the rest is t
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained. The fields' units are in FIELDS; sources: where each figure comes from, by field.
+    """What is trained. sources: where each constant comes from, by field.
 
     largest_batch: of all ranks together; beyond it more GPUs take smaller parts. None: however large.
     """
 
-    backbone: str
     parameters: float
     norms: float
     flops_per_view: float
@@ -50,19 +49,13 @@ class Workload:
     def gradient_bytes(self) -> float:
         return _FLOAT * self.parameters
 
-    @property
-    def checkpoint_bytes(self) -> float:
-        """Weights, and a momentum for each (LARS, SGD; Adam has two)."""
-        return 2 * _FLOAT * self.parameters
-
 
 @dataclass(frozen=True)
 class Machine:
-    """A node and what joins it to others. The fields' units are in FIELDS; sources: where each figure comes from, by field.
+    """A node and what joins it to others. sources: where each constant comes from, by field.
 
     device_patches_per_s: None where the model's own cores decode and augment, which then takes its time from the model.
-    overlap: the share of the backward pass during which gradients are reduced at no cost. sync_norms: batch norm's statistics
-    are those of the global batch.
+    sync_norms: batch norm's statistics are those of the global batch.
     """
 
     name: str
@@ -92,39 +85,6 @@ class Machine:
         return -(-gpus // self.gpus)
 
 
-FIELDS = {
-    "parameters": "weights of backbone and head",
-    "norms": "batch norms whose statistics are shared",
-    "flops_per_view": "operations of a view, forward and backward (a multiply and an add are two)",
-    "bytes_per_patch": "bytes of a stored patch",
-    "projection_dim": "D, width of the projection",
-    "batch_per_gpu": "patches of a GPU in a step, at most",
-    "largest_batch": "patches of all GPUs in a step, at most",
-    "shard_bytes": "bytes of a shard",
-    "index_bytes": "bytes of memory for each patch in each rank",
-    "manifest_bytes": "bytes of memory for each patch in the process that starts the run",
-    "gpus": "GPUs of a node",
-    "cores": "cores of a node",
-    "memory_bytes": "bytes of memory of a node",
-    "disk_bytes": "bytes of a node's own disks",
-    "disk_bytes_per_s": "bytes/s that these read, patch by patch",
-    "model_flops_per_s": "operations/s of the model, forward and backward",
-    "loss_flops_per_s": "operations/s of the loss's products in float32",
-    "launch_s": "seconds of a step, at least: its kernels are started one by one",
-    "device_patches_per_s": "patches/s that a GPU decodes and makes views of, beside the model",
-    "host_core_s": "seconds of a core for each patch: reading and drawing; on a CPU decoding and views too",
-    "decode_core_s": "seconds of a core for each patch that the host decodes",
-    "link_bytes_per_s": "bytes/s from GPU to GPU in a node, each way",
-    "network_bytes_per_s": "bytes/s of a node's network, each way",
-    "link_latency_s": "seconds of a hop from GPU to GPU",
-    "network_latency_s": "seconds of a hop from node to node",
-    "store_bytes_per_s": "bytes/s of the object store, all nodes together",
-    "store_requests_per_s": "requests/s of the object store, all nodes together",
-    "stream_bytes_per_s": "bytes/s of one request to the object store",
-    "overlap": "share of the backward pass during which gradients are reduced at no cost",
-}
-
-
 class Parts(NamedTuple):
     """Seconds of a step, part by part; they are taken one after the other."""
 
@@ -152,7 +112,7 @@ PART_NAMES = {
 
 
 def step_parts(work: Workload, machine: Machine, gpus: int, *, host_decode: float = 0.0) -> Parts:
-    """Seconds of a step on so many GPUs.
+    """Seconds of a step on so many GPUs. host_decode: share of the patches that the host decodes, 0 to 1.
 
     compute = max(launch, V B flops_per_view / model_flops)
     loading = B host_core / (cores / GPUs of the node) where the model's own cores load, else 0
@@ -162,13 +122,6 @@ def step_parts(work: Workload, machine: Machine, gpus: int, *, host_decode: floa
               collectives; so small that their bytes do not count
     reduce  = max(0, 2 x collective(4 x parameters) - overlap x 2/3 compute): a reduce-scatter and an all-gather, begun while
               the backward pass (2/3 of the computing) still runs
-
-    with collective(bytes) = bytes (W - 1) / W / bandwidth + hops, a ring's volume over the slowest link that it crosses, and
-    hops = ceil(log2(GPUs of a node)) link_latency + ceil(log2(nodes)) network_latency, a tree's. host_decode: share of the
-    patches that the host decodes, 0 to 1.
-
-    Source of the ring's volume: Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations",
-    Journal of Parallel and Distributed Computing 69, 2009, section 3.
     """
     part = work.part(gpus)
     anchors = work.views * part
@@ -194,7 +147,12 @@ def gathered_bytes(work: Workload, gpus: int) -> float:
 
 
 def collective(machine: Machine, gpus: int, size: float) -> float:
-    """Seconds of an all-gather or a reduce-scatter of so many bytes in all; an all-reduce is one of each."""
+    """Seconds of an all-gather or a reduce-scatter of so many bytes in all; an all-reduce is one of each.
+
+    bytes (W - 1) / W / bandwidth + hops: a ring's volume over the slowest link that it crosses, and a tree's hops. Source:
+    Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", Journal of Parallel and
+    Distributed Computing 69, 2009, section 3.
+    """
     bandwidth = machine.link_bytes_per_s
     if machine.nodes(gpus) > 1:
         bandwidth = machine.network_bytes_per_s if machine.gpus == 1 else min(bandwidth, machine.network_bytes_per_s)
@@ -215,18 +173,11 @@ def fetch_rate(machine: Machine, gpus: int) -> float:
     return min(machine.network_bytes_per_s, streams, store / machine.nodes(gpus))
 
 
-class Limit(NamedTuple):
-    """A stage, and the patches/s of all GPUs together that it would let through by itself."""
-
-    stage: str
-    patches_per_s: float
-
-
 STEP, DEVICE, HOST, DISK, STORE = "the step", "decode on the GPU", "the host", "a node's disk", "reading from storage"
 
 
-def limits(work: Workload, machine: Machine, gpus: int, patches: int, *, host_decode: float = 0.0) -> list[Limit]:
-    """Patches/s of each stage, after the first epoch:
+def limits(work: Workload, machine: Machine, gpus: int, patches: int, *, host_decode: float = 0.0) -> dict[str, float]:
+    """Patches/s that each stage would let through by itself, all GPUs together, after the first epoch.
 
     the step              W B / step
     decode on the GPU     W device_patches_per_s, where GPUs decode
@@ -236,14 +187,14 @@ def limits(work: Workload, machine: Machine, gpus: int, patches: int, *, host_de
                           every shard, whole, in every epoch, since each global batch is dealt to all nodes
     """
     nodes, size = machine.nodes(gpus), set_bytes(work, patches)
-    found = [Limit(STEP, gpus * work.part(gpus) / step_parts(work, machine, gpus, host_decode=host_decode).total)]
+    found = {STEP: gpus * work.part(gpus) / step_parts(work, machine, gpus, host_decode=host_decode).total}
     if machine.device_patches_per_s is not None:
-        found.append(Limit(DEVICE, gpus * machine.device_patches_per_s))
-    found.append(Limit(HOST, nodes * machine.cores / host_seconds(machine, host_decode)))
+        found[DEVICE] = gpus * machine.device_patches_per_s
+    found[HOST] = nodes * machine.cores / host_seconds(machine, host_decode)
     if size > _CACHED * machine.memory_bytes:
-        found.append(Limit(DISK, nodes * machine.disk_bytes_per_s / work.bytes_per_patch))
+        found[DISK] = nodes * machine.disk_bytes_per_s / work.bytes_per_patch
     if size > machine.disk_bytes:
-        found.append(Limit(STORE, patches * fetch_rate(machine, gpus) / size))
+        found[STORE] = patches * fetch_rate(machine, gpus) / size
     return found
 
 
@@ -263,7 +214,7 @@ class Prediction(NamedTuple):
     patches: int
     batch: float
     step: Parts
-    limits: list[Limit]
+    limits: dict[str, float]
     patches_per_s: float
     bottleneck: str
     efficiency: float
@@ -279,11 +230,11 @@ def predict(work: Workload, machine: Machine, gpus: int, patches: int, *, host_d
     """patches/s is the lowest of `limits`; an epoch takes patches / patches_per_s, and the first one as long as fetching the set
     to every node, if that is longer. A node's network carries 2 x (4 N D + 4 x parameters) (W - 1) / W bytes in a step."""
     stages = limits(work, machine, gpus, patches, host_decode=host_decode)
-    lowest = min(stages, key=lambda limit: limit.patches_per_s)
+    lowest = min(stages, key=lambda stage: stages[stage])
     step, nodes = step_parts(work, machine, gpus, host_decode=host_decode), machine.nodes(gpus)
     longest = max(PART_NAMES, key=lambda name: getattr(step, name))
-    alone = min(limit.patches_per_s for limit in limits(work, machine, 1, patches, host_decode=host_decode))
-    rate, size, batch = lowest.patches_per_s, set_bytes(work, patches), gpus * work.part(gpus)
+    alone = min(limits(work, machine, 1, patches, host_decode=host_decode).values())
+    rate, size, batch = stages[lowest], set_bytes(work, patches), gpus * work.part(gpus)
     volume = 2 * (gathered_bytes(work, gpus) + work.gradient_bytes) * (gpus - 1) / gpus if nodes > 1 else 0.0
     read = nodes * size * rate / patches
     return Prediction(
@@ -294,7 +245,7 @@ def predict(work: Workload, machine: Machine, gpus: int, patches: int, *, host_d
         step=step,
         limits=stages,
         patches_per_s=rate,
-        bottleneck=PART_NAMES[longest] if lowest.stage == STEP else lowest.stage,
+        bottleneck=PART_NAMES[longest] if lowest == STEP else lowest,
         efficiency=rate / gpus / alone,
         epoch_s=patches / rate,
         first_epoch_s=max(patches / rate, size / fetch_rate(machine, gpus)),
@@ -306,8 +257,8 @@ def predict(work: Workload, machine: Machine, gpus: int, patches: int, *, host_d
 
 
 def walls(work: Workload, machine: Machine, gpus: int, patches: int) -> list[str]:
-    """What stands against so many patches whatever the speed: a batch larger than the set, memory for the manifest and for each
-    rank's index, shards that are open, and the size of the disk."""
+    """What rules out so many patches whatever the speed: a batch larger than the set, memory for the manifest and for each rank's
+    index, shards that are open, and the size of the disk."""
     found = []
     batch = gpus * work.part(gpus)
     if batch > patches:

@@ -1,49 +1,51 @@
-"""Is something of ours slower than it was? Ratios to yardsticks that our code does not change, against those committed.
+"""Is something of ours slower than it was? Ratios to baselines that our code does not change, against those committed.
 
     python benchmarks/smoke.py                      # make bench-smoke: under 3 minutes on 2 cores
     python benchmarks/smoke.py --update             # measure three times and write smoke.json
     python benchmarks/smoke.py --update --runs 20 --out benchmarks/results     # and how far they move by chance
 
-No absolute time is compared: a ratio is the time of a yardstick (torchvision on Pillow, DALI's bare decoder, the plain formula,
-...) over ours. Yardsticks and ours run in turn on one core (A B A B), each group of them in a fresh process, and the ratio is the
-median of the ratios within a round. What is timed is CPU time, so that others' work on the machine matters little.
+No absolute time is compared: a ratio is the time of a baseline (torchvision on Pillow, DALI's bare decoder, ...) over ours. Both
+run in turn on one core (A B A B), each group in a fresh process, and the ratio is the median of the ratios within a round. CPU
+time is measured, so that other work on the machine matters little.
 
-A ratio that fell by more than 20 % below benchmarks/smoke.json is named with both figures, and then the exit code is 1; so it is
-where one that is committed could not be measured. On another kind of processor the ratios are others: write the file there
-first, at a commit that you trust. Write it while the machine is quiet: on a busy one the yardsticks of many small steps lose more
-than ours do, so that ratios rise by up to a sixth.
+A ratio that fell by more than 20 % below benchmarks/smoke.json is named with both numbers, and the exit code is 1; so it is where
+a committed one could not be measured. On another kind of processor the ratios are others: write the file there first, at a commit
+that you trust, while the machine is quiet. On a busy one baselines of many small steps lose more than ours do: ratios rise by up
+to a sixth.
 """
 
-import dataclasses
-import json
+import math
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from rich.console import Console
+from contenders.smoke import DISTINCT, PATCHES, QUALITY, RATIOS, SIZE, Ratio, Task
+from drawn_images import draw_images
+from harness import Result, RunFailed, machine, run_contender, script
+from report import Block, Record, Report, Table, cell, print_blocks
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
+from sharding.cli import option
+from sharding.packing import build_shards
+from sharding.process_pool import available_cores
+from train.records.runs import read_json, write_json
 
-import smoke_sides  # noqa: E402
-from measuring import RunFailed, machine, new_path, print_table, record_of, run_fresh, versions_of  # noqa: E402
-from packing_images import draw_images  # noqa: E402
-from smoke_report import Verdict, committed_form, compare, falls, markdown, of_rounds, summarise, table  # noqa: E402
-from smoke_sides import DISTINCT, PATCHES, QUALITY, RATIOS, SIZE, Ratio, Task  # noqa: E402
-
-from sharding.cli import option, run_script  # noqa: E402
-from sharding.packing import build_shards  # noqa: E402
-from sharding.process_pool import available_cores  # noqa: E402
-from train.records.runs import read_json, write_json, write_text  # noqa: E402
-
-COMMITTED = ROOT / "benchmarks" / "smoke.json"
+COMMITTED = Path(__file__).with_name("smoke.json")
+FALL = 0.2  # as a share of the committed ratio: a larger one is an error
+_RISE = 0.25  # a larger one is reported: until it is committed, as much can be lost again unseen
 _LIMIT_S = 900  # of a group: one that hangs, not a busy machine
 _UPDATE_RUNS = 3
 _PACKAGES = ("torch", "torchvision", "pillow", "nvidia-dali-cuda130", "numba", "numpy", "pyarrow", "timm")
+# What was measured and is not compared, and why
+LEFT_OUT: dict[str, str] = {
+    "host": "decoding over reading and drawing was about 118 on a quieter machine, 97 to 103 on a busy one, and once 173",
+    "heads-sgd": "small steps of the plain torch loop took up to half more where others used the cache, and ours did not",
+}
+Ratios = Mapping[str, Mapping[str, Any]]  # by name: ratio, spread, rounds
 
 
 @dataclass(frozen=True)
@@ -61,57 +63,42 @@ def main(config: Config) -> None:
     runs = config.runs if config.runs is not None else (_UPDATE_RUNS if config.update else 1)
     if runs < 1:
         raise ValueError(f"--runs {runs} is out of range: give at least 1")
-    wanted = _wanted(config)
+    if unknown := [name for name in config.only if name not in RATIOS]:
+        raise ValueError(f"there is no ratio {unknown[0]!r}: choose from {', '.join(RATIOS)}")
+    if config.only and config.update:
+        raise ValueError("--only and --update: smoke.json holds all ratios of one commit; leave one out")
+    wanted = {name: ratio for name, ratio in RATIOS.items() if not config.only or name in config.only}
     committed = None if config.update else read_json(COMMITTED, "--update writes it")
-    console = Console(highlight=False, soft_wrap=True)
-    path = new_path(Path(config.out), "smoke") if config.out else None
-    record: dict[str, Any] = {
-        **record_of(machine(1), versions_of(_PACKAGES)),
-        "seconds": config.seconds,
-        "runs": [],
-        "wall_s": [],
-        "failed": {},
-    }
+    result = Result(config.out or "", "smoke", _PACKAGES, cores=1)
+    record = result.record
+    record |= {"seconds": config.seconds, "runs": [], "wall_s": []}
     with tempfile.TemporaryDirectory() as folder:
-        console.print(f"drawing {PATCHES:,} patches and packing them")
+        result.say(f"drawing {PATCHES:,} patches and packing them")
         task = drawn(Path(folder), config.seconds)
         for number in range(1, runs + 1):
             began = time.monotonic()
-            record["runs"].append(one_run(wanted, task, Path(folder), record["failed"], console))
+            record["runs"].append(one_run(wanted, task, result))
             record["wall_s"].append(round(time.monotonic() - began, 1))
-            console.print(f"run {number} of {runs}: {record['wall_s'][-1]:.0f} s")
-            if path:
-                write_json(path, record)
-    found = summarise(record["runs"])
+            result.say(f"run {number} of {runs}: {record['wall_s'][-1]:.0f} s")
+            if config.out:
+                result.save()
+    found = record["ratios"] = summarise(record["runs"])
     if config.update:
         verdicts = [Verdict(name, f"{name}: not measured: {why}", True) for name, why in record["failed"].items()]
         if not verdicts:
             committed = committed_form(record, found)
             write_json(COMMITTED, committed)
-            console.print(f"{COMMITTED}")
+            result.say(f"{COMMITTED}")
     else:
         assert committed is not None
         verdicts = compare(found, committed, wanted, record["failed"])
-    print_table(console, *table(found, committed))
-    if path:
-        record["ratios"] = found
-        record["falls"] = falls(record["runs"], committed) if committed else {}
-        write_json(path, record)
-        write_text(path.with_suffix(".md"), markdown(record, committed))
-        console.print(f"{path.with_suffix('.md')}")
-    for verdict in verdicts:
-        console.print(verdict.text, markup=False)
+    print_blocks(result.console, [table(found, committed), *(f"- {verdict.text}" for verdict in verdicts)])
     if failed := [verdict.name for verdict in verdicts if verdict.failed]:
         print(f"FAILED: {', '.join(failed)}", file=sys.stderr, flush=True)
+    if config.out:
+        result.finish(report_of(record, committed), show=[])
+    if failed:
         raise SystemExit(1)
-
-
-def _wanted(config: Config) -> dict[str, Ratio]:
-    if unknown := [name for name in config.only if name not in RATIOS]:
-        raise ValueError(f"there is no ratio {unknown[0]!r}: choose of {', '.join(RATIOS)}")
-    if config.only and config.update:
-        raise ValueError("--only and --update: smoke.json holds all ratios of one commit; leave one out")
-    return {name: ratio for name, ratio in RATIOS.items() if not config.only or name in config.only}
 
 
 # ---- Measuring ----
@@ -125,40 +112,156 @@ def drawn(folder: Path, seconds: float) -> Task:
     return Task(str(images), str(built.out), str(folder / "work"), seconds)
 
 
-def one_run(
-    wanted: Mapping[str, Ratio], task: Task, folder: Path, failed: dict[str, str], console: Console
-) -> dict[str, dict[str, Any]]:
-    """Each ratio's median over the rounds, their number, and how far their middle half reaches, as a share of the median. One
-    whose group failed is missing, and the reason is in `failed`."""
-    found: dict[str, dict[str, Any]] = {}
+def one_run(wanted: Mapping[str, Ratio], task: Task, result: Result) -> dict[str, Record]:
+    """The ratios that could be measured; the reasons of the others are in the record."""
+    found: dict[str, Record] = {}
     for group in dict.fromkeys(ratio.group for ratio in wanted.values()):
         mine = {name: ratio for name, ratio in wanted.items() if ratio.group == group}
         try:
-            times = measured(group, task, folder)
-        except RunFailed as error:  # the others' figures are worth having; the exit code tells
-            failed |= dict.fromkeys(mine, str(error))
-            console.print(f"{group}: FAILED: {error}", markup=False)
+            times = measured(group, task)
+        except RunFailed as error:  # the others' ratios are worth having; the exit code tells
+            result.record["failed"] |= dict.fromkeys(mine, str(error))
+            result.say(f"{group}: FAILED: {error}")
             continue
         for name, ratio in mine.items():
-            found[name] = of_rounds(times[ratio.yardstick], times[ratio.ours])
-            console.print(f"{name}: {found[name]['ratio']:.3g} over {found[name]['rounds']} rounds", markup=False)
+            found[name] = of_rounds(times[ratio.baseline], times[ratio.ours])
+            result.say(f"{name}: {found[name]['ratio']:.3g} over {found[name]['rounds']} rounds")
     return found
 
 
-def measured(group: str, task: Task, folder: Path) -> dict[str, list[float]]:
+def measured(group: str, task: Task) -> dict[str, list[float]]:
     """CPU seconds of the group's sides, round by round, from a fresh process. Raises RunFailed."""
-    until, result = time.monotonic() + _LIMIT_S, folder / "result.json"
+    return run_contender("contenders.smoke", group, task, limit=_LIMIT_S)
 
-    def watch(_: int) -> None:
-        if time.monotonic() > until:
-            raise RunFailed(f"not done after {_LIMIT_S} s")
 
-    result.unlink(missing_ok=True)
-    threads = [f"{variable}=1" for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")]
-    command = [sys.executable, str(smoke_sides.__file__), group, json.dumps(dataclasses.asdict(task)), str(result)]
-    run_fresh(["env", *threads, *command], folder / "run.log", watch)  # libraries read them when they are loaded
-    return json.loads(result.read_text())
+def of_rounds(baseline: Sequence[float], ours: Sequence[float]) -> Record:
+    """ratio: the median of the ratios within a round; spread: of their middle half, as a share of it."""
+    ratios = [theirs / mine for theirs, mine in zip(baseline, ours, strict=True)]
+    low, ratio, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return {"ratio": ratio, "spread": (high - low) / ratio, "rounds": len(ratios)}
+
+
+def summarise(runs: Sequence[Ratios]) -> dict[str, Record]:
+    """ratio: median over the runs; spread: from the lowest to the highest of them, or where there is one, of its rounds' middle
+    half, as a share of the ratio. One that failed in a run is missing."""
+    found: dict[str, Record] = {}
+    for name in RATIOS:
+        mine = [run[name] for run in runs if name in run]
+        if len(mine) == len(runs) == 1:
+            found[name] = dict(mine[0])
+        elif len(mine) == len(runs):
+            ratios = [each["ratio"] for each in mine]
+            ratio = statistics.median(ratios)
+            spread = (max(ratios) - min(ratios)) / ratio
+            found[name] = {"ratio": ratio, "spread": spread, "rounds": min(each["rounds"] for each in mine)}
+    return found
+
+
+# ---- Comparing ----
+
+
+class Verdict(NamedTuple):
+    """name: of a ratio; text: a sentence on it; failed: whether it is an error."""
+
+    name: str
+    text: str
+    failed: bool
+
+
+def compare(found: Ratios, committed: Mapping[str, Any], wanted: Collection[str], why: Mapping[str, str]) -> list[Verdict]:
+    """What there is to say of the ratios wanted. why: by name, for those that could not be measured."""
+    verdicts, known = [], committed["ratios"]
+    for name in dict.fromkeys((*wanted, *(known if set(wanted) >= set(RATIOS) else ()))):
+        was = known.get(name, {}).get("ratio")
+        if name not in found:
+            reason = why.get(name) or "this benchmark does not know it any more; --update drops it"
+            verdicts.append(Verdict(name, f"{name}: not measured: {reason}", True))
+            continue
+        now = found[name]["ratio"]
+        if was is None:
+            verdicts.append(Verdict(name, f"{name}: {now:.3g} is new: --update commits it", False))
+            continue
+        change, at = now / was - 1, f"{name}: {now:.3g}, committed {was:.3g}"
+        if fell(now, was):
+            text = f"{at} ({known[name]['means']}): a fall of {-change:.0%}, more than {FALL:.0%}"
+            verdicts.append(Verdict(name, f"{text}{_elsewhere(committed)}", True))
+        elif change > _RISE:
+            verdicts.append(Verdict(name, f"{at}: a rise of {change:.0%}; --update commits it", False))
+    return verdicts
+
+
+def _elsewhere(committed: Mapping[str, Any]) -> str:
+    here, there = machine(1)["cpu"], committed["machine"]["cpu"]
+    return "" if here == there else f"; it was committed on another processor, {there}, and this is {here}"
+
+
+def fell(now: float, was: float) -> bool:
+    """Too far. NaN has fallen."""
+    return not now >= (1 - FALL) * was
+
+
+def committed_form(record: Record, found: Ratios) -> Record:
+    """What smoke.json holds."""
+    return {
+        "what": "Times of baselines over times of ours: more is better. benchmarks/smoke.py compares, and --update writes this.",
+        "spread": "from the lowest to the highest run, as a share of the ratio (of a single run: of its rounds' middle half)",
+        **{key: record[key] for key in ("date", "time", "commit", "command", "machine", "versions")},
+        "runs": len(record["runs"]),
+        "ratios": {
+            name: {key: _rounded(each[key]) for key in ("ratio", "spread")}
+            | {"rounds": each["rounds"], "means": RATIOS[name].means}
+            for name, each in found.items()
+        },
+        "left_out": LEFT_OUT,
+    }
+
+
+def _rounded(value: float) -> float:
+    """To four digits."""
+    return round(value, 3 - math.floor(math.log10(abs(value)))) if value else value
+
+
+# ---- The report ----
+
+
+def table(found: Ratios, committed: Mapping[str, Any] | None) -> Table:
+    known = committed["ratios"] if committed else {}
+    rows = []
+    for name, each in found.items():
+        was = known[name]["ratio"] if name in known else None
+        change = cell(None if was is None else each["ratio"] / was - 1, "+.1%")
+        rows.append([name, f"{each['ratio']:.3g}", f"{each['spread']:.1%}", cell(was, ".3g"), change])
+    return Table(["ratio", "measured", "spread", "committed", "change"], rows)
+
+
+def report_of(record: Record, committed: Mapping[str, Any] | None) -> Report:
+    runs, known = len(record["runs"]), committed["ratios"] if committed else {}
+    falls = {
+        name: sum(fell(run[name]["ratio"], was["ratio"]) for run in record["runs"] if name in run) for name, was in known.items()
+    }
+    against = f"commit {committed['commit']}, {committed['date']} {committed['time']}" if committed else "none is"
+    text = (
+        f"{runs} runs, in each of which a group's rounds take {record['seconds']:g} CPU seconds; a run takes"
+        f" {statistics.median(record['wall_s']):,.0f} s of wall time. A ratio is a baseline's time over ours, in CPU seconds on"
+        " one core. Of a run it is the median of the ratios within a round; their middle half spreads over that share of it"
+        " (median over the runs). Lowest and highest: of the runs, against their median. Falls: runs that were more than"
+        f" {FALL:.0%} below the committed ratio ({against})."
+    )
+    rows = []
+    for name, each in record["ratios"].items():
+        mine, ratio = [run[name] for run in record["runs"]], each["ratio"]
+        reach = [f"{pick(one['ratio'] for one in mine) / ratio - 1:+.1%}" for pick in (min, max)]
+        rounds = f"{statistics.median(one['rounds'] for one in mine):g}"
+        middle = f"{statistics.median(one['spread'] for one in mine):.1%}"
+        was = f"{known[name]['ratio']:.3g}" if name in known else "-"
+        fallen = f"{falls[name]} of {runs}" if name in falls else "-"
+        rows.append([RATIOS[name].means, name, rounds, middle, f"{ratio:.3g}", *reach, was, fallen])
+    header = ["baseline / ours", "name", "rounds", "middle half", "median", "lowest", "highest", "committed", "falls"]
+    lines = [f"- {name}: FAILED: {why}" for name, why in record["failed"].items()]
+    lines += [f"- {name}: left out: {why}" for name, why in LEFT_OUT.items()]
+    blocks: list[Block] = [text, Table(header, rows), *lines]
+    return Report(record | {"falls": falls}, "Ratios of the smoke benchmark", blocks)
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, Config, prog="smoke.py", description=(__doc__ or "").splitlines()[0]))
+    script(main, Config, __file__, __doc__)

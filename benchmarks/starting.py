@@ -5,13 +5,12 @@
 
 Each round starts `train/pretrain.py` as a user does, waits for the first row of its metrics.jsonl, kills all of its processes by
 SIGKILL a few checkpoints later, starts the same command again, and waits for the first step that the killed one had not taken.
-Both contenders run in turn, round by round. A small backbone is trained, so that what is seen is the start: Python, its packages,
-Ray, the workers, DALI's graph. Importing the packages alone is timed beside it.
+The backbone is small, so that what is seen is the start: Python, its packages, Ray, the workers, DALI's graph.
 
-Results go to <out>/<date>-starting.json, written after every round, and at the end as a table to the same name's .md. Where a
-process failed, the exit code is 1.
+Results: <out>/<date>-starting.json and .md.
 """
 
+import itertools
 import os
 import signal
 import statistics
@@ -20,22 +19,16 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
+from harness import Result, RunFailed, check_at_least, last_line, script
+from patch_set import patch_set
+from report import Record, Report, Table
+from worker import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
+from sharding.cli import option, required
+from sharding.process_pool import available_cores
+from train.trainer.progress import Tail
 
-from measuring import RunFailed, conclude, heading, machine, markdown_table, new_path, record_of, versions_of  # noqa: E402
-from patch_set import patch_set  # noqa: E402
-
-from sharding.cli import option, required, run_script  # noqa: E402
-from sharding.process_pool import available_cores  # noqa: E402
-from train.records.runs import write_json  # noqa: E402
-from train.trainer.progress import Tail  # noqa: E402
-
-Record = dict[str, Any]
 CONTENDERS = {"plain": ("without Ray", 0), "ray": ("one Ray worker", 1)}
 PARTS = {"imports": "import torch, timm, DALI", "first": "until the first step", "again": "until a killed one goes on"}
 _IMPORTS = "import torch, timm, nvidia.dali"
@@ -72,8 +65,7 @@ def seconds_until(folder: Path, step: int, run: subprocess.Popen, limit: float, 
     while not any(row["step"] > step for row in rows):
         rows = tail.read()
         if run.poll() is not None or time.perf_counter() - started > limit:
-            said = log.read_text(errors="replace").strip().splitlines()
-            raise RunFailed(f"no step after {step}: {said[-1] if said else 'it said nothing'}")
+            raise RunFailed(f"no step after {step}: {last_line(log)}")
         time.sleep(_POLL_S)
     return time.perf_counter() - started
 
@@ -83,88 +75,71 @@ def start(given: list[str], log: Path) -> subprocess.Popen:
         return subprocess.Popen(given, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
 
 
-def end(run: subprocess.Popen) -> None:
-    """Kill the command with all that it has started. Ray's own processes end by themselves when their driver has."""
+def kill(run: subprocess.Popen) -> None:
+    """The command with all that it has started. Ray's own processes end by themselves when their driver has."""
     os.killpg(run.pid, signal.SIGKILL)
     run.wait()
 
 
 def one_round(workers: int, name: str, shards: str, storage: Path, config: Config) -> Record:
-    """first, again: seconds, as in PARTS."""
+    """Seconds by PARTS."""
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", _IMPORTS], check=True)
+    imports = time.perf_counter() - began
     given, folder, log = command(workers, name, shards, storage, config), storage / name, storage / f"{name}.log"
     run = start(given, log)
     try:
         first = seconds_until(folder, 0, run, config.limit, log)
         seconds_until(folder, 4 * _CHECKPOINTS, run, config.limit, log)
     finally:
-        end(run)
+        kill(run)
     taken = max(row["step"] for row in Tail(folder / "metrics.jsonl").read())
     run = start(given, log)
     try:
         again = seconds_until(folder, taken, run, config.limit, log)
     finally:
-        end(run)
-    return {"first": first, "again": again}
-
-
-def import_seconds() -> float:
-    started = time.perf_counter()
-    subprocess.run([sys.executable, "-c", _IMPORTS], check=True)
-    return time.perf_counter() - started
+        kill(run)
+    return {"imports": imports, "first": first, "again": again}
 
 
 def main(config: Config) -> None:
-    if config.rounds < 1:
-        raise ValueError(f"--rounds {config.rounds} is out of range: give at least 1")
-    console, path = Console(highlight=False, soft_wrap=True), new_path(Path(config.out), "starting")
-    work = Path(config.work).resolve()
+    check_at_least(config, rounds=1)
+    result, work = Result(config.out, "starting", ["torch", "timm", "ray", "nvidia-dali-cuda130"]), Path(config.work).resolve()
     sizes = {"patches": config.patches, "size": config.image_size, "batch_size": config.batch_size}
     images = patch_set(None, work, cores=available_cores(), **sizes)
     storage = work / "starting" / f"{int(time.time())}-{os.getpid()}"
     storage.mkdir(parents=True)
-    record: Record = {
-        **record_of(machine(available_cores()), versions_of(["torch", "timm", "ray", "nvidia-dali-cuda130"])),
-        "timed": {"backbone": config.backbone, **sizes},
-        "rounds": {name: [] for name in CONTENDERS},
-        "failed": {},
-    }
-    for number in range(1, config.rounds + 1):
-        for name, (title, workers) in CONTENDERS.items():
-            try:
-                found = {"imports": import_seconds()}
-                found |= one_round(workers, f"{name}-{number}", images.shards, storage, config)
-            except RunFailed as error:  # the others' figures are worth having; the exit code tells
-                record["failed"][f"{name}, round {number}"] = str(error)
-                continue
-            record["rounds"][name].append(found)
-            console.print(f"round {number}: {title}: " + ", ".join(f"{part} {s:.1f} s" for part, s in found.items()))
-        write_json(path, record)
-    header, rows = table(record)
-    conclude(record, path, console, markdown=markdown(record, header, rows), tables=[(header, rows)], lines=[])
+    rounds: dict[str, list[Record]] = {name: [] for name in CONTENDERS}
+    result.record |= {"timed": {"backbone": config.backbone, **sizes}, "rounds": rounds}
+    for number, (name, (title, workers)) in itertools.product(range(1, config.rounds + 1), CONTENDERS.items()):
+        found = result.attempt(
+            f"{name}, round {number}",
+            f"round {number}: {title}",
+            lambda n=number, name=name, w=workers: one_round(w, f"{name}-{n}", images.shards, storage, config),  # type: ignore[misc]
+            lambda found: ", ".join(f"{part} {seconds:.1f} s" for part, seconds in found.items()),
+        )
+        rounds[name] += [found] if found else []
+        result.save()
+    result.finish(report_of(result.record))
 
 
-def table(record: Record) -> tuple[list[str], list[list[str]]]:
+def report_of(record: Record) -> Report:
     """Medians in seconds, with the least and the most."""
-    rows = []
+    t, rows = record["timed"], []
     for name, (title, _) in CONTENDERS.items():
         cells = []
         for part in PARTS:
             seconds = [found[part] for found in record["rounds"][name]]
             cells.append(f"{statistics.median(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f})" if seconds else "failed")
         rows.append([title, *cells])
-    return ["seconds", *PARTS.values()], rows
-
-
-def markdown(record: Record, header: list[str], rows: list[list[str]]) -> str:
-    t = record["timed"]
-    told = (
+    text = (
         f"`train/pretrain.py` with {t['backbone']} on {t['patches']:,} drawn patches of {t['size']} px, batch {t['batch_size']}:"
         " seconds from typing the command to the first row of metrics.jsonl (four steps), and after a SIGKILL of all processes,"
-        " by the same command, to the first row of a step that had not been taken; medians, least and most. With Ray its"
-        " start is in it."
+        " by the same command, to the first row of a step that had not been taken; medians, least and most. With Ray its start"
+        " is included."
     )
-    return "\n".join([*heading("Starting and going on", record), told, "", *markdown_table(header, rows)]) + "\n"
+    return Report(record, "Starting and going on", [text, Table(["seconds", *PARTS.values()], rows)])
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, Config, prog="starting.py", description=(__doc__ or "").splitlines()[0]))
+    script(main, Config, __file__, __doc__)

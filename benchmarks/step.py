@@ -6,46 +6,49 @@
     python benchmarks/step.py --work DISK/bench --backbone resnet18 --image-size 64 --batch-size 64
     python benchmarks/step.py --work DISK/bench --dry                             # tiny, in a minute
 
-"Both together" is the stage of `train/pretrain.py` as a user starts it, without Ray and with one Ray worker. The others train
-as their own examples do: their loader, augmentation (without blur), loss and optimiser, with the same backbone. All contenders
-run in turn, round by round (A B C A B C), each in a fresh process, on the same patches, with the files in the page cache.
+"Both together" is the stage of `train/pretrain.py` as a user starts it, without Ray and with one Ray worker. The others train as
+their own examples do: their loader, augmentation (without blur), loss and optimiser, with the same backbone.
 
-Results go to <out>/<date>-step-<device>.json, written after every run, and at the end as a table to the same name's .md. A target
-that was not reached is printed as MISSED; who could not run stands in the table with the reason, and then the exit code is 1.
+Results: <out>/<date>-step-<device>.json and .md.
 """
 
 import dataclasses
-import functools
-import json
 import math
-import sys
+import statistics
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from rich.console import Console
+from contenders.step import CONTENDERS, Task
+from harness import Result, RunFailed, absent, check_at_least, chosen, cores_of, run_contender, script, settings_of
+from patch_set import PatchSet, patch_set
+from peers import Environment, environment_of
+from report import Record, Report, Target, images_line, judge, missing_lines, ratio, rounds_table, spread, target_lines
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
-
-import step_contenders  # noqa: E402
-from measuring import RunFailed, absent, chosen, conclude, machine, new_path, record_of, run_fresh, settings_of, take, versions_of  # noqa: E402
-from patch_set import patch_set  # noqa: E402
-from step_contenders import CONTENDERS, Task  # noqa: E402
-from step_peers import PEERS, Environment, environment_of  # noqa: E402
-from step_report import completed, markdown, model_lines, table, target_lines  # noqa: E402
-
-from sharding.cli import option, required, run_script  # noqa: E402
-from sharding.process_pool import available_cores  # noqa: E402
+from sharding.cli import option, required
 
 _PILOT_S = 2.0  # of the run that tells how long a step takes, at least
 _PACKAGES = ("torch", "torchvision", "timm", "pillow", "nvidia-dali-cuda130", "ray")
-SIZES: dict[str, dict[str, Any]] = {
+SIZES: dict[str, Record] = {
     "cpu": {"backbone": "resnet50", "image_size": 224, "batch_size": 8, "patches": 1024, "rounds": 3, "seconds": 20.0},
     "cuda": {"backbone": "resnet50", "image_size": 224, "batch_size": 256, "patches": 8192, "rounds": 3, "seconds": 20.0},
     "dry": {"backbone": "test_resnet", "image_size": 32, "batch_size": 4, "patches": 64, "rounds": 1, "seconds": 0.5},
+}
+TARGETS = (
+    Target("loader", "to_model", None, "the loader alone, its img/s as a multiple of the model's alone"),
+    Target("joint", "to_model", 0.95, "both together, as a share of the model alone"),
+    Target("ray", "to_joint", 0.98, "one Ray worker, as a share of the same loop without Ray"),
+    Target("joint", "to_lightly", 3.0, "both together, as a multiple of lightly's"),
+    Target("joint", "to_simclr", 3.0, "both together, as a multiple of Spijkervet's"),
+    Target("joint", "data_wait", 0.02, "both together, share of the time spent waiting for data", at_least=False),
+)
+# By torch's name of it: floating-point operations per second in bf16, dense, by NVIDIA's data sheets
+PEAKS = {
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
 }
 
 
@@ -55,7 +58,7 @@ class Config:
 
     work: str = required("a folder to work in: drawn images and the shard set stay there, runs come and go")
     out: str = option("benchmarks/results", "folder for the results")
-    peers: str | None = option(None, "folder of an environment for the other packages; made, with pip, where it is not there")
+    peers: str | None = option(None, "folder of an environment for the other packages; made with pip where it is missing")
     contenders: list[str] = option([], f"only these of {', '.join(CONTENDERS)} (default: all)")
     images: str | None = option(None, "a folder of real patches, a folder for each class, to use instead of drawn ones")
     device: Literal["cpu", "cuda"] = option("cpu", "where the model is; on a GPU in bf16")
@@ -72,94 +75,130 @@ class Config:
 
 def main(config: Config) -> None:
     names = chosen(config.contenders, CONTENDERS)
-    given = {name: value for name in SIZES["cpu"] if (value := getattr(config, name)) is not None}
-    sizes = SIZES["dry" if config.dry else config.device] | given
-    for name, least in (("rounds", 1), ("image_size", 1), ("batch_size", 2), ("patches", sizes["batch_size"])):
-        if sizes[name] < least:
-            raise ValueError(f"--{name.replace('_', '-')} {sizes[name]} is out of range: give at least {least}")
-    cores = config.cores or available_cores()
-    if not 0 < cores <= available_cores():
-        raise ValueError(f"--cores {cores} is out of range: this process may use {available_cores()}")
-    console = Console(highlight=False, soft_wrap=True)
-    work = Path(config.work).resolve()
-    started = machine(cores)
+    sizes = sizes_of(config, SIZES)
+    check_at_least(sizes, rounds=1, image_size=1, batch_size=2, patches=sizes["batch_size"])
+    cores, work = cores_of(config.cores), Path(config.work).resolve()
+    result = Result(config.out, f"step-{config.device}", _PACKAGES, cores=cores)
     peers = environment_of(config.peers, names)
-    missing = peers.missing | absent({"ray": ["ray"]}, names)
-    for name, why in missing.items():
-        console.print(f"{name}: {why}", markup=False)
-    names = [name for name in names if name not in missing]
+    names = result.leave_out(peers.missing | absent(CONTENDERS, names), names)
     data = patch_set(
-        config.images,
-        work,
-        patches=sizes["patches"],
-        size=sizes["image_size"],
-        batch_size=sizes["batch_size"],
-        cores=cores,
+        config.images, work, patches=sizes["patches"], size=sizes["image_size"], batch_size=sizes["batch_size"], cores=cores
     )
-    task = Task(
-        shards=data.shards,
-        images=data.images,
-        work="",
-        backbone=sizes["backbone"],
-        image_size=sizes["image_size"],
-        batch_size=sizes["batch_size"],
-        device=config.device,
-        bf16=config.device == "cuda",
-        cores=cores,
-        seconds=0.0,
-        steps=0,
-    )
-    path = new_path(Path(config.out), f"step-{config.device}")
     # How many steps the project's loop has to take follows from how long one takes.
-    short = dataclasses.replace(task, seconds=min(_PILOT_S, sizes["seconds"]), compile=False)
+    task = task_of(data, sizes, config.device, cores, seconds=min(_PILOT_S, sizes["seconds"]))
     try:
-        pilot = one_run("model", short, peers, work, config.limit)
+        pilot = one_run("model", dataclasses.replace(task, compile=False), peers, work, config.limit)
     except RunFailed as error:
-        raise ValueError(
-            f"{sizes['backbone']} at {sizes['image_size']} px takes no step on the {config.device}: {error}"
-        ) from None
+        size = f"{sizes['backbone']} at {sizes['image_size']} px"
+        raise ValueError(f"{size} takes no step on the {config.device}: {error}") from None
     step_s = pilot["seconds"] / pilot["steps"]
-    console.print(f"a step of the model alone takes about {1000 * step_s:,.0f} ms", markup=False)
+    result.say(f"a step of the model alone takes about {1000 * step_s:,.0f} ms")
     task = dataclasses.replace(task, seconds=sizes["seconds"], steps=max(3, math.ceil(sizes["seconds"] / step_s)))
-    record: dict[str, Any] = {
-        **record_of(started, versions_of(_PACKAGES) | peers.versions),
-        "images": data.described,
-        "timed": settings_of(task) | {"rounds": sizes["rounds"]},
-        "runs": {name: [] for name in names},
-        "missing": missing,
-        "failed": {},
-    }
-    for number in range(1, sizes["rounds"] + 1):
-        for name in names:
-            measure = functools.partial(one_run, name, task, peers, work, config.limit)
-            take(record, name, f"round {number}: {name}", path, console, measure, lambda run: f"{run['img_per_s']:,.1f} img/s")
-    record = completed(record)
-    conclude(
-        record,
-        path,
-        console,
-        markdown=markdown(record),
-        tables=[table(record)],
-        lines=[*target_lines(record), *model_lines(record)],
-    )
+    result.record["versions"] |= peers.versions
+    result.record |= {"images": data.described, "timed": settings_of(task) | {"rounds": sizes["rounds"]}}
+
+    def measure(name: str) -> Record:
+        return one_run(name, task, peers, work, config.limit)
+
+    result.rounds(names, sizes["rounds"], measure, lambda run: f"{run['img_per_s']:,.1f} img/s")
+    result.finish(report_of(result.record))
 
 
-def one_run(name: str, task: Task, peers: Environment, work: Path, limit: float) -> dict[str, Any]:
+def sizes_of(config: Any, sizes: dict[str, Record]) -> Record:
+    """Those of the device, or the dry ones, with what the config gives."""
+    given = {name: value for name in sizes["cpu"] if (value := getattr(config, name)) is not None}
+    return sizes["dry" if config.dry else config.device] | given
+
+
+def task_of(data: PatchSet, sizes: Record, device: str, cores: int, *, seconds: float, bf16: bool | None = None) -> Task:
+    """Without a folder for runs, and without steps. bf16: None where the device is a GPU."""
+    sized = {name: sizes[name] for name in ("backbone", "image_size", "batch_size")}
+    bf16 = device == "cuda" if bf16 is None else bf16
+    return Task(data.shards, data.images, "", **sized, device=device, bf16=bf16, cores=cores, seconds=seconds, steps=0)
+
+
+def one_run(name: str, task: Task, peers: Environment, work: Path, limit: float) -> Record:
     """What it reports. Raises RunFailed."""
-    until = time.monotonic() + limit
-
-    def watch(_: int) -> None:
-        if time.monotonic() > until:
-            raise RunFailed(f"not done after {limit:g} s")
-
-    load = machine(task.cores)["load"][0]
     with tempfile.TemporaryDirectory(dir=work, prefix="run-", ignore_cleanup_errors=True) as folder:
-        result = Path(folder) / "result.json"
-        python = peers.python if name in PEERS else sys.executable
-        given = json.dumps(dataclasses.asdict(dataclasses.replace(task, work=folder)))
-        run_fresh([python, str(step_contenders.__file__), name, given, str(result)], work / "run.log", watch)
-        return {**json.loads(result.read_text()), "load_before": load}
+        task = dataclasses.replace(task, work=folder)
+        return run_contender("contenders.step", name, task, python=peers.python_of(name), limit=limit)
+
+
+# ---- The report ----
+
+
+def summarise(runs: dict[str, list[Record]]) -> Record:
+    """Medians over the rounds, and ratios within a round of the img/s to the others'."""
+    found = {}
+    for name, rounds in runs.items():
+        if rounds:
+            rates = [run["img_per_s"] for run in rounds]
+            waits = [run["data_wait"] for run in rounds if run["data_wait"] is not None]
+            found[name] = {
+                "img_per_s": statistics.median(rates),
+                "spread": spread(rates),
+                "data_wait": statistics.median(waits) if waits else None,
+                **{f"to_{other}": ratio(rounds, runs.get(other), "img_per_s") for other in CONTENDERS},
+            }
+    return found
+
+
+class Utilisation(NamedTuple):
+    """Of the model alone. flops: floating-point operations per second, a multiply and an add being two; share: of the device's
+    peak (MFU, model FLOPs utilisation), None where that is not known; gpu: its name, None on a CPU."""
+
+    flops: float
+    share: float | None
+    gpu: str | None
+
+
+def utilisation(record: Record) -> Utilisation | None:
+    """The median over the rounds; None where the model alone was not measured."""
+    runs = record["runs"].get("model")
+    if not runs:
+        return None
+    flops = statistics.median(run["flops_per_step"] * run["steps"] / run["seconds"] for run in runs)
+    gpu = runs[-1]["gpu"]
+    peak = PEAKS.get(gpu) if record["timed"]["bf16"] else None
+    return Utilisation(flops, flops / peak if peak else None, gpu)
+
+
+def model_lines(record: Record) -> list[str]:
+    """How well the model alone uses the device, whether it was compiled, and the memory that it took."""
+    used = utilisation(record)
+    if used is None:
+        return []
+    run = record["runs"]["model"][-1]
+    speed = f"the model alone: {used.flops / 1e12:.3g} TFLOP/s"
+    if used.share is not None and used.gpu is not None:
+        speed += f", {used.share:.1%} of the {PEAKS[used.gpu] / 1e12:g} of the {used.gpu} in dense bf16 (MFU)"
+    elif used.gpu is not None:
+        speed += f"; no share of the peak (MFU): for the {used.gpu} in {_precision(record)} none is known here"
+    compiled = {True: "compiled", False: "not compiled"}.get(run["compiled"], f"not compiled ({run['compiled']})")
+    memory = "" if run["peak_gib"] is None else f"; {run['peak_gib']:.1f} GiB at most"
+    return [f"- measured: {speed}; {compiled}{memory}"]
+
+
+def _precision(record: Record) -> str:
+    return "bf16" if record["timed"]["bf16"] else "float32"
+
+
+def report_of(record: Record) -> Report:
+    """Of a record of which some runs may be missing."""
+    summary, timed = summarise(record["runs"]), record["timed"]
+    record = record | {"summary": summary, "targets": judge(summary, TARGETS)}
+    titles = {name: contender.title for name, contender in CONTENDERS.items()}
+    text = (
+        f"{timed['backbone']} at {timed['image_size']} px, batch {timed['batch_size']}, on the {timed['device']} in"
+        f" {_precision(record)}. Views/s (two of each patch) of forward, backward and the optimiser's step, in the steady state:"
+        f" whole steps for at least {timed['seconds']:g} s after the first ones; a fresh process each time, rounds interleaved."
+        " Data wait: the share of that time in which the next batch was not there. The others' loaders are torch's, with a"
+        " process per core; nobody blurs."
+    )
+    table = rounds_table(record, titles, "img_per_s", "img/s", {"data wait": ("data_wait", ".2%")})
+    lines = [*target_lines(record, "{:.3f}".format), *missing_lines(record, CONTENDERS), *model_lines(record)]
+    return Report(record, "A training step", [images_line(record["images"]), text, table, *lines])
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, Config, prog="step.py", description=(__doc__ or "").splitlines()[0]))
+    script(main, Config, __file__, __doc__)

@@ -4,13 +4,11 @@
     python benchmarks/step_options.py --work DISK/bench --device cuda --groups two-pass
     python benchmarks/step_options.py --work DISK/bench --dry                     # tiny, on the CPU
 
-Three groups of settings, each with the model alone, on views that lie on the device, and the first one also with the loader, in
-the stage of `train/pretrain.py` as a user starts it: `options` (precision, channels last, compiled or not), `batches` (batch
-sizes) and `two-pass` (a large batch at once, and in micro-batches). All in this one process, in that order: what is asked is
-which setting to choose, and a process for each would take most of the time to start.
+Three groups of settings, each with the model alone, and the first one also with the loader, in the stage of `train/pretrain.py`:
+`options` (precision, channels last, compiled or not), `batches` (batch sizes) and `two-pass` (a large batch at once, and in
+micro-batches). All run in this one process, in that order: a process for each would spend most of the time on starting.
 
-Results go to <out>/<date>-step-options-<device>.json, written after every run, and at the end as tables to the same name's .md.
-What does not fit into memory, or fails, stands in the table with the reason; for the latter the exit code is 1.
+Results: <out>/<date>-step-options-<device>.json and .md. What does not fit into memory, or fails, has its reason in the table.
 """
 
 import contextlib
@@ -18,7 +16,6 @@ import dataclasses
 import gc
 import itertools
 import math
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,27 +23,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from rich.console import Console
+from contenders.step import Task, fresh_memory, peak_gib, pretrained, timed
+from harness import Result, chosen, script, settings_of
+from patch_set import patch_set
+from report import Block, Record, Report, Table, cell
+from step import sizes_of, task_of
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
-
-from measuring import chosen, conclude, heading, machine, markdown_table, new_path, record_of, settings_of, versions_of  # noqa: E402
-from patch_set import patch_set  # noqa: E402
-from step_contenders import Task, fresh_memory, peak_gib, pretrained, timed  # noqa: E402
-
-from sharding.cli import option, required, run_script  # noqa: E402
-from sharding.process_pool import available_cores  # noqa: E402
-from train.records.runs import write_json  # noqa: E402
+from sharding.cli import option, required
+from sharding.process_pool import available_cores
 
 _PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130")
-SIZES: dict[str, dict[str, Any]] = {
+SIZES: dict[str, Record] = {
     "cpu": {"backbone": "resnet50", "image_size": 224, "batch_size": 8, "patches": 1024, "seconds": 10.0},
     "cuda": {"backbone": "resnet50", "image_size": 224, "batch_size": 256, "patches": 8192, "seconds": 2.0},
     "dry": {"backbone": "test_resnet", "image_size": 32, "batch_size": 4, "patches": 64, "seconds": 0.1},
 }
 _BATCHES = {"cpu": [4, 8, 16], "cuda": [64, 128, 256, 512, 1024], "dry": [2, 4]}
 _MICRO_OF = 4, 16  # micro-batches that the largest batch is cut into
+GROUPS = {
+    "options": "Precision, memory layout and compiling.",
+    "batches": "Batch sizes.",
+    "two-pass": "A large batch at once, and in micro-batches by the two-pass method.",
+}
 
 
 class Setting(NamedTuple):
@@ -84,11 +82,8 @@ def settings(group: str, device: str, batch_size: int, batches: list[int]) -> It
         yield from (Setting(best, True, False, size) for size in batches)
     else:
         yield Setting(best, True, False, max(batches))
-        micro = dict.fromkeys(max(1, max(batches) // parts) for parts in _MICRO_OF)
+        micro = dict.fromkeys(max(1, max(batches) // count) for count in _MICRO_OF)
         yield from (Setting(best, True, False, max(batches), size) for size in micro)
-
-
-GROUPS = ("options", "batches", "two-pass")
 
 
 @dataclass(frozen=True)
@@ -110,72 +105,37 @@ class Config:
 
 
 def main(config: Config) -> None:
-    groups = chosen(config.groups, GROUPS)
-    size = "dry" if config.dry else config.device
-    sizes = SIZES[size] | {name: value for name in SIZES["cpu"] if (value := getattr(config, name)) is not None}
-    batches = config.batches or _BATCHES[size]
+    groups, sizes = chosen(config.groups, GROUPS), sizes_of(config, SIZES)
+    batches = config.batches or _BATCHES["dry" if config.dry else config.device]
     if min(sizes["batch_size"], *batches) < 2:
         raise ValueError("--batch-size and --batches: give at least 2, or there is nothing to contrast a patch with")
-    console = Console(highlight=False, soft_wrap=True)
     cores, work = available_cores(), Path(config.work).resolve()
-    started = machine(cores)
-    data = patch_set(
-        None,
-        work,
-        patches=sizes["patches"],
-        size=sizes["image_size"],
-        batch_size=sizes["batch_size"],
-        cores=cores,
-    )
-    path = new_path(Path(config.out), f"step-options-{config.device}")
-    task = Task(
-        shards=data.shards,
-        images=data.images,
-        work="",
-        backbone=sizes["backbone"],
-        image_size=sizes["image_size"],
-        batch_size=sizes["batch_size"],
-        device=config.device,
-        bf16=False,
-        cores=cores,
-        seconds=sizes["seconds"],
-        steps=0,
-    )
-    record: dict[str, Any] = {
-        **record_of(started, versions_of(_PACKAGES)),
-        "timed": settings_of(task),
-        "runs": {group: [] for group in groups},
-        "failed": {},
-    }
+    result = Result(config.out, f"step-options-{config.device}", _PACKAGES)
+    data = patch_set(None, work, patches=sizes["patches"], size=sizes["image_size"], batch_size=sizes["batch_size"], cores=cores)
+    task = task_of(data, sizes, config.device, cores, seconds=sizes["seconds"], bf16=False)
+    result.record |= {"timed": settings_of(task), "runs": {group: [] for group in groups}}
     for group in groups:
         for setting in settings(group, config.device, sizes["batch_size"], batches):
             if setting.compile and not config.compile:
                 continue
             run = {"setting": setting._asdict(), "text": setting.text} | attempt(setting, task, work)
-            record["runs"][group].append(run)
+            result.record["runs"][group].append(run)
             if "failed" in run:
-                record["failed"][f"{group}: {setting.text}"] = run["failed"]
-            console.print(f"{group}: {' | '.join(_cells(run))}", markup=False)
-            write_json(path, record)
-    conclude(
-        record,
-        path,
-        console,
-        markdown="\n".join([*heading("Options of a training step", record), *body(record), ""]),
-        tables=((header, rows) for _, header, rows in tables(record)),
-        lines=[],
-    )
+                result.record["failed"][f"{group}: {setting.text}"] = run["failed"]
+            result.say(f"{group}: {' | '.join(_cells(run))}")
+            result.save()
+    result.finish(report_of(result.record))
 
 
-def attempt(setting: Setting, task: Task, work: Path) -> dict[str, Any]:
+def attempt(setting: Setting, task: Task, work: Path) -> Record:
     """model, joint: img/s and peak memory; or what kept one from being measured, after which the next setting is tried."""
     import torch
 
-    found: dict[str, Any] = {}
+    found: Record = {}
     ways = {"model": model_alone, "joint": with_loader} if setting.joint else {"model": model_alone}
     for name, measure in ways.items():
         try:
-            found[name] = measure(setting, task, work, found)
+            found[name] = measure(setting, dataclasses.replace(task, batch_size=setting.batch_size), work, found)
         except Exception as error:  # torch's and the compiler's are of many kinds; what follows is worth having
             said = " ".join(str(error).split())[:300]
             # torch.cuda.OutOfMemoryError, which a setting may well come to, is no failure.
@@ -187,7 +147,7 @@ def attempt(setting: Setting, task: Task, work: Path) -> dict[str, Any]:
     return found
 
 
-def model_alone(setting: Setting, task: Task, work: Path, found: dict[str, Any]) -> dict[str, Any]:
+def model_alone(setting: Setting, task: Task, work: Path, found: Record) -> Record:
     """Steps on views that lie on the device."""
     import torch
     from step_model import model_step
@@ -199,7 +159,7 @@ def model_alone(setting: Setting, task: Task, work: Path, found: dict[str, Any])
         training = model_step(
             backbone=task.backbone,
             image_size=task.image_size,
-            batch_size=setting.batch_size,
+            batch_size=task.batch_size,
             device=task.device,
             precision="bf16" if setting.precision == "bf16" else "fp32",
             channels_last=setting.channels_last,
@@ -208,15 +168,14 @@ def model_alone(setting: Setting, task: Task, work: Path, found: dict[str, Any])
         if setting.compile:
             training.net.compile()
         began = time.perf_counter()
-        sized = dataclasses.replace(task, batch_size=setting.batch_size)
-        run = timed(itertools.repeat(None), lambda batch: training.step(), sized)
+        run = timed(itertools.repeat(None), lambda batch: training.step(), task)
         before = time.perf_counter() - began - run["seconds"]  # the first steps, which compile and choose kernels
     return run | {"first_steps_s": before, "peak_gib": peak_gib(task.device)}
 
 
 @contextlib.contextmanager
 def float32(precision: str) -> Iterator[None]:
-    """A block without TF32 where that is `fp32`: in convolutions too, which have a switch of their own, and it is on."""
+    """A block without TF32 where precision is `fp32`: in convolutions too, which have a switch of their own."""
     import torch
 
     if precision != "fp32":
@@ -233,60 +192,35 @@ def float32(precision: str) -> Iterator[None]:
         convolutions.fp32_precision = before[1]
 
 
-def with_loader(setting: Setting, task: Task, work: Path, found: dict[str, Any]) -> dict[str, Any]:
+def with_loader(setting: Setting, task: Task, work: Path, found: Record) -> Record:
     """The stage, for about as long as the model alone was timed, if it is as fast."""
     fresh_memory(task.device)
     steps = max(8, math.ceil(task.seconds * found["model"]["steps"] / found["model"]["seconds"]))
     with tempfile.TemporaryDirectory(dir=work, prefix="run-", ignore_cleanup_errors=True) as folder:
-        sized = dataclasses.replace(
-            task,
-            work=folder,
-            bf16=setting.precision == "bf16",
-            compile=setting.compile,
-            steps=steps,
-            batch_size=setting.batch_size,
-        )
-        return pretrained(sized, workers=0, channels_last=setting.channels_last)
+        given = {"work": folder, "bf16": setting.precision == "bf16", "compile": setting.compile, "steps": steps}
+        return pretrained(dataclasses.replace(task, **given), workers=0, channels_last=setting.channels_last)
 
 
-# ---- Tables ----
+# ---- The report ----
 
 
-def tables(record: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """What each shows, its header, and its rows: one for each setting, with the reason where nothing was measured."""
+def report_of(record: Record) -> Report:
+    """A row for each setting, with the reason where nothing was measured."""
     header = ["setting", "model alone, img/s", "its peak, GiB", "with the loader, img/s", "data wait", "peak, GiB"]
-    texts = {
-        "options": "Precision, memory layout and compiling.",
-        "batches": "Batch sizes.",
-        "two-pass": "A large batch at once, and in micro-batches by the two-pass method.",
-    }
-    timed = record["timed"]
-    what = f" {timed['backbone']} at {timed['image_size']} px on the {timed['device']}, timed for {timed['seconds']:g} s or more."
-    return [(texts[group] + what, header, [_cells(run) for run in runs]) for group, runs in record["runs"].items() if runs]
+    timed, blocks = record["timed"], list[Block]()
+    what = f"{timed['backbone']} at {timed['image_size']} px on the {timed['device']}, timed for {timed['seconds']:g} s or more."
+    for group, runs in record["runs"].items():
+        if runs:
+            blocks += [f"{GROUPS[group]} {what}", Table(header, [_cells(run) for run in runs])]
+    return Report(record, "Options of a training step", blocks)
 
 
-def _cells(run: dict[str, Any]) -> list[str]:
-    model, joint = run.get("model"), run.get("joint")
+def _cells(run: Record) -> list[str]:
+    model, joint = run.get("model", {}), run.get("joint", {})
     why = f" (FAILED: {run['failed']})" if "failed" in run else f" (no memory: {run['no_memory']})" if "no_memory" in run else ""
-    wait = "-" if joint is None else f"{joint['data_wait']:.2%}"
-    return [run["text"] + why, _rate(model), _peak(model), _rate(joint), wait, _peak(joint)]
-
-
-def _rate(run: dict[str, Any] | None) -> str:
-    return "-" if run is None else f"{run['img_per_s']:,.0f}"
-
-
-def _peak(run: dict[str, Any] | None) -> str:
-    return "-" if run is None or run["peak_gib"] is None else f"{run['peak_gib']:.2f}"
-
-
-def body(record: dict[str, Any]) -> list[str]:
-    """What follows the heading."""
-    lines: list[str] = []
-    for text, header, rows in tables(record):
-        lines += [text, "", *markdown_table(header, rows), ""]
-    return lines
+    rates = [[cell(each.get("img_per_s"), ",.0f"), cell(each.get("peak_gib"))] for each in (model, joint)]
+    return [run["text"] + why, *rates[0], rates[1][0], cell(joint.get("data_wait"), ".2%"), rates[1][1]]
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, Config, prog="step_options.py", description=(__doc__ or "").splitlines()[0]))
+    script(main, Config, __file__, __doc__)

@@ -1,21 +1,14 @@
 import io
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from colour_histogram import Config, Fold, group_folds, histograms, judge, main, the_split, vote_shares
 from PIL import Image
 
 from pipelines.shard_reader import ShardReader
 from sharding.packing import build_shards
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # benchmarks/ is no installed package
-
-from benchmarks.colour_histogram import Config, Fold, group_folds, histograms, judge, main, the_split, vote_shares  # noqa: E402
 
 PER_CLASS, SLIDES = 40, 8
 COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
@@ -108,13 +101,6 @@ def test_folds_keep_groups_whole_and_cover_the_set(coloured):
     assert all(np.array_equal(a.test, b.test) for a, b in zip(folds, again, strict=True))
 
 
-def test_a_fraction_is_of_the_training_part_alone(coloured):
-    reader = ShardReader(coloured)
-    folds = group_folds(reader, folds=4, fraction=0.5, seed=3)
-    assert sum(len(fold.test) for fold in folds) == len(reader)
-    assert all(0 < len(fold.train) < 0.7 * (len(reader) - len(fold.test)) for fold in folds)
-
-
 def test_unlabelled_patches_are_refused(coloured, tmp_path):
     build_shards([coloured.parent / "images"], tmp_path / "shards", unlabelled=True, workers=1)
     reader = ShardReader(tmp_path / "shards")
@@ -124,16 +110,9 @@ def test_unlabelled_patches_are_refused(coloured, tmp_path):
         group_folds(reader, folds=2, fraction=1.0, seed=0)
 
 
-def _run(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "benchmarks/colour_histogram.py", *map(str, arguments)]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120, check=False)
-
-
-def test_the_command_prints_each_fold_and_the_mean(coloured):
-    done = _run("--data", coloured, "--folds", 3)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+def test_the_command_prints_each_fold_and_the_mean(coloured, capsys):
+    main(Config(str(coloured), folds=3))
+    lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
     assert re.fullmatch(r"fold 1: accuracy 1\.000, balanced accuracy 1\.000, \d+ train and \d+ test patches", lines[0])
     assert lines[3].startswith("mean of 3 folds: accuracy 1.000")
@@ -164,6 +143,6 @@ def test_seeds_and_fractions_are_what_each_is_alone(coloured, capsys):
         ({"split": "trian"}, "no split 'trian'"),
     ],
 )
-def test_slips_are_told(coloured, settings, words):
+def test_user_errors(coloured, settings, words):
     with pytest.raises(ValueError, match=words):
         main(Config(str(coloured), **settings))

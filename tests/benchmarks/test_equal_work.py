@@ -1,62 +1,45 @@
+import functools
 import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
+import equal_work
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from safetensors.torch import load_file
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path += [str(ROOT), str(ROOT / "benchmarks")]  # benchmarks/ is no installed package
-
-from equal_work_contenders import CONTENDERS, lightly_arguments  # noqa: E402
-from equal_work_loop import WEIGHTS, Images, Task, full_nt_xent, our_batches, rate  # noqa: E402
-from equal_work_report import (  # noqa: E402
-    FIGURE_NAMES,
+from contenders.equal_work import PRETRAINED, WEIGHTS, Images, Task, full_nt_xent, lightly_arguments, our_batches, rate
+from equal_work import Config, main, one_run
+from equal_work_report import (
     FIRST_LOSS,
-    body,
-    completed,
+    METRIC_NAMES,
     curve_difference,
-    curve_table,
     difference,
     epoch_means,
+    metrics_table,
     pooled,
-    table,
+    report_of,
 )
-from measuring import RunFailed  # noqa: E402
-from step_peers import Environment  # noqa: E402
+from harness import RunFailed
+from hypothesis import given
+from hypothesis import strategies as st
+from peers import Environment
+from safetensors.torch import load_file
 
-import benchmarks.equal_work as command  # noqa: E402
-from models.backbones import build_backbone  # noqa: E402
-from models.ntxent import nt_xent  # noqa: E402
-from pipelines.loader import ViewLoader  # noqa: E402
-from pipelines.recipes import get_recipe  # noqa: E402
-from train.trainer.optim import learning_rate  # noqa: E402
+from models.backbones import build_backbone
+from models.ntxent import nt_xent
+from pipelines.loader import ViewLoader
+from pipelines.recipes import get_recipe
+from train.trainer.optim import learning_rate
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _task(**settings) -> Task:
     usual = {"shards": "", "judged": "", "work": "", "recipe": "simclr", "backbone": "test_resnet", "image_size": 32}
     usual |= {"batch_size": 16, "epochs": 3, "device": "cpu", "cores": 1, "seed": 5}
     return Task(**(usual | settings))
-
-
-# The plain loop is the same work
 
 
 @given(patches=st.integers(2, 9), width=st.integers(2, 8), temperature=st.floats(0.1, 2), seed=st.integers(0, 99))
@@ -108,9 +91,9 @@ def _trained(name, tmp_path, small_set, **settings):
     """The losses, and the backbone's weights."""
     work = tmp_path / f"{name}-{len(list(tmp_path.iterdir()))}"
     work.mkdir()
-    train = CONTENDERS[name].train
-    assert train is not None
-    losses = train(_task(shards=str(small_set), judged=str(small_set), work=str(work), epochs=2, **settings))
+    losses = PRETRAINED[name].run(_task(shards=str(small_set), judged=str(small_set), work=str(work), epochs=2, **settings))[
+        "losses"
+    ]
     return losses, load_file(work / WEIGHTS)
 
 
@@ -140,7 +123,7 @@ def test_the_plain_loop_draws_views_of_its_own_and_learns(tmp_path, small_set):
     assert weights.keys() == fresh.keys()
 
 
-# What is made of the figures
+# What is made of the metrics
 
 
 def test_a_difference_is_paired_by_seed():
@@ -207,106 +190,82 @@ def test_a_curve_is_the_mean_of_each_epoch():
 
 
 def _run(seed, value, curve=None):
-    run = {"seed": seed, "figures": dict.fromkeys(FIGURE_NAMES, value)}
+    run = {"seed": seed, "figures": dict.fromkeys(METRIC_NAMES, value)}
     return run if curve is None else run | {"curve": curve, "first_epoch": [2.0, *curve], "seconds": 3.0}
 
 
-def _main(tmp_path, monkeypatch, small_set, one_run, **settings):
-    """The record, the Markdown and the exit code of a run without processes."""
-    monkeypatch.setattr(command, "one_run", one_run)
-    monkeypatch.setattr(command, "environment_of", lambda *_: Environment("python", {"lightly": "1.6.0"}, {}))
-    usual = {"batch_size": 16, "epochs": 3, "seeds": 2}
-    code = 0
-    try:
-        command.main(command.Config(str(tmp_path), str(tmp_path / "out"), data=str(small_set), **(usual | settings)))
-    except SystemExit as error:
-        code = error.code
-    (path,) = (tmp_path / "out").glob("*-equal-work.json")
-    return json.loads(path.read_text()), path.with_suffix(".md").read_text(), code
+@pytest.fixture
+def run_equal_work(tmp_path, monkeypatch, small_set, run_main):
+    def run(one_run, **settings):
+        monkeypatch.setattr(equal_work, "one_run", one_run)
+        monkeypatch.setattr(equal_work, "environment_of", lambda *_: Environment("python", {"lightly": "1.6.0"}, {}))
+        usual = {"batch_size": 16, "epochs": 3, "seeds": 2}
+        return run_main(main, Config(str(tmp_path), str(tmp_path / "out"), data=str(small_set), **(usual | settings)))
+
+    return run
 
 
-def test_contenders_are_interleaved_by_seed_and_a_failure_stands_in_the_table(tmp_path, monkeypatch, small_set):
+def test_contenders_are_interleaved_by_seed_and_a_failure_stands_in_the_table(run_equal_work):
     calls = []
 
     def one_run(name, task, peers, work, limit):
         calls.append((task.seed, name))
         if (task.seed, name) == (8, "plain"):
             raise RunFailed("exit code 1: out of memory")
-        figure = {"ours": 0.9, "random": 0.5}.get(name, 0.7) + 0.01 * task.seed
+        value = {"ours": 0.9, "random": 0.5}.get(name, 0.7) + 0.01 * task.seed
         curve = [4.0, 3.0, {"lightly": 1.0}.get(name, 2.0) + 0.01 * task.seed]
-        return _run(task.seed, figure, None if name == "random" else curve)
+        return _run(task.seed, value, None if name == "random" else curve)
 
-    record, text, code = _main(tmp_path, monkeypatch, small_set, one_run, seed=7, seeds=3)
-    assert code == 1
-    names = list(CONTENDERS)
+    record, text, code = run_equal_work(one_run, seed=7, seeds=3)
+    names = list(PRETRAINED)
     without = [name for name in names if name != "plain"]
     assert calls == [(7, name) for name in names] + [(8, name) for name in names] + [(9, name) for name in without]
-    assert record["failed"] == {"plain": "exit code 1: out of memory"}
+    assert code == 1 and record["failed"] == {"plain": "exit code 1: out of memory"}
     assert record["judged_on"]["grouped"] and record["settings"]["steps"] == 3 * (record["learnt_from"]["patches"] // 16)
-    assert text.count("was packed by `python sharding/build.py ") == 1  # of one set for both, once
-    rows = {row[0]: row[1:] for row in table(record)[1]}
-    assert rows["ours"] == ["3", *["0.980 ± 0.010"] * 4, "2.080 ± 0.010"]
-    assert rows["random weights"][-1] == "-"
-    assert "plain torch and torchvision (FAILED: exit code 1: out of memory)" in rows
+    rows = {row[0]: row[1:] for row in metrics_table(record).rows}
+    assert rows["ours"] == ["3", *["0.980 ± 0.010"] * 4, "2.080 ± 0.010"] and rows["random weights"][-1] == "-"
     assert "- MISSED: kNN accuracy, ours less lightly: +0.2000 [+0.2000, +0.2000], spread over 3 seeds 0.0100" in text
-    assert (
-        "- MISSED: loss by epoch, ours against lightly: mean distance 0.3333, largest 1.0000 (epoch 3: [+1.0000, +1.0000])"
-        in text
-    )
+    assert "ours against lightly: mean distance 0.3333, largest 1.0000 (epoch 3: [+1.0000, +1.0000])" in text
     assert "- within the spread: loss by epoch, ours against the same on our draws: mean distance 0.0000" in text
     assert "- reached: the first step's loss on the same draws: differs by 0, wanted at most 0.0001" in text
     assert "for scale, ours less random weights: linear accuracy +0.400" in text
     assert "less plain torch" not in text  # one seed is no spread
-    assert [row[0] for row in curve_table(record)[1]] == ["1", "2", "3"]
 
 
-def test_two_run_beside_each_other_and_are_told_in_order(tmp_path, monkeypatch, small_set):
+def test_two_run_beside_each_other(run_equal_work):
     both = threading.Barrier(2, timeout=60)  # nobody is done before the next has begun
 
     def one_run(name, task, peers, work, limit):
         both.wait()
-        return _run(task.seed, 0.5 + 0.1 * (name == "ours"), [4.0, 3.0, 2.0])
+        return _run(task.seed, 0.5, [4.0, 3.0, 2.0]) | {"first_epoch": [2.0 + 0.001 * (name == "replayed") * task.seed]}
 
-    record, text, code = _main(tmp_path, monkeypatch, small_set, one_run, contenders=["ours", "plain"], at_once=2, seeds=3)
-    assert (code, record["settings"]["at_once"]) == (0, 2)
-    assert {name: [run["seed"] for run in runs] for name, runs in record["runs"].items()} == {
-        "ours": [0, 1, 2],
-        "plain": [0, 1, 2],
+    record, text, code = run_equal_work(one_run, contenders=["ours", "replayed"], at_once=2, seeds=2)
+    assert code == 0 and {name: [run["seed"] for run in runs] for name, runs in record["runs"].items()} == {
+        "ours": [0, 1],
+        "replayed": [0, 1],
     }
-    assert "- MISSED: kNN accuracy, ours less plain torch and torchvision: +0.1000" in text
-
-
-def test_a_first_loss_that_differs_is_told(tmp_path, monkeypatch, small_set):
-    def one_run(name, task, peers, work, limit):
-        run = _run(task.seed, 0.5, [4.0, 3.0, 2.0])
-        return run | {"first_epoch": [2.0 + 0.001 * (name == "replayed") * task.seed]}
-
-    record, text, code = _main(tmp_path, monkeypatch, small_set, one_run, contenders=["replayed", "ours"])
-    assert (code, record["first_loss_difference"]) == (0, pytest.approx(0.001))
+    assert record["first_loss_difference"] == pytest.approx(0.001)
     assert "- MISSED: the first step's loss on the same draws: differs by 0.001" in text
 
 
 @pytest.mark.parametrize("losses", [[3.0, None], [3.0, math.nan]])
 def test_a_loss_that_is_no_number_is_a_failure(tmp_path, monkeypatch, losses):
-    monkeypatch.setattr(command, "_process", lambda *_: {"losses": losses, "seconds": 1.0})
+    monkeypatch.setattr(equal_work, "run_contender", lambda *_, **__: {"losses": losses, "seconds": 1.0})
     with pytest.raises(RunFailed, match="its loss is not a number"):
-        command.one_run("ours", _task(epochs=1), Environment("python", {}, {}), tmp_path, 1.0)
+        one_run("ours", _task(epochs=1), Environment("python", {}, {}), tmp_path, 1.0)
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"contenders": ["vissl"]}, "no contender 'vissl'"),
         ({"seeds": 1}, "--seeds 1 is out of range: give at least 2"),
-        ({"epochs": 0}, "--epochs 0 is out of range"),
         ({"batch_size": 90}, "its train split has 6. patches, fewer than --batch-size 90"),
         ({"data": "no/such/set"}, "no/such/set: there is no such folder"),
         ({"judged_on": "unlabelled"}, "cannot judge: give --judged-on a set with labels"),
-        ({"cores": 10_000}, "--cores 10000 is out of range"),
         ({"at_once": 0}, "--at-once 0 is out of range: give at least 1"),
     ],
 )
-def test_slips_are_told(tmp_path, monkeypatch, small_set, settings, words):
+def test_user_errors(tmp_path, small_set, settings, words):
     if "judged_on" in settings:
         dataset = json.loads((small_set / "dataset.json").read_text()) | {"classes": []}
         (tmp_path / "unlabelled").mkdir()
@@ -315,88 +274,36 @@ def test_slips_are_told(tmp_path, monkeypatch, small_set, settings, words):
         settings = {"judged_on": str(tmp_path / "unlabelled")}
     usual = {"work": str(tmp_path / "work"), "out": str(tmp_path / "results"), "data": str(small_set), "dry": True}
     with pytest.raises(ValueError, match=words):
-        command.main(command.Config(**(usual | settings)))
+        main(Config(**(usual | settings)))
     assert not (tmp_path / "results").exists()
 
 
-def test_a_dry_run_judges_by_the_command(tmp_path, small_set):
-    arguments = ["--work", tmp_path, "--out", tmp_path / "results", "--dry", "--data", small_set, "--cores", 1]
-    line = [sys.executable, "benchmarks/equal_work.py", *map(str, arguments), "--contenders", "random"]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=220, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = (tmp_path / "results").glob("*-equal-work.json")
-    runs = json.loads(path.read_text())["runs"]["random"]
-    assert [run["seed"] for run in runs] == [0, 1]
-    for run in runs:
-        assert list(run["figures"]) == list(FIGURE_NAMES) and all(0 <= value <= 1 for value in run["figures"].values())
-    assert not list(tmp_path.glob("run-*"))  # runs come and go
-    assert "not measured: nothing that could be compared" in path.with_suffix(".md").read_text()
+# Pooling
 
 
-# ---- Several results as one ----
+@functools.cache
+def _committed(name):
+    return (ROOT / "benchmarks" / "results" / f"{name}.json").read_text()
 
 
-def _result(seeds, **settings):
-    usual = {"recipe": "simclr", "epochs": 2, "bf16": False, "at_once": 1, "seeds": list(seeds)} | settings
-    runs = {
-        name: [
-            {
-                "seed": seed,
-                "figures": dict.fromkeys(FIGURE_NAMES, 0.5 + 0.01 * seed),
-                "curve": [4.0 + above, 3.0 + above + 0.1 * seed],
-            }
-            for seed in seeds
-        ]
-        for name, above in (("ours", 0.2), ("plain", 0.0), ("plain-joint", 0.2))
-    }
-    sets = {"learnt_from": {"name": "oral", "patches": 9}, "judged_on": {"name": "cervix", "test": 5, "grouped": True}}
-    return {"settings": usual, "runs": runs, "missing": {}, "failed": {}, "versions": {"torch": "2"}, "commit": "c0ffee", **sets}
-
-
-def test_results_of_other_seeds_are_one():
-    whole = completed(_result(range(5)))
-    parts = {"one.json": _result([0, 1]), "two.json": _result([2, 3, 4], at_once=2) | {"commit": "beef"}}
-    found = completed(pooled(parts))
-    assert found["settings"]["seeds"] == [0, 1, 2, 3, 4] and found["commit"] == "c0ffee, beef"
-    for what in ("runs", "differences", "curve_differences"):
-        assert found[what] == whole[what]
-    assert parts["one.json"] == _result([0, 1])  # left as it was
+def test_results_of_other_seeds_are_pooled():
+    first, second = (json.loads(_committed(name)) for name in ("2026-11-23-equal-work-4", "2026-11-24-equal-work-2"))
+    both = report_of(pooled({"a": first, "b": second})).record
+    whole = json.loads(_committed("2026-11-24-equal-work-3"))
+    assert both["runs"] == whole["runs"] and both["settings"]["seeds"] == whole["settings"]["seeds"]
+    for name in ("differences", "curve_differences"):  # to the last bit
+        assert json.loads(json.dumps(both[name])) == whole[name]
 
 
 @pytest.mark.parametrize(
-    ("second", "sentence"),
+    ("change", "sentence"),
     [
-        (_result([2, 3], recipe="simclr-mild"), "b.json and a.json differ in recipe: only results of the same task"),
-        (_result([2, 3]) | {"versions": {"torch": "3"}}, "differ in versions"),
-        (_result([2, 3]) | {"judged_on": {"name": "oral", "test": 5, "grouped": True}}, "differ in judged_on"),
-        (_result([2, 3]) | {"failed": {"plain": "exit code 1"}}, "differ in failed"),
-        (_result([1, 2]), "b.json has seed 1, which another has too"),
+        ({"versions": {"torch": "3"}}, "b and a differ in versions: only results of the same task"),
+        ({"failed": {"plain": "exit code 1"}}, "differ in failed"),
+        ({}, "b has seed [0-9]+, which another has too"),
     ],
 )
-def test_results_that_do_not_add_up(second, sentence):
+def test_results_that_do_not_add_up(change, sentence):
+    record = json.loads(_committed("2026-11-24-equal-work-2"))
     with pytest.raises(ValueError, match=sentence):
-        pooled({"a.json": _result([0, 1]), "b.json": second})
-
-
-def test_batch_norm_alone_is_told_by_the_plain_loops():
-    record = _result(range(3)) | {"drawn": False}
-    record["settings"] |= {"backbone": "b", "image_size": 32, "batch_size": 16, "steps": 8, "device": "cpu"}
-    (line,) = [line for line in body(completed(record)) if line.startswith("- batch norm alone")]
-    assert line.endswith("less plain torch and torchvision: +0.2000 [+0.2000, +0.2000], +0.2000 [+0.2000, +0.2000]")
-    del record["runs"]["plain-joint"]
-    assert not [line for line in body(completed(record)) if line.startswith("- batch norm alone")]
-
-
-def test_results_are_put_together_by_a_command(tmp_path):
-    line = [sys.executable, str(ROOT / "benchmarks/equal_work_report.py"), str(tmp_path / "none.json")]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False)
-    assert done.returncode == 2 and "none.json is no result of equal_work.py" in done.stderr
-    committed = sorted((ROOT / "benchmarks/results").glob("2026-11-2[34]-equal-work-[24].json"))
-    names = ["2026-11-23-equal-work-4.json", "2026-11-24-equal-work-2.json"]
-    line[2:] = [str(path) for path in committed if path.name in names]
-    done = subprocess.run([*line, "--out", str(tmp_path)], capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    (text,) = (path.read_text() for path in tmp_path.glob("*-equal-work.md"))
-    assert "| ours | 20 |" in text and "spread over 20 seeds" in text
-    assert "`python benchmarks/equal_work_report.py benchmarks/results/2026-11-23-equal-work-4.json" in text
+        pooled({"a": record, "b": record | change})

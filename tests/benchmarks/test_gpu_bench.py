@@ -1,22 +1,23 @@
+"""The GPU benchmark, its check of correctness, and the short pretraining."""
+
+import importlib
 import json
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import gpu_bench
+import gpu_check
 import pytest
+import short_pretraining
+from gpu_bench import PARTS, Config, Part, Setting, chosen_parts, main, report_of
+from harness import RunFailed, draw_labelled_set
+from report import Report, markdown
+
+from sharding.cli import build_parser
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path += [str(ROOT), str(ROOT / "benchmarks")]  # benchmarks/ is no installed package
-
-import gpu_bench_parts  # noqa: E402
-import short_pretraining  # noqa: E402
-from gpu_bench_parts import PARTS, Part, Setting, markdown  # noqa: E402
-from measuring import RunFailed  # noqa: E402
-from short_pretraining import body, table  # noqa: E402
-
-import benchmarks.gpu_bench as command  # noqa: E402
 
 # What a part may be: writes what it found, starts a process that writes as long as it lives, and ends, or does not
 SCRIPT = """
@@ -43,18 +44,23 @@ def parts(tmp_path, monkeypatch):
     how, beats = tmp_path / "do", tmp_path / "beats"
 
     def part(do, seconds=30.0, least=0.0):
-        return Part("It", seconds, least, lambda s, _: ["it.py", "--do", do(), "--beats", beats], lambda found: [f"- {found}"])
+        return Part(
+            "It",
+            seconds,
+            least,
+            lambda s, _: ["it.py", "--do", do(), "--beats", beats],
+            lambda found: Report(found, "It", [f"- {found}"]),
+        )
 
     made = {
         "first": part(lambda: "end"),
         "second": part(how.read_text, seconds=2.0),
         "last": part(lambda: "end", least=20.0),
     }
-    for module in (command, gpu_bench_parts):
-        monkeypatch.setattr(module, "PARTS", made)
-    monkeypatch.setattr(command, "NEED_NO_DATA", set(made))
-    monkeypatch.setattr(command, "ROOT", tmp_path)
-    monkeypatch.setattr(command, "device_name", lambda *, dry: "CPU" if dry else "Some GPU 9")
+    monkeypatch.setattr(gpu_bench, "PARTS", made)
+    monkeypatch.setattr(gpu_bench, "NEED_NO_DATA", set(made))
+    monkeypatch.setattr(gpu_bench, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_bench, "device_name", lambda *, dry: "CPU" if dry else "Some GPU 9")
     return how, beats
 
 
@@ -62,7 +68,7 @@ def _main(tmp_path, **settings):
     """The record, the Markdown and the exit code."""
     code = 0
     try:
-        command.main(command.Config(out=str(tmp_path / "out"), work=str(tmp_path / "work"), commit="c0ffee", **settings))
+        main(Config(out=str(tmp_path / "out"), work=str(tmp_path / "work"), commit="c0ffee", **settings))
     except SystemExit as error:
         code = error.code
     (path,) = (tmp_path / "out").glob("*.json")
@@ -107,34 +113,20 @@ def test_what_no_longer_fits_is_skipped(tmp_path, parts):
     assert code == 0  # no part failed
 
 
-def test_only_these_parts_in_their_order(tmp_path, parts):
-    record, _, code = _main(tmp_path, parts=["last", "first"])
-    assert ([*record["parts"]], code) == (["first", "last"], 0)
-
-
 def test_parts_that_need_patches_bring_them():
-    assert command.chosen_parts(["threads", "check"]) == ["data", "check", "threads"]
-    assert command.chosen_parts(["loss", "pretraining"]) == ["loss", "pretraining"]
-    assert command.chosen_parts([]) == list(PARTS)
+    assert chosen_parts(["threads", "check"]) == ["data", "check", "threads"]
+    assert chosen_parts(["loss", "pretraining"]) == ["loss", "pretraining"]
+    assert chosen_parts([]) == list(PARTS)
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [({"parts": ["step", "speed"]}, "no part 'speed'"), ({"data": "no/such/set"}, "--data no/such/set: there is no such folder")],
 )
-def test_slips_are_told(tmp_path, settings, words):
+def test_user_errors(tmp_path, settings, words):
     with pytest.raises(ValueError, match=words):
-        command.main(command.Config(out=str(tmp_path / "out"), **settings))
+        main(Config(out=str(tmp_path / "out"), **settings))
     assert not (tmp_path / "out").exists()
-
-
-def test_without_a_gpu_there_is_a_way_out(tmp_path, monkeypatch):
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho 'RuntimeError: no driver' >&2; exit 1\n")
-    python.chmod(0o755)
-    monkeypatch.setattr(command.sys, "executable", str(python))
-    with pytest.raises(ValueError, match=r"no GPU here \(RuntimeError: no driver\): --dry runs the same"):
-        command.device_name(dry=False)
 
 
 # What the parts are called with
@@ -144,14 +136,10 @@ def test_without_a_gpu_there_is_a_way_out(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", PARTS)
 def test_every_part_is_a_command_that_its_script_takes(tmp_path, name, dry):
     """Its flags and their values, without running it."""
-    import importlib
-
-    from sharding.cli import build_parser
-
     (tmp_path / "images-8-shards").mkdir()
     setting = Setting(tmp_path, dry, str(tmp_path / "set"), "c0ffee")
     script, *arguments = map(str, PARTS[name].arguments(setting, 33.3))
-    module = importlib.import_module(f"benchmarks.{Path(script).stem}")
+    module = importlib.import_module(Path(script).stem)
     parser = build_parser(module.Config, prog=script, description="", exit_on_error=False)
     values = parser.parse_args(arguments if name == "data" else [*arguments, "--out", "out"])
     if name in ("check", "threads"):
@@ -162,28 +150,22 @@ def test_every_part_is_a_command_that_its_script_takes(tmp_path, name, dry):
     assert values.get("dry") in ((dry,) if name in ("check", "threads") else (None, False))  # the others are given their sizes
 
 
-def test_a_cut_off_step_is_shown_as_far_as_it_came():
+def test_a_cut_off_step_is_shown_as_far_as_it_came(head):
     timed = {"backbone": "resnet50", "image_size": 224, "batch_size": 256, "device": "cuda", "bf16": True, "seconds": 6.0}
-    found = {
+    found = head | {
         "runs": {"loader": [{"img_per_s": 20_000.0, "data_wait": None}], "model": [], "joint": []},
         "images": {"patches": 8192, "drawn": True, "kilobytes": 22.0},
         "timed": timed | {"rounds": 1},
-        "missing": {"ray": "not installed: ray"},
-        "failed": {},
     }
-    record = {"parts": {"step": {"status": "failed", "why": "not done | yet", "command": "python step.py", "found": found}}}
-    text = markdown(record, ["# Title", ""])
+    parts = {
+        "step": {"status": "failed", "why": "not done | yet", "command": "python step.py", "found": found},
+        "loss": {"status": "failed", "command": "python", "found": {"runs": {}}},  # a result that cannot be shown sinks nothing
+        "check": {"status": "ok"},
+    }
+    text = markdown(report_of(head | {"parts": parts, "dry": True, "device": "CPU"}))
     assert "| step | failed | - | not done / yet |" in text
-    assert "| ours, the loader alone | 20,000 | 20,000 | 0% | - |" in text
-    assert "| ours, the model alone | - | - | - | - |" in text
-    assert "ours, both, one Ray worker: not installed: ray" in text
-
-
-def test_a_result_that_cannot_be_shown_sinks_nothing():
-    parts = {"loss": {"status": "failed", "command": "python", "found": {"runs": {}}}, "check": {"status": "ok"}}
-    text = markdown({"parts": parts}, [])
-    assert "This result cannot be shown (KeyError: 'timed'); it is in the JSON file." in text
-    assert "| check | ok |" in text
+    assert "| ours, the loader alone | 20,000 | 20,000 | 0% | - |" in text and "| ours, the model alone | - | - | - | - |" in text
+    assert "This result cannot be shown (KeyError: 'timed'); it is in the JSON file." in text and "| check | ok |" in text
 
 
 # A short pretraining
@@ -220,24 +202,26 @@ def test_as_many_epochs_as_fit(tmp_path, monkeypatch):
     asked, record, code = _pretraining(tmp_path, monkeypatch, seconds=31.0)
     assert asked == [("pilot", 2), ("run", 10), ("pretrained", None), ("scratch", None), ("imagenet", None)]
     assert (record["epochs"], code) == (10, 0)
-    rows = table(record)[1]
+    rows = short_pretraining.report_of(record).blocks[-1].rows
     assert rows[0] == ["pretrained, 10 epochs", "0.500 [0.250, 0.750]", "0.500", "-"]
     assert _pretraining(tmp_path / "other", monkeypatch, epochs=3)[0][0] == ("run", 3)  # no pilot
 
 
-def test_weights_that_are_not_there_are_said_and_are_no_failure(tmp_path, monkeypatch):
+def test_weights_that_are_not_there_are_no_failure(tmp_path, monkeypatch):
     _, record, code = _pretraining(tmp_path, monkeypatch, failing={"imagenet"})
-    assert code == 0
-    assert "'oral' was packed by `python sharding/build.py oral --unlabelled` (fingerprint c0ffee)." in body(record)
-    assert "| ImageNet (not there: exit code 2: it cannot be had) | - | - | - |" in body(record)
+    text = markdown(short_pretraining.report_of(record))
+    assert code == 0 and "'oral' was packed by `python sharding/build.py oral --unlabelled` (fingerprint c0ffee)." in text
+    assert "| ImageNet (not there: exit code 2: it cannot be had) | - | - | - |" in text
     _, record, code = _pretraining(tmp_path / "other", monkeypatch, failing={"scratch"})
-    assert code == 1
-    assert "| random weights (FAILED: exit code 2: it cannot be had) | - | - | - |" in body(record)
+    text = markdown(short_pretraining.report_of(record))
+    assert code == 1 and "| random weights (FAILED: exit code 2: it cannot be had) | - | - | - |" in text
 
 
-def test_the_stages_are_run_and_their_figures_found(tmp_path):
+@pytest.mark.faults
+def test_the_stages_are_run_and_their_metrics_found(tmp_path):
+    """Runs two commands that import torch and DALI, and a third that fails."""
     config = short_pretraining.Config(str(tmp_path), backbone="test_resnet", image_size=32, batch_size=16, patches=60)
-    data, runs = short_pretraining.drawn(config, tmp_path), tmp_path / "runs"
+    data, runs = draw_labelled_set(tmp_path, 60, 32), tmp_path / "runs"
     found = short_pretraining.pretrained(config, data, runs, "one", 1)
     assert found["epochs"] == 1 and found["steps"] >= 1
     assert found["epoch_s"] == pytest.approx(2 * 16 * found["steps"] / found["img_per_s"], rel=0.01)
@@ -248,19 +232,53 @@ def test_the_stages_are_run_and_their_figures_found(tmp_path):
         short_pretraining.judged(config, data, runs, "other")
 
 
-# The command
+# The check
 
 
-def test_a_dry_run(tmp_path):
-    """The parts that take least; `make gpu-bench DRY=1` has all of them."""
-    line = [sys.executable, "benchmarks/gpu_bench.py", "--out", str(tmp_path), "--dry", "--parts", "loss", "two-pass"]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=230, check=False)
+@pytest.fixture
+def run_check(run_main):
+    def run(out, **settings):
+        return run_main(gpu_check.main, gpu_check.Config(out=str(out), dry=True, **settings))
+
+    return run
+
+
+def test_on_a_cpu_nothing_differs_from_the_cpu(tmp_path, run_check):
+    record, text, code = run_check(tmp_path, steps=["decode", "views", "purity"])
+    steps = record["steps"]
+    assert code == 0 and [*steps] == ["environment", "data", "decode", "views", "purity"] and "| purity |" in text
+    assert all(result["max"] == 0 and result["same_in_other_batch"] for name, result in steps["decode"].items() if ", " in name)
+    assert steps["views"]["simclr, as stored"]["max"] == 0
+    assert steps["views"]["colour alone"]["max"] < 0.01  # torch's and Numba's rounding
+    assert steps["purity"]["all_identical"]
+
+
+def test_a_failed_step_is_reported_and_leaves_the_others(tmp_path, run_check, capsys):
+    record, _, code = run_check(tmp_path, steps=["model", "views"], data="no/such/set", backbone="resnot")
+    assert code == 1 and [step["status"] for step in record["steps"].values()] == ["ok", "failed", "failed", "failed"]
+    assert "no/such/set" in record["steps"]["data"]["error"] and "resnot" in record["steps"]["model"]["error"]
+    assert capsys.readouterr().err == "FAILED: data, views, model\n"
+    with pytest.raises(ValueError, match="no step 'modle'"):
+        gpu_check.main(gpu_check.Config(out=str(tmp_path), dry=True, steps=["modle"]))
+
+
+@pytest.mark.faults
+def test_rates_are_there(tmp_path, run_check):
+    """Trains two models, one of them by the stage."""
+    record, _, code = run_check(tmp_path, steps=["model", "loader", "joint"])
+    steps = record["steps"]
+    assert code == 0 and steps["loader"]["1 threads"]["patches_per_s"] > 0 and steps["model"]["img_per_s"] > 0
+    assert steps["joint"]["joint_to_model"] > 0 and 0 <= steps["joint"]["data_wait"] <= 1
+
+
+@pytest.mark.faults
+def test_a_dry_run(tmp_path, run_script):
+    """Runs the parts that take least; `make gpu-bench DRY=1` runs all of them."""
+    done = run_script("gpu_bench.py", "--out", tmp_path, "--dry", "--parts", "loss", "two-pass", timeout=230)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.glob("*-gpu-bench-cpu.json")
-    record = json.loads(path.read_text())
-    assert {name: part["status"] for name, part in record["parts"].items()} == dict.fromkeys(("data", "loss", "two-pass"), "ok")
-    assert set(record["parts"]["loss"]["found"]["summary"]) == {"64"}
+    parts = json.loads(path.read_text())["parts"]
+    assert {name: part["status"] for name, part in parts.items()} == dict.fromkeys(("data", "loss", "two-pass"), "ok")
     text = path.with_suffix(".md").read_text()
     assert "| batch 4 in micro-batches of 1, fp32, channels last |" in text and "| 64 | " in text
     assert path.with_suffix(".log").stat().st_size > 0

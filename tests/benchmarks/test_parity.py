@@ -1,38 +1,17 @@
 """The benchmark of parity: its figures by hand, its verdict, and its command on a few small patches."""
 
-import json
 import math
-import os
-import subprocess
-import sys
-import time
-from pathlib import Path
 
+import parity
 import pytest
 import torch
 
 from pipelines.recipes import get_recipe
 from pipelines.torchvision_reference import reference_views
-from sharding.cli import run_script
-from sharding.drawn_patches.patches import draw_patch, encode
-from tests.helpers import assert_refused, encoded, write_tree
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # benchmarks/ is no installed package
-
-from benchmarks import parity  # noqa: E402
-
-pytestmark = pytest.mark.timeout(120)
+from tests.helpers import encoded, write_tree
 
 SIZE = 48
 NONE = {"mean": 0.0, "p99_9": 0.0, "max": 0.0}
-
-
-@pytest.fixture(autouse=True)
-def _threads_as_before():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -54,20 +33,6 @@ def found(monkeypatch, few):
     monkeypatch.setattr(parity, "DaliGraph", lambda *, recipe, **settings: names[recipe])
     monkeypatch.setattr(parity, "compare", compare)
     return given
-
-
-def run(out: Path, *arguments: object) -> int:
-    """The command, in this process."""
-    given = [str(each) for each in ("--out", out, "--image-size", SIZE, *arguments)]
-    try:
-        return run_script(parity.main, parity.Config, prog="parity.py", description="", arguments=given)
-    except SystemExit as ended:
-        return ended.code
-
-
-def record_of(out: Path) -> dict:
-    (path,) = out.glob("*.json")
-    return json.loads(path.read_text())
 
 
 # Figures
@@ -129,50 +94,8 @@ def test_real_patches_are_spread_over_all_that_lie_there(tmp_path):
 # The command
 
 
-@pytest.fixture(scope="module")
-def breast(tmp_path_factory) -> Path:
-    """A folder of three real files; how they were made is not known to the benchmark."""
-    patches = {f"{i}.jpg": encode(draw_patch("breast", "benign", index=i, slide=0, size=64, seed=1)) for i in range(3)}
-    return write_tree(tmp_path_factory.mktemp("images") / "breast", patches)
-
-
-def test_command_writes_a_table_and_its_figures(few, breast, tmp_path, capsys):
-    assert run(tmp_path, "--patches", 2, "--images", breast) == 0
-    record = record_of(tmp_path)
-    assert record["too_far"] == []
-    assert (record["patches"], record["image_size"], record["benchmark"]) == (2, SIZE, "parity")
-    assert {"date", "machine", "versions", "commit", "command"} <= record.keys()
-    cases = [(row["case"], row["source"]) for row in record["rows"]]
-    assert cases == [(case, source) for case in ("hue", "recipe eval") for source in ("drawn", "breast")]
-    for row in record["rows"]:
-        for column in parity.COLUMNS:
-            figures = row[column]
-            assert 0 <= figures["mean"] <= figures["p99_9"] <= figures["max"] < 10
-        assert row["graph"]["max"] < 0.05
-    assert record["rows"][0]["rounded"]["mean"] > 0.1  # hue in whole levels: the comparison is of something
-
-    (path,) = tmp_path.glob("*.md")
-    assert path.stem == next(tmp_path.glob("*.json")).stem
-    table, printed = path.read_text(), capsys.readouterr().out
-    assert printed.endswith(f"{path}\n")
-    for row in record["rows"]:
-        cells = [
-            f"{figures['mean']:.4f} / {figures['p99_9']:.3f} / {figures['max']:.2f}" for figures in map(row.get, parity.COLUMNS)
-        ]
-        line = f"| {row['case']} | {row['source']} | {' | '.join(cells)} |\n"
-        assert line in table and line in printed
-    assert table.endswith("at the 99.9th percentile: none.\n")
-
-
-def test_what_is_too_far_is_told_and_ends_with_1(few, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(parity, "RECIPES", {})
-    monkeypatch.setattr(parity, "MEAN", 1e-9)
-    assert run(tmp_path, "--patches", 2) == 1
-    told = f"{parity.COLUMNS['graph']}: hue on drawn"
-    assert told in record_of(tmp_path)["too_far"]
-    (path,) = tmp_path.glob("*.md")
-    assert told in path.read_text().splitlines()[-1]
-    assert capsys.readouterr().err.startswith("TOO FAR: ") and "none" not in path.read_text().splitlines()[-1]
+def _run(tmp_path, run_main, **settings):
+    return run_main(parity.main, parity.Config(**({"out": str(tmp_path), "image_size": SIZE, "patches": 1} | settings)))
 
 
 @pytest.mark.parametrize(
@@ -187,49 +110,30 @@ def test_what_is_too_far_is_told_and_ends_with_1(few, tmp_path, capsys, monkeypa
         ("rounded", {"mean": 90.0, "p99_9": 90.0}, False),  # torchvision's own way is no fault of ours
     ],
 )
-def test_limits(found, tmp_path, column, figures, too_far):
+def test_limits(found, tmp_path, capsys, run_main, column, figures, too_far):
     found[column, "recipe eval"] = figures
-    assert run(tmp_path, "--patches", 1) == int(too_far)
+    record, text, code = _run(tmp_path, run_main)
+    assert code == int(too_far)
     told = [f"{parity.COLUMNS[column]}: recipe eval on drawn"] if too_far else []
-    assert record_of(tmp_path)["too_far"] == told
+    assert record["too_far"] == told and text.rstrip().endswith(f"percentile: {'; '.join(told) or 'none'}.")
+    assert capsys.readouterr().err == (f"TOO FAR: {told[0]}\n" if told else "")
 
 
-def test_earlier_results_stay(found, tmp_path, monkeypatch):
-    monkeypatch.setattr(time, "strftime", lambda form: form.replace("%Y-%m-%d", "2026-01-02"))
-    for _ in range(3):
-        assert run(tmp_path, "--patches", 1) == 0
-    names = ["2026-01-02-parity", "2026-01-02-parity-2", "2026-01-02-parity-3"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"{name}.{end}" for name in names for end in ("json", "md"))
+def test_the_command(few, tmp_path, run_main):
+    files = write_tree(tmp_path / "breast", {f"{i}.png": encoded(i, format="PNG") for i in range(3)})
+    record, text, code = _run(tmp_path / "out", run_main, patches=2, images=[str(files)])
+    cases = [(row["case"], row["source"]) for row in record["rows"]]
+    assert code == 0 and cases == [(case, source) for case in ("hue", "recipe eval") for source in ("drawn", "breast")]
+    for row in record["rows"]:
+        assert row["graph"]["max"] < 0.05 and f"| {row['case']} | {row['source']} | {row['graph']['mean']:.4f} / " in text
+    assert record["rows"][0]["rounded"]["mean"] > 0.1  # hue in whole levels: the comparison is of something
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--patches", 0], "--patches must be at least 1"),
-        (["--image-size", 31], "--image-size at least 32"),
-        (["--patches", 4, "--images", "{breast}"], "3 JPEG and PNG files lie there, fewer than --patches 4"),
-        (["--patches", 1, "--images", "{breast}", "{breast}/."], "could not tell drawn and breast and breast apart"),
-        (["--patches", 1, "--images", "elsewhere/drawn"], "could not tell drawn and drawn apart"),
-    ],
+    ("settings", "words"),
+    [({"patches": 0}, "--patches must be at least 1"), ({"images": ["elsewhere/drawn"]}, "could not tell drawn and drawn apart")],
 )
-def test_slips_are_told_and_end_with_2(found, breast, tmp_path, capsys, arguments, words):
-    assert run(tmp_path, *(str(each).format(breast=breast) for each in arguments)) == 2
-    assert words in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_script_needs_no_installed_project(tmp_path):
-    command = [
-        sys.executable,
-        "benchmarks/parity.py",
-        "--out",
-        str(tmp_path / "results"),
-        "--patches",
-        "1",
-        "--images",
-        str(tmp_path),
-    ]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=100, check=False)
-    assert_refused(done, f"parity.py: {tmp_path}: 0 JPEG and PNG files lie there")
-    assert not list(tmp_path.iterdir())
+def test_user_errors(tmp_path, run_main, settings, words):
+    with pytest.raises(ValueError, match=words):
+        _run(tmp_path / "out", run_main, **settings)
+    assert not (tmp_path / "out").exists()

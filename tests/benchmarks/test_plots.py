@@ -1,37 +1,15 @@
-"""Pictures of results: what is drawn of a record, and what is refused."""
+"""Plots of results: what is drawn of a record, and what is refused."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import plots
 import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import plots  # noqa: E402
-
 RESULTS = ROOT / "benchmarks" / "results"
 HEAD = {"date": "2001-01-01", "machine": {"cores": 2}}
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "benchmarks/plots.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("2026-11-23-step-cpu-2.json", "step-cpu"),
-        ("2026-11-23-loader.json", "loader"),
-        ("2026-11-23-ntxent-cpu.json", "ntxent-cpu"),
-    ],
-)
-def test_kind_is_read_off_the_name(name, kind):
-    assert plots.kind_of(Path(name)) == kind
 
 
 def test_bar_has_every_round_and_what_failed_has_none():
@@ -76,17 +54,16 @@ def test_every_kind_of_committed_result_can_be_drawn(tmp_path):
             files.append(tmp_path / path.name)
             files[-1].write_bytes(path.read_bytes())
     assert len(files) >= 5
-    done = run(*files)
-    assert done.returncode == 0, done.stderr
+    plots.main(plots.Config(list(map(str, files))))
     for path in files:
         with Image.open(path.with_suffix(".png")) as image:
             assert image.width > 700 and len(image.convert("L").getcolors()) > 20  # more than an empty frame
 
 
-def test_a_file_without_a_picture_is_refused_and_nothing_is_drawn(tmp_path):
+def test_a_file_without_a_plot_is_refused_and_nothing_is_drawn(tmp_path):
     good, strange = tmp_path / "2001-01-01-loader.json", tmp_path / "2001-01-01-soak.json"
     good.write_bytes((RESULTS / "2026-11-23-loader.json").read_bytes())
     strange.write_text(json.dumps(HEAD))
-    done = run(good, strange)
-    assert done.returncode == 2 and f"{strange}: there is no picture of this kind of result" in done.stderr
+    with pytest.raises(ValueError, match=f"{strange}: no plot for this kind of result"):
+        plots.main(plots.Config([str(good), str(strange)]))
     assert not good.with_suffix(".png").exists()

@@ -1,62 +1,51 @@
+"""The benchmark of a training step and that of its options."""
+
 import itertools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+import step
+import step_options
+import torch
+from contenders import step as contenders
+from contenders.step import WARM, Task, summarise_rows, timed
+from harness import RunFailed
 from hypothesis import given
 from hypothesis import strategies as st
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path += [str(ROOT), str(ROOT / "benchmarks")]  # benchmarks/ is no installed package
-
-import step_contenders  # noqa: E402
-from measuring import RunFailed  # noqa: E402
-from patch_set import PatchSet  # noqa: E402
-from step_contenders import WARM, Task, summarise_rows, timed  # noqa: E402
-from step_report import judge, markdown, model_lines, summarise, table, target_lines, utilisation  # noqa: E402
-
-import benchmarks.step as command  # noqa: E402
+from patch_set import PatchSet
+from report import judge
+from step import TARGETS, Config, main, model_lines, report_of, summarise, utilisation
+from step_model import METHOD, model_step, step_flops
+from step_options import Setting, attempt, settings
 
 
-def _task(**settings) -> Task:
+def _task(**changes) -> Task:
     usual = {"shards": "", "images": "", "work": "", "backbone": "test_resnet", "image_size": 32, "batch_size": 4}
-    usual |= {"device": "cpu", "bf16": False, "cores": 0, "seconds": 0.0, "steps": 3}
-    return Task(**(usual | settings))
-
-
-# The clock
+    return Task(**(usual | {"device": "cpu", "bf16": False, "cores": 0, "seconds": 0.0, "steps": 3} | changes))
 
 
 def test_steps_after_the_first_ones_are_timed(monkeypatch):
     clock = {"now": 0.0}
-    monkeypatch.setattr(step_contenders.time, "perf_counter", lambda: clock["now"])
+    monkeypatch.setattr(contenders.time, "perf_counter", lambda: clock["now"])
 
     def batches():
         for number in itertools.count():
             clock["now"] += 50 if number < WARM else 1  # seconds to wait for a batch
             yield number
 
-    seen = []
-
-    def step(batch):
+    def one_step(batch):
         clock["now"] += 100 if batch < WARM else 3
-        seen.append(batch)
 
-    found = timed(batches(), step, _task(seconds=10))
+    found = timed(batches(), one_step, _task(seconds=10))
     assert found == {"img_per_s": 2, "data_wait": 0.25, "steps": 3, "seconds": 12}
-    assert seen == list(range(WARM + 3))
-    assert timed(batches(), step, _task(seconds=0))["steps"] == 1  # never nothing
+    assert timed(batches(), one_step, _task(seconds=0))["steps"] == 1  # never nothing
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.floats(0.1, 100), st.floats(0, 1)), min_size=2, max_size=8))
 def test_rows_are_added_up_by_time(drawn):
-    rows, step = [], 0
+    rows, number = [], 0
     for steps, seconds, wait in drawn:
-        step += steps
-        rows.append({"step": step, "patches_per_s": 4 * steps / seconds, "data_wait": wait})
+        number += steps
+        rows.append({"step": number, "patches_per_s": 4 * steps / seconds, "data_wait": wait})
     found = summarise_rows(rows, 4)
     total = sum(seconds for _, seconds, _ in drawn[1:])
     assert found["seconds"] == pytest.approx(total)
@@ -65,12 +54,9 @@ def test_rows_are_added_up_by_time(drawn):
 
 
 def test_the_others_read_every_patch_before_any_comes_again():
-    batches = itertools.islice(step_contenders._loaded(list(range(8)), _task()), 6)
+    batches = itertools.islice(contenders._loaded(list(range(8)), _task()), 6)
     epochs = [sorted(one.tolist() + other.tolist()) for one, other in zip(batches, batches, strict=True)]
     assert epochs == [list(range(8))] * 3
-
-
-# What is made of the figures
 
 
 def _run(rate, wait=None):
@@ -87,28 +73,12 @@ RUNS = {
 }
 
 
-def test_ratios_are_of_the_same_round():
-    found = {target["text"].split(",")[0]: target for target in judge(RUNS)}
-    assert found["the loader alone"]["reached"] == 10  # of 10, 20 and 10
-    reached = [target["reached"] for target in judge(RUNS)]
-    assert reached == pytest.approx([10, 0.95, 88 / 90, 90 / 29, 95 / 40, 0.02])
-    assert [target["enough"] for target in judge(RUNS)] == [None, True, False, True, False, True]
-
-
-def test_targets_are_told_one_by_one():
-    record = {"targets": judge(RUNS), "missing": {"simclr": "not installed: no network"}}
-    lines = target_lines(record)
-    assert [line.partition(":")[0] for line in lines[:-1]] == ["measured", "reached", "MISSED", "reached", "MISSED", "reached"]
-    assert lines[1] == "reached: both together, as a share of the model alone: 0.950, wanted at least 0.95"
-    assert lines[5] == "reached: both together, share of the time spent waiting for data: 0.020, wanted at most 0.02"
-    assert lines[6] == "Spijkervet's simclr: not installed: no network"
-    words = [line.partition(":")[0] for line in target_lines({"targets": judge({"model": RUNS["model"]}), "missing": {}})]
-    assert words == ["not measured"] * 6
-
-
-def test_a_slow_loader_misses_both_targets():
-    found = judge({"model": [_run(100)], "joint": [_run(94, 0.021)]})
-    assert [target["enough"] for target in found] == [None, False, None, None, None, False]
+def test_targets():
+    found = judge(summarise(RUNS), TARGETS)
+    assert [target["reached"] for target in found] == pytest.approx([10, 0.95, 88 / 90, 90 / 29, 95 / 40, 0.02])
+    assert [target["enough"] for target in found] == [None, True, False, True, False, True]
+    slow = judge(summarise({"model": [_run(100)], "joint": [_run(94, 0.021)]}), TARGETS)
+    assert [target["enough"] for target in slow] == [None, False, None, None, None, False]
 
 
 def _model_record(gpu, bf16=True, compiled=True):
@@ -119,45 +89,16 @@ def _model_record(gpu, bf16=True, compiled=True):
 
 def test_the_models_share_of_the_peak():
     record = _model_record("NVIDIA H200")
-    assert utilisation(record).flops == 2e14
-    assert utilisation(record).share == pytest.approx(200 / 989)
-    assert model_lines(record) == [
-        "measured: the model alone: 200 TFLOP/s, 20.2% of the 989 of the NVIDIA H200 in dense bf16 (MFU); compiled;"
-        " 12.3 GiB at most"
-    ]
-
-
-@pytest.mark.parametrize(("gpu", "bf16"), [("NVIDIA H200 NVL", True), ("NVIDIA H200", False), (None, True)])
-def test_no_share_of_a_peak_that_is_not_known(gpu, bf16):
-    record = _model_record(gpu, bf16, compiled="no: no compiler")
-    assert utilisation(record).share is None
+    assert utilisation(record).flops == 2e14 and utilisation(record).share == pytest.approx(200 / 989)
     (line,) = model_lines(record)
-    assert ("no share of the peak (MFU)" in line) == (gpu is not None)
-    assert "not compiled (no: no compiler)" in line
-    assert model_lines({"runs": {}, "timed": {"bf16": bf16}}) == []
+    assert line.startswith("- measured: the model alone: 200 TFLOP/s, 20.2% of the 989 of the NVIDIA H200 in dense bf16 (MFU);")
+    for gpu, bf16 in (("NVIDIA H200 NVL", True), ("NVIDIA H200", False), (None, True)):  # no peak is known
+        record = _model_record(gpu, bf16, compiled="no: no compiler")
+        assert utilisation(record).share is None
+        assert ("no share of the peak (MFU)" in model_lines(record)[0]) == (gpu is not None)
 
 
-# The command
-
-
-def _main(tmp_path, monkeypatch, one_run, **settings):
-    """The record and the exit code of a run without processes."""
-    monkeypatch.setattr(command, "one_run", one_run)
-    described = {"patches": 9, "kilobytes": 1.5, "left_out": 0, "drawn": True}
-    monkeypatch.setattr(command, "patch_set", lambda *_, **__: PatchSet("shards", "images", described))
-    config = command.Config(work=str(tmp_path), out=str(tmp_path / "out"), **settings)
-    code = 0
-    try:
-        command.main(config)
-    except SystemExit as error:
-        code = error.code
-    (path,) = (tmp_path / "out").glob("*-step-cpu.json")
-    record = json.loads(path.read_text())
-    assert path.with_suffix(".md").read_text() == markdown(record)
-    return record, code
-
-
-def test_rounds_are_interleaved_and_a_failure_stands_in_the_table(tmp_path, monkeypatch):
+def test_rounds_are_interleaved_and_a_failure_stands_in_the_table(tmp_path, monkeypatch, run_main):
     tasks = []
 
     def one_run(name, task, peers, work, limit):
@@ -167,60 +108,108 @@ def test_rounds_are_interleaved_and_a_failure_stands_in_the_table(tmp_path, monk
         of_model = {"flops_per_step": 1, "compiled": False, "gpu": None, "peak_gib": None}
         return _run(100.0, 0.01 if name == "joint" else None) | {"seconds": 3.0, "steps": 6} | of_model
 
-    record, code = _main(tmp_path, monkeypatch, one_run, seconds=21)
-    assert code == 1
+    monkeypatch.setattr(step, "one_run", one_run)
+    described = {"patches": 9, "kilobytes": 1.5, "left_out": 0, "drawn": True}
+    monkeypatch.setattr(step, "patch_set", lambda *_, **__: PatchSet("shards", "images", described))
+    record, _, code = run_main(main, Config(work=str(tmp_path), out=str(tmp_path / "out"), seconds=21))
+    assert code == 1 and record["failed"] == {"ray": "exit code 1: no Ray"}
     first = [(name, 21, 42) for name in ("loader", "model", "joint", "ray")]
     assert tasks[0] == ("model", 2, 0)  # the pilot: half a second for a step
     assert tasks[1:] == [*first, *first, *[task for task in first if task[0] != "ray"]]
-    assert record["failed"] == {"ray": "exit code 1: no Ray"}
-    assert record["timed"]["backbone"] == "resnet50" and record["timed"]["rounds"] == 3
-    rows = table(record)[1]
+    rows = report_of(record).blocks[2].rows
     assert rows[3] == ["ours, both, one Ray worker (FAILED: exit code 1: no Ray)", "100", "-", "-", "100", "0%", "-"]
     assert rows[2] == ["ours, both", "100", "100", "100", "100", "0%", "1.00%"]
-    assert summarise(record["runs"])["joint"]["data_wait"] == 0.01
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"contenders": ["vissl"]}, "no contender 'vissl'"),
-        ({"images": "no/such/folder"}, "no/such/folder: there is no such folder"),
-        ({"rounds": 0}, "--rounds 0 is out of range"),
-        ({"batch_size": 1}, "--batch-size 1 is out of range: give at least 2"),
-        ({"patches": 3, "dry": True}, "--patches 3 is out of range: give at least 4"),
-        ({"cores": 10_000}, "--cores 10000 is out of range"),
-    ],
-)
-def test_slips_are_told(tmp_path, settings, words):
-    with pytest.raises(ValueError, match=words):
-        command.main(command.Config(work=str(tmp_path), out=str(tmp_path / "results"), **settings))
+@pytest.mark.parametrize(("given", "least"), [({"batch_size": 1}, 2), ({"patches": 3, "dry": True}, 4), ({"rounds": 0}, 1)])
+def test_user_errors(tmp_path, given, least):
+    with pytest.raises(ValueError, match=f"is out of range: give at least {least}"):
+        main(Config(work=str(tmp_path), out=str(tmp_path / "results"), **given))
     assert not (tmp_path / "results").exists()
 
 
-def _command(work: Path, *arguments: object) -> subprocess.CompletedProcess:
-    usual = ["--work", work, "--out", work / "results", "--dry", "--seconds", 0.1, "--cores", 1]
-    line = [sys.executable, "benchmarks/step.py", *map(str, [*usual, *arguments])]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=200, check=False)
-
-
-def test_a_dry_run_measures_the_loader_and_both_together(tmp_path):
-    done = _command(tmp_path, "--contenders", "joint", "loader", "--patches", 16)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = (tmp_path / "results").glob("*-step-cpu.json")
-    record = json.loads(path.read_text())
-    assert [*record["runs"]] == ["loader", "joint"]
+@pytest.mark.faults
+def test_the_command(tmp_path, run_main):
+    """Starts four processes that import torch, which takes a minute on a busy machine."""
+    usual = {"dry": True, "seconds": 0.1, "cores": 1, "patches": 16}
+    config = Config(str(tmp_path), str(tmp_path / "results"), contenders=["joint", "loader"], **usual)
+    record, text, code = run_main(main, config)
+    assert code == 0 and [*record["runs"]] == ["loader", "joint"] and "ours, both" in text
     for (run,) in record["runs"].values():
         assert run["img_per_s"] == pytest.approx(2 * 4 * run["steps"] / run["seconds"])
     (joint,), (loader,) = record["runs"]["joint"], record["runs"]["loader"]
-    assert joint["steps"] >= record["timed"]["steps"] >= 3
-    assert 0 <= joint["data_wait"] <= 1 and loader["seconds"] >= 0.1
+    assert joint["steps"] >= record["timed"]["steps"] >= 3 and 0 <= joint["data_wait"] <= 1 and loader["seconds"] >= 0.1
     assert not list(tmp_path.glob("run-*"))  # runs come and go
-    assert "ours, both" in path.with_suffix(".md").read_text()
+    with pytest.raises(ValueError, match="resnot at 32 px takes no step on the cpu: exit code 1: ValueError: backbone 'resnot'"):
+        main(Config(str(tmp_path), str(tmp_path / "results"), backbone="resnot", **usual))
 
 
-def test_a_backbone_that_there_is_not_is_told_in_a_sentence(tmp_path):
-    done = _command(tmp_path, "--contenders", "model", "--backbone", "resnot")
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert done.stderr.startswith("step.py: resnot at 32 px takes no step on the cpu: exit code 1: ValueError: backbone 'resnot'")
-    assert done.stderr.count("\n") == 1
+# The model alone
+
+
+def _model_step(batch_size=4, **changes):
+    usual = {"backbone": "test_resnet", "image_size": 32, "device": "cpu", "precision": "fp32"}
+    return model_step(**(usual | {"batch_size": batch_size} | changes))
+
+
+def test_operations_grow_with_the_batch():
+    few, many = (step_flops(_model_step(batch_size)) for batch_size in (4, 8))
+    features = 2 * 4 * 128 * 2 * METHOD.projection_dim  # far less than the convolutions
+    assert 2 * few <= many < 2 * few + 100 * features
+    weights = sum(p.numel() for p in _model_step().net.parameters() if p.ndim > 1)
+    assert few > 3 * 2 * weights * 2 * 4  # forward, and twice that backward, of 2 x 4 views, at least once for each weight
+
+
+@pytest.mark.parametrize("changes", [{}, {"micro_batch": 2}, {"channels_last": True}, {"precision": "bf16"}])
+def test_a_step_changes_the_first_weights_and_the_last(changes):
+    training = _model_step(**changes)
+    before = {name: p.detach().clone() for name, p in training.net.named_parameters()}
+    training.step()
+    # Those between have none of the gradient in the first step: the norms that end a branch begin at 0.
+    names = [name for name, p in training.net.named_parameters() if p.ndim > 1]
+    changed = {name for name, p in training.net.named_parameters() if not p.equal(before[name])}
+    assert changed >= {names[0], names[-1]}
+
+
+# Its options
+
+
+def test_one_thing_changes_at_a_time():
+    found = list(settings("options", "cuda", 256, [64]))
+    assert found[0] == Setting("bf16", True, False, 256, joint=True) and len(set(found)) == len(found) == 8
+    assert {setting.precision for setting in found} == {"bf16", "tf32", "fp32"}
+    assert not any(setting.joint for setting in found if setting.precision == "fp32")  # which the stage does not have on a GPU
+    micro = [(setting.batch_size, setting.micro_batch) for setting in settings("two-pass", "cuda", 256, [64, 1024])]
+    assert micro == [(1024, None), (1024, 256), (1024, 64)]
+    assert [setting.micro_batch for setting in settings("two-pass", "cpu", 4, [2, 4])] == [None, 1]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_float32_is_float32_only_where_it_is_asked_for(precision):
+    torch.set_float32_matmul_precision("high")
+    try:
+        with step_options.float32(precision):
+            ieee = precision == "fp32"
+            assert torch.get_float32_matmul_precision() == ("highest" if ieee else "high")
+            assert torch.backends.cudnn.conv.fp32_precision == ("ieee" if ieee else "tf32")
+        assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_what_fails_stands_in_the_table_and_the_next_is_tried(monkeypatch, tmp_path):
+    def joint(setting, task, work, found):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to\nallocate 3 GiB")
+
+    monkeypatch.setattr(step_options, "with_loader", joint)
+    run = attempt(Setting("fp32", True, False, 4, joint=True), _task(), tmp_path)
+    assert run["model"]["steps"] == 1 and run["no_memory"].startswith("joint: OutOfMemoryError: CUDA out of memory. Tried to all")
+    broken = attempt(Setting("fp32", True, False, 4, joint=True), _task(backbone="resnot"), tmp_path)
+    assert broken["failed"].startswith("model: ValueError: backbone 'resnot'")
+    timed = {"backbone": "resnot", "image_size": 32, "device": "cpu", "seconds": 1.0}
+    runs = {"options": [{"text": "one"} | run, {"text": "other"} | broken], "batches": []}
+    _, table = step_options.report_of({"timed": timed, "runs": runs}).blocks
+    assert (
+        table.rows[0][0] == f"one (no memory: {run['no_memory']})" and table.rows[0][1] != "-" and table.rows[0][3:] == ["-"] * 3
+    )
+    assert table.rows[1] == [f"other (FAILED: {broken['failed']})", *["-"] * 5]

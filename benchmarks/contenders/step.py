@@ -1,22 +1,17 @@
-"""What the benchmark of a training step compares: the loader alone, the model alone, both in the project's own loop, and others.
+"""Contenders of the training step benchmark: the loader alone, the model alone, both in the project's own loop, and others.
 
-Each runs in a process of its own on the same patches, backbone, batch size and cores. What is timed is the steady state: steps
-after the first ones.
+All have the same patches, backbone, batch size and cores. The steady state is timed: steps after the first ones.
 """
 
 import dataclasses
 import itertools
-import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
+from worker import Contender, synchronize
 
 SEED = 42
 WARM = 3  # steps that are not timed, at least
@@ -31,7 +26,7 @@ class Task:
 
     shards: folder of the shard set; images: of the files that it was built from; work: an empty one, for runs. image_size: side
     of the views, pixels. bf16: under autocast, else float32. seconds: steps are timed for at least so long; steps: of the
-    project's own loop, which is told beforehand how many to take.
+    project's own loop, which is told beforehand how many to take. compile: None is the stage's own choice.
     """
 
     shards: str
@@ -45,19 +40,14 @@ class Task:
     cores: int
     seconds: float
     steps: int
-    compile: bool | None = None  # as the stage has it: None is where it helps
-
-
-class Contender(NamedTuple):
-    title: str
-    run: Callable[[Task], dict[str, Any]]
+    compile: bool | None = None
 
 
 def timed(batches: Iterator, step: Callable[[Any], None], task: Task) -> dict[str, Any]:
     """img_per_s: views, two of each patch; data_wait: the share of the time spent waiting for batches, 0 to 1."""
     for batch in itertools.islice(batches, WARM):
         step(batch)
-    _synchronize(task.device)
+    synchronize(task.device)
     steps, waited, started = 0, 0.0, time.perf_counter()
     while time.perf_counter() - started < task.seconds or not steps:
         asked = time.perf_counter()
@@ -65,7 +55,7 @@ def timed(batches: Iterator, step: Callable[[Any], None], task: Task) -> dict[st
         waited += time.perf_counter() - asked
         step(batch)
         steps += 1
-    _synchronize(task.device)
+    synchronize(task.device)
     seconds = time.perf_counter() - started
     return {
         "img_per_s": 2 * task.batch_size * steps / seconds,
@@ -73,13 +63,6 @@ def timed(batches: Iterator, step: Callable[[Any], None], task: Task) -> dict[st
         "steps": steps,
         "seconds": seconds,
     }
-
-
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        import torch
-
-        torch.cuda.synchronize()
 
 
 def fresh_memory(device: str) -> None:
@@ -196,7 +179,8 @@ def pretrained(task: Task, *, workers: int, **settings: Any) -> dict[str, Any]:
         storage=task.work,
     )
     rows = pretrain(dataclasses.replace(config, **settings)).metrics()
-    return summarise_rows(rows, task.batch_size) | {"peak_gib": rows[-1].get("gpu_memory_gib")}
+    losses = {"loss_first": rows[0]["loss"], "loss_last": rows[-1]["loss"]}
+    return summarise_rows(rows, task.batch_size) | losses | {"peak_gib": rows[-1].get("gpu_memory_gib")}
 
 
 def summarise_rows(rows: list[dict[str, Any]], batch_size: int) -> dict[str, Any]:
@@ -290,26 +274,13 @@ def _loaded(dataset: Any, task: Task) -> Iterator:
     return iter(DataLoader(dataset, task.batch_size, sampler=order, num_workers=task.cores, drop_last=True))
 
 
-# In the order of the rounds: what is compared stands side by side
+# In the order of the rounds: what is compared stands side by side. The worker of Ray keeps to its cores by its threads, so that
+# Ray's own processes have those that are free.
 CONTENDERS = {
     "loader": Contender("ours, the loader alone", loader),
     "model": Contender("ours, the model alone", model),
     "joint": Contender("ours, both", joint),
-    "ray": Contender("ours, both, one Ray worker", ray),
+    "ray": Contender("ours, both, one Ray worker", ray, needs=("ray",), pinned=False),
     "lightly": Contender("lightly", lightly),
     "simclr": Contender("Spijkervet's simclr", simclr),
 }
-
-
-def main(name: str, given: str, result: str) -> None:
-    task = Task(**json.loads(given))
-    if name != "ray":  # whose worker keeps to the cores by its threads, so that Ray's own processes have those that are free
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: task.cores])
-    os.environ["OMP_NUM_THREADS"] = str(task.cores)  # whatever the shell says; no library is imported yet
-    if task.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the stage takes a GPU where it sees one
-    Path(result).write_text(json.dumps(CONTENDERS[name].run(task)), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

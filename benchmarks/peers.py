@@ -1,34 +1,41 @@
-"""Other packages to measure against, in an environment of their own: the project never imports them.
+"""Environments for packages to compare with. The project never imports them.
 
-The environment sees the packages of the one that makes it, so that all run on the same torch (which is 2 GB), and holds the
-others' code and whatever else they want. Of torch it takes no other version.
+An environment sees the packages of the one that makes it, so that all run on the same torch (2 GB), and adds the peer and its
+dependencies. It never gets another version of torch.
 """
 
 import importlib.metadata
 import os
 import site
-import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from measuring import RunFailed, run_fresh
+from harness import RunFailed, last_line, run_fresh
 
 _INSTALL_S = 900  # a network that hangs is an error too
 _SAME = ("torch", "torchvision")
 
 
 class Peer(NamedTuple):
-    """package: its name on the index; modules: what is used of it."""
+    """package: its name on the index; modules: what is imported of it."""
 
     package: str
     modules: tuple[str, ...]
 
 
-PEERS = {
+SIMCLR_PEERS = {
     "lightly": Peer("lightly", ("lightly.loss", "lightly.data", "lightly.models.modules", "lightly.transforms")),
     "simclr": Peer("simclr", ("simclr", "simclr.modules", "simclr.modules.transformations")),
+}
+LOADER_PEERS = {
+    "webdataset": Peer("webdataset", ("webdataset",)),
+    "litdata": Peer("litdata", ("litdata",)),
+    "mosaicml": Peer("mosaicml-streaming", ("streaming",)),
+    "spdl": Peer("spdl", ("spdl.pipeline",)),
+    "ray-data": Peer("ray", ("ray.data",)),
+    "ffcv": Peer("ffcv", ("ffcv", "ffcv.loader", "ffcv.writer")),
 }
 
 
@@ -39,15 +46,16 @@ class Environment(NamedTuple):
     versions: dict[str, str]
     missing: dict[str, str]
 
+    def python_of(self, name: str) -> str:
+        return self.python if name in self.versions else sys.executable
 
-def environment_of(folder: str | None, names: Iterable[str], peers: Mapping[str, Peer] | None = None) -> Environment:
-    """The environment in the folder, made where it is not there, with the peers of these names. None: those that are installed
-    beside the project, as on a host without a network they may be.
 
-    peers: that there are, by their names; None: the SimCLR packages. One that cannot be installed is a line of the result, and no
-    error: the others' figures are worth having.
+def environment_of(folder: str | None, names: Iterable[str], peers: Mapping[str, Peer] = SIMCLR_PEERS) -> Environment:
+    """The environment in the folder, made where it is not there, with the named ones of the peers.
+
+    None: those that are installed beside the project, as on a host without a network they may be. A peer that cannot be installed
+    is a line of the result and no error.
     """
-    peers = PEERS if peers is None else peers
     names = [name for name in peers if name in names]
     os.environ["LIGHTLY_DID_VERSION_CHECK"] = "True"  # or it asks a server at every start
     if folder is None:
@@ -85,16 +93,13 @@ def _installed(python: Path, peer: Peer, home: Path) -> str:
     try:
         return _version(python, peer, home)
     except RunFailed:
-        same = home / "same.txt"
+        same, log = home / "same.txt", home / "pip.log"
         same.write_text("".join(f"{name}=={version}\n" for name in _SAME if (version := _version_here(name))))
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", str(same), peer.package]
         try:
-            done = subprocess.run(pip, capture_output=True, text=True, timeout=_INSTALL_S, stdin=subprocess.DEVNULL, check=False)
-        except subprocess.TimeoutExpired:
-            raise RunFailed(f"pip was not done after {_INSTALL_S} s") from None
-        if done.returncode:
-            said = [line for line in done.stderr.splitlines() if line.strip()]
-            raise RunFailed(f"pip: {said[-1].strip() if said else 'it said nothing'}") from None
+            run_fresh(pip, log, limit=_INSTALL_S)
+        except RunFailed as error:
+            raise RunFailed(f"pip: {last_line(log) if str(error).startswith('exit') else error}") from None
         return _version(python, peer, home)
 
 
@@ -102,4 +107,4 @@ def _version(python: Path, peer: Peer, home: Path) -> str:
     code = f"import {', '.join(peer.modules)}, importlib.metadata; print(importlib.metadata.version({peer.package!r}))"
     log = home / f"{peer.package}.log"
     run_fresh([str(python), "-c", code], log)
-    return log.read_text().split()[-1]
+    return last_line(log).split()[-1]

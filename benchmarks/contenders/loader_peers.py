@@ -1,50 +1,27 @@
-"""Other packages' loaders, for the loader benchmark: each reads its own format as its guide shows, and all make the same views.
+"""Other packages' loaders: each reads its own format as its guide shows, and all make the same views.
 
-These are the ones of the contender `torchvision`: its transforms on Pillow's images, without blur, so what differs is how patches
-are stored, read and handed over. FFCV alone comes with operators of its own. Each is in an environment of its own (see
-step_peers), for they want different versions of the same packages. What it stores is written beforehand.
+The views are those of the contender `torchvision`: its transforms on Pillow's images, without blur. So what differs is how
+patches are stored, read and handed over. FFCV alone comes with operators of its own. Each package has an environment of its own,
+since they need different versions of the same packages. Writing the format is not timed.
 """
 
-import functools
 import io
 import itertools
 import logging
 import os
-import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
-
-from loader_contenders import (  # noqa: E402
-    CONTENDERS,
-    SEED,
-    Batch,
-    Contender,
-    Task,
-    _measured,
-    _torchvision_transform,
-    run_job,
-)
-from step_peers import Peer  # noqa: E402
+from contenders.loader import SEED, Batch, Task, loader, torchvision_transform
 
 _SHARDS_PER_CORE = 4  # of tars: a process takes whole ones
 _CHUNK = 64  # patches in a chunk of those that chunk them
 
-PEERS = {
-    "webdataset": Peer("webdataset", ("webdataset",)),
-    "litdata": Peer("litdata", ("litdata",)),
-    "mosaicml": Peer("mosaicml-streaming", ("streaming",)),
-    "spdl": Peer("spdl", ("spdl.pipeline",)),
-    "ray-data": Peer("ray", ("ray.data",)),
-    "ffcv": Peer("ffcv", ("ffcv", "ffcv.loader", "ffcv.writer")),
-}
-# What the index has of others that were to be measured, and why it does not install
-NOT_TO_BE_HAD = {
+# Packages on the index that do not install, and why
+NOT_INSTALLABLE = {
     "solo-learn": "not installed: the newest release on the index, 1.0.2, wants torch 1.9.1, which Python 3.11 does not have",
 }
 
@@ -65,7 +42,7 @@ class _Views:
     """An image's bytes -> two views. It travels to other processes."""
 
     def __init__(self, task: Task) -> None:
-        self.transform = _torchvision_transform("simclr", task.image_size)
+        self.transform = torchvision_transform("simclr", task.image_size)
 
     def __call__(self, encoded: bytes) -> tuple[Any, Any]:
         from PIL import Image
@@ -107,8 +84,8 @@ def webdataset(task: Task) -> Iterator[Batch]:
         tars = _write_tars(task, folder)
         data = wds.WebDataset(tars, shardshuffle=len(tars), seed=SEED).shuffle(1000).to_tuple("jpg")
         batches = data.map_tuple(_Views(task)).map(lambda sample: sample[0]).batched(task.batch_size, partial=False)
-        loader = wds.WebLoader(batches, batch_size=None, num_workers=task.cores, persistent_workers=True)
-        yield from whole_epochs(lambda: loader, task)
+        data_loader = wds.WebLoader(batches, batch_size=None, num_workers=task.cores, persistent_workers=True)
+        yield from whole_epochs(lambda: data_loader, task)
 
 
 def litdata(task: Task) -> Iterator[Batch]:
@@ -125,8 +102,8 @@ def litdata(task: Task) -> Iterator[Batch]:
             verbose=False,
         )
         data = lit.StreamingDataset(f"{folder}/chunks", shuffle=True, drop_last=True, seed=SEED, transform=_Views(task).of_sample)
-        loader = lit.StreamingDataLoader(data, batch_size=task.batch_size, num_workers=task.cores, persistent_workers=True)
-        yield from whole_epochs(lambda: loader, task)
+        data_loader = lit.StreamingDataLoader(data, batch_size=task.batch_size, num_workers=task.cores, persistent_workers=True)
+        yield from whole_epochs(lambda: data_loader, task)
 
 
 def _litdata_sample(path: str) -> dict[str, bytes]:
@@ -141,7 +118,7 @@ def mosaicml(task: Task) -> Iterator[Batch]:
         with MDSWriter(out=folder, columns={"image": "bytes"}) as writer:
             for path in _files(task):
                 writer.write({"image": Path(path).read_bytes()})
-        loader = DataLoader(
+        data_loader = DataLoader(
             StreamingDataset(local=folder, shuffle=True, shuffle_seed=SEED, batch_size=task.batch_size),
             batch_size=task.batch_size,
             num_workers=task.cores,
@@ -149,7 +126,7 @@ def mosaicml(task: Task) -> Iterator[Batch]:
             drop_last=True,
             collate_fn=_Views(task).of_samples,
         )
-        yield from whole_epochs(lambda: loader, task)
+        yield from whole_epochs(lambda: data_loader, task)
 
 
 def spdl(task: Task) -> Iterator[Batch]:
@@ -226,7 +203,7 @@ def ffcv(task: Task) -> Iterator[Batch]:
     with tempfile.TemporaryDirectory() as folder:
         fields = {name: RGBImageField(write_mode="jpg", jpeg_quality=90) for name in ("first", "second")}
         DatasetWriter(f"{folder}/patches.beton", fields, num_workers=1).from_indexed_dataset(_Twice(_files(task)))
-        loader = Loader(
+        data_loader = Loader(
             f"{folder}/patches.beton",
             batch_size=task.batch_size,
             num_workers=task.cores,
@@ -234,7 +211,7 @@ def ffcv(task: Task) -> Iterator[Batch]:
             seed=SEED,
             pipelines={"first": view(), "second": view()},
         )
-        yield from whole_epochs(lambda: loader, task)
+        yield from whole_epochs(lambda: data_loader, task)
 
 
 class _Twice:
@@ -255,17 +232,12 @@ class _Twice:
         return pixels, pixels
 
 
-# In the order of the rounds, after the others
-PEER_CONTENDERS = {
-    "webdataset": Contender("webdataset, torchvision on Pillow, a process per core", webdataset, devices=()),
-    "litdata": Contender("litdata, torchvision on Pillow, a process per core", litdata, devices=()),
-    "mosaicml": Contender("mosaicml-streaming, torchvision on Pillow, a process per core", mosaicml, devices=()),
-    "spdl": Contender("SPDL, torchvision on Pillow, a thread per core", spdl, devices=()),
-    "ray-data": Contender("Ray Data, torchvision on Pillow, a task per core", ray_data, devices=()),
-    "ffcv": Contender("FFCV, its own operators without hue and grey, a thread per core", ffcv, devices=()),
+# In the order of the rounds, after the others; only where --peers or --contenders asks for them
+CONTENDERS = {
+    "webdataset": loader("webdataset, torchvision on Pillow, a process per core", webdataset, "none"),
+    "litdata": loader("litdata, torchvision on Pillow, a process per core", litdata, "none"),
+    "mosaicml": loader("mosaicml-streaming, torchvision on Pillow, a process per core", mosaicml, "none"),
+    "spdl": loader("SPDL, torchvision on Pillow, a thread per core", spdl, "none"),
+    "ray-data": loader("Ray Data, torchvision on Pillow, a task per core", ray_data, "none"),
+    "ffcv": loader("FFCV, its own operators without hue and grey, a thread per core", ffcv, "none"),
 }
-ALL = CONTENDERS | PEER_CONTENDERS
-
-
-if __name__ == "__main__":
-    run_job({name: functools.partial(_measured, contender) for name, contender in PEER_CONTENDERS.items()}, *sys.argv[1:])

@@ -1,25 +1,26 @@
-"""What the loader benchmark compares: who makes two views of every patch, each without end, in a process of its own.
+"""Contenders of the loader benchmark: each makes two views of every patch, without end.
 
-A contender yields its batches as it hands them to a training loop, and has one under way for as long as that loop would. All
-have the same patches and the same cores, and draw by themselves. What is timed is the steady state, so imports, compilation and
-the first batches cost nothing.
+A contender yields its batches as it hands them to a training loop, and has as many under way as that loop would. All have the
+same patches and the same cores, and draw by themselves. The steady state is timed: imports, compilation and the first batches
+cost nothing. `parts` and `memory` measure our loader alone.
 """
 
 import dataclasses
 import functools
 import itertools
-import json
-import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
+from worker import Contender, own_memory, synchronize
 
 SEED = 42
+EPOCHS = 10  # of the loader whose memory is looked at
+_EPOCH_BATCHES = 2  # of it: as many as are under way at once
+_PART_BATCHES = 4  # that each part works on, or fewer where the set has no more
+_RECIPE = "simclr"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Task:
 
     shards: folder of the shard set; its manifest names the files that it was built from. image_size: side of the views, pixels.
     warm: batches that are not timed; lap: batches that are, again and again until at least `seconds` have passed. rounds: of
-    loader_parts alone, which keeps to one process. device: where the views are wanted.
+    `parts`, which keeps to one process. device: where the views are wanted.
     """
 
     shards: str
@@ -46,38 +47,20 @@ class Task:
 Batch = Sequence[Any]
 
 
-class Contender(NamedTuple):
-    """stream: of batches, without end. blur: whether it blurs, and so is held against the others that do. devices: where it is
-    measured unless it is asked for by name. needs: packages that not everyone has."""
-
-    title: str
-    stream: Callable[[Task], Iterator[Batch]]
-    blur: bool = False
-    devices: tuple[str, ...] = ("cpu", "cuda")
-    needs: tuple[str, ...] = ()
-
-
-def measure(stream: Iterator[Batch], task: Task) -> dict[str, float]:
-    """Patches/s of the steady state, by the clock on the wall."""
-    for _ in itertools.islice(stream, task.warm):
+def measure(stream: Callable[[Task], Iterator[Batch]], task: Task) -> dict[str, float]:
+    """Patches/s of the steady state, by the wall clock."""
+    batches = stream(task)
+    for _ in itertools.islice(batches, task.warm):
         pass
-    patches = batches = 0
-    _synchronize(task.device)
+    patches = count = 0
+    synchronize(task.device)
     started = time.perf_counter()
-    while (wall := time.perf_counter() - started) < task.seconds or not batches:
-        for batch in itertools.islice(stream, task.lap):
+    while (wall := time.perf_counter() - started) < task.seconds or not count:
+        for batch in itertools.islice(batches, task.lap):
             patches += len(batch[0])
-            batches += 1
-        _synchronize(task.device)
-    return {"patches_per_s": patches / wall, "patches": patches, "batches": batches, "wall_s": wall}
-
-
-def _synchronize(device: str) -> None:
-    """Wait for all that was asked of a GPU on any stream, DALI's too."""
-    if device == "cuda":
-        import torch
-
-        torch.cuda.synchronize()
+            count += 1
+        synchronize(task.device)
+    return {"patches_per_s": patches / wall, "patches": patches, "batches": count, "wall_s": wall}
 
 
 # ---- torchvision on Pillow, as in most notebooks ----
@@ -91,7 +74,7 @@ def torchvision(task: Task, *, recipe: str) -> Iterator[Batch]:
     from pipelines.shard_reader import ShardReader
 
     files = ShardReader(task.shards).manifest["source"].to_pylist()
-    data: Any = _TwoViews(files, _torchvision_transform(recipe, task.image_size))
+    data: Any = TwoViews(files, torchvision_transform(recipe, task.image_size))
     order: Any = _Batches(len(data), task.batch_size, task.warm)
     on_gpu = task.device == "cuda"
     loader = DataLoader(data, batch_sampler=order, num_workers=task.cores, persistent_workers=True, pin_memory=on_gpu)
@@ -116,7 +99,7 @@ class _Batches:
             yield list(itertools.islice(places, self.batch_size))
 
 
-class _TwoViews:
+class TwoViews:
     def __init__(self, files: Sequence[str], transform: Callable) -> None:
         self.files, self.transform = files, transform
 
@@ -131,7 +114,7 @@ class _TwoViews:
         return self.transform(image), self.transform(image)
 
 
-def _torchvision_transform(recipe: str, size: int) -> Callable:
+def torchvision_transform(recipe: str, size: int) -> Callable:
     import torchvision.transforms as T
 
     from pipelines.recipes import get_recipe, kernel_size
@@ -359,40 +342,135 @@ def decoded(encoded: Iterator[list], task: Task) -> Iterator[Batch]:
         yield pipeline.run()
 
 
-def _of(function: Callable, recipe: str) -> Callable[[Task], Iterator[Batch]]:
-    return functools.partial(function, recipe=recipe)
+# ---- Our loader, part by part ----
 
-
-# In the order of the rounds
-CONTENDERS = {
-    "torchvision": Contender("torchvision on Pillow, a process per core", _of(torchvision, "simclr")),
-    "torchvision-blur": Contender("torchvision on Pillow, blur", _of(torchvision, "simclr-blur"), blur=True, devices=("cpu",)),
-    "torchvision-v2": Contender("torchvision v2 on decoded tensors", torchvision_v2, devices=("cuda",)),
-    "kornia": Contender("kornia on decoded tensors", kornia, devices=("cuda",), needs=("kornia",)),
-    "ours": Contender("ours, simclr", _of(ours, "simclr")),
-    "ours-blur": Contender("ours, simclr-blur", _of(ours, "simclr-blur"), blur=True),
-    "ours-pathology": Contender("ours, pathology", _of(ours, "pathology"), devices=("cpu",)),
-    "dali": Contender("DALI's own operators, approximate", _of(dali, "simclr")),
-    "dali-blur": Contender("DALI's own operators, approximate, blur", _of(dali, "simclr-blur"), blur=True, devices=("cpu",)),
-    "decode": Contender("decoding alone, DALI", decode),
-    "decode-on-host": Contender("decoding alone, DALI on the CPU", decode_on_host, devices=("cuda",)),
+# Name -> title, in the order in which a patch passes them. "loader" is all of them and whatever else it does.
+PARTS = {
+    "reading": "reading: slices of the mapped tars (ShardReader.read)",
+    "drawing": "drawing both views' parameters (draw_views)",
+    "rows": "packing the rows for the views step (colour_rows)",
+    "decoding": "decoding (DALI)",
+    "views": "both views of the decoded image (view_step, Numba)",
+    "loader": "the whole loader",
 }
 
 
-# ---- The process ----
+def parts(task: Task) -> dict[str, Any]:
+    """CPU milliseconds per patch of every part, round by round. One core and one thread, so no part waits for another.
+
+    The time is that of all threads of the process (time.process_time).
+    """
+    import numpy as np
+    import torch
+
+    from pipelines.loader import ViewLoader
+    from pipelines.recipes import get_recipe
+    from pipelines.sampler import epoch_order
+    from pipelines.shard_reader import ShardReader
+    from pipelines.view_kernels import colour_rows, view_step
+    from pipelines.views import draw_views
+
+    assert task.cores == 1, task
+    torch.set_num_threads(1)
+    recipe, reader = get_recipe(_RECIPE), ShardReader(task.shards)
+    count = min(_PART_BATCHES, len(reader) // task.batch_size)
+    order = epoch_order(np.arange(len(reader)), seed=SEED, epoch=0)[: count * task.batch_size]
+    batches = np.split(order, count)
+
+    def draw(ids):
+        return draw_views(reader.draw_keys(ids), seed=SEED, epoch=0, recipe=recipe, sizes=reader.sizes[ids])
+
+    drawn = [draw(ids) for ids in batches]
+    pipeline = decoded(map(reader.read, itertools.cycle(batches)), task)
+    images = [np.array(batch[0].at(i)) for batch in itertools.islice(pipeline, count) for i in range(task.batch_size)]
+    rows = np.concatenate([colour_rows(parameters, recipe) for parameters in drawn])
+    out = np.empty((3, task.image_size, task.image_size), np.float32)
+    loader = ViewLoader(
+        reader, order, batch_size=task.batch_size, image_size=task.image_size, recipe=recipe, seed=SEED, threads=1
+    )
+    work: dict[str, Callable[[], Any]] = {
+        "reading": lambda: [reader.read(ids) for ids in batches],
+        "drawing": lambda: [draw(ids) for ids in batches],
+        "rows": lambda: [colour_rows(parameters, recipe) for parameters in drawn],
+        "decoding": lambda: deque(itertools.islice(pipeline, count), maxlen=0),
+        "views": lambda: deque(
+            (view_step(out, image, row) for image, both in zip(images, rows, strict=True) for row in both), maxlen=0
+        ),
+        "loader": lambda: deque(loader, maxlen=0),  # a whole epoch: before it and after it nothing is under way
+    }
+    assert list(work) == list(PARTS)
+    for once in work.values():  # compiles, maps and allocates
+        once()
+    found: dict[str, list[float]] = {name: [] for name in work}
+    with loader:
+        for _ in range(task.rounds):
+            for name, once in work.items():
+                found[name].append(_cpu_ms(once, task.seconds) / len(order))
+    return {"patches": len(order), "ms": found}
 
 
-def run_job(jobs: Mapping[str, Callable[[Task], dict]], name: str, given: str, result: str) -> None:
-    """Do the job of that name on the first so many cores that this process may use, and write down what it returns."""
-    task = Task(**json.loads(given))
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: task.cores])
-    os.environ["OMP_NUM_THREADS"] = str(task.cores)  # whatever the shell says; no library is imported yet
-    Path(result).write_text(json.dumps(jobs[name](task)), encoding="utf-8")
+def _cpu_ms(once: Callable[[], Any], seconds: float) -> float:
+    """CPU milliseconds of `once`: a mean over so many times as take so many seconds."""
+    started, times, spent = time.process_time(), 0, 0.0
+    while not times or spent < seconds:
+        once()
+        times += 1
+        spent = time.process_time() - started
+    return 1000 * spent / times
 
 
-def _measured(contender: Contender, task: Task) -> dict[str, float]:
-    return measure(contender.stream(task), task)
+def memory(task: Task) -> dict[str, Any]:
+    """Resident memory at the end of each of ten short epochs of our loader, and the most at any time, bytes.
+
+    The tars' pages that it has mapped are in it, as the system counts them.
+    """
+    import numpy as np
+
+    from pipelines.loader import ViewLoader
+    from pipelines.recipes import get_recipe
+    from pipelines.shard_reader import ShardReader
+
+    reader = ShardReader(task.shards)
+    resident = []
+    with ViewLoader(
+        reader,
+        np.arange(min(len(reader), _EPOCH_BATCHES * task.batch_size)),
+        batch_size=task.batch_size,
+        image_size=task.image_size,
+        recipe=get_recipe(_RECIPE),
+        seed=SEED,
+        threads=task.cores,
+    ) as loader:
+        for _ in range(EPOCHS):
+            deque(loader, maxlen=0)
+            resident.append(own_memory("VmRSS"))
+    peak = max(own_memory("VmHWM"), *resident)  # Linux counts by thread and adds up now and then, so the peak may lag a little
+    return {"resident_bytes": resident, "peak_bytes": peak, "epoch_batches": len(loader)}
 
 
-if __name__ == "__main__":
-    run_job({name: functools.partial(_measured, contender) for name, contender in CONTENDERS.items()}, *sys.argv[1:])
+def loader(
+    title: str, stream: Callable[..., Iterator[Batch]], *devices: str, needs: tuple[str, ...] = (), **given: Any
+) -> Contender:
+    """stream: (task, **given) -> batches without end, which are timed."""
+    run = functools.partial(measure, functools.partial(stream, **given))
+    return Contender(title, run, needs=needs, devices=devices or ("cpu", "cuda"))
+
+
+# In the order of the rounds. Those that end with -blur are compared with one another.
+LOADERS = {
+    "torchvision": loader("torchvision on Pillow, a process per core", torchvision, recipe="simclr"),
+    "torchvision-blur": loader("torchvision on Pillow, blur", torchvision, "cpu", recipe="simclr-blur"),
+    "torchvision-v2": loader("torchvision v2 on decoded tensors", torchvision_v2, "cuda"),
+    "kornia": loader("kornia on decoded tensors", kornia, "cuda", needs=("kornia",)),
+    "ours": loader("ours, simclr", ours, recipe="simclr"),
+    "ours-blur": loader("ours, simclr-blur", ours, recipe="simclr-blur"),
+    "ours-pathology": loader("ours, pathology", ours, "cpu", recipe="pathology"),
+    "dali": loader("DALI's own operators, approximate", dali, recipe="simclr"),
+    "dali-blur": loader("DALI's own operators, approximate, blur", dali, "cpu", recipe="simclr-blur"),
+    "decode": loader("decoding alone, DALI", decode),
+    "decode-on-host": loader("decoding alone, DALI on the CPU", decode_on_host, "cuda"),
+}
+CONTENDERS = LOADERS | {
+    "parts": Contender("CPU time by part", parts, devices=("cpu",)),
+    "memory": Contender("memory", memory, devices=("cpu",)),
+}

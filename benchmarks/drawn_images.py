@@ -1,4 +1,4 @@
-"""Many image files for the packing benchmark: few different pictures, and no two files of equal contents.
+"""Many image files from few different pictures, no two of them with equal contents.
 
 Drawing a patch takes far longer than packing one, so a picture is drawn once and written many times, each time with another
 comment in its JPEG header: a packer that looks for copies finds none, and a decoder has the same work with every one.

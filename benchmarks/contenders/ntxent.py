@@ -1,29 +1,27 @@
-"""What the benchmark of the loss compares: who computes NT-Xent and its gradient, each in a process of its own.
+"""Contenders of the loss benchmark: each computes NT-Xent and its gradient.
 
-All are given the same embeddings, (V=2, B, D) float32 on the device, and give back the same loss. What is timed is the forward
-and the backward pass together; memory is what they occupy at most beyond the embeddings and their gradient.
+All get the same embeddings, (V=2, B, D) float32 on the device, and return the same loss. The forward and the backward pass are
+timed together; memory is the peak beyond the embeddings and their gradient.
 """
 
 import dataclasses
-import json
+import functools
 import os
 import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
+from worker import Contender, own_memory, synchronize
 
 _WARM_PATCHES = 4  # of a first run that loads whatever is loaded once
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """anchors: 2N, embeddings of both views; dim: D; timed_s: runs are timed for so long, or a single one that takes longer."""
+    """anchors: 2N, embeddings of both views; dim: D; timed_s: passes are timed for so long, or a single one that takes longer."""
 
     anchors: int
     dim: int
@@ -34,17 +32,8 @@ class Task:
     seed: int = 42
 
 
-# (V, B, D) embeddings -> the loss
+# (V, B, D) embeddings -> the loss. It is made for batches of B patches: (B, temperature, device) -> Loss
 Loss = Callable[[Any], Any]
-
-
-class Contender(NamedTuple):
-    """make: (B, temperature, device) -> its loss for batches of that size. memory_power: its memory grows with this power of
-    the anchors."""
-
-    title: str
-    make: Callable[[int, float, str], Loss]
-    memory_power: int
 
 
 # ---- Who computes it ----
@@ -84,19 +73,10 @@ def simclr(patches: int, temperature: float, device: str) -> Loss:
     return lambda z_VBD: criterion(z_VBD[0], z_VBD[1])
 
 
-# In the order of the rounds
-CONTENDERS = {
-    "plain": Contender("plain formula", plain, 2),
-    "ours": Contender("ours", ours, 1),
-    "lightly": Contender("lightly NTXentLoss", lightly, 2),
-    "simclr": Contender("Spijkervet's NT_Xent", simclr, 2),
-}
-
-
 # ---- The measurement ----
 
 
-def measure(contender: Contender, task: Task) -> dict[str, Any]:
+def measure(make: Callable[[int, float, str], Loss], task: Task) -> dict[str, Any]:
     """seconds: of a forward and backward pass, median of `runs`; peak_bytes: beyond the embeddings and their gradient; loss;
     budget_bytes: half of the device's memory. Or `no_memory`, what was said where it could not be had."""
     import torch
@@ -105,7 +85,7 @@ def measure(contender: Contender, task: Task) -> dict[str, Any]:
         torch.cuda.empty_cache()  # of those that ran before in the same process
     patches = task.anchors // 2
     warm_VBD = torch.randn(2, _WARM_PATCHES, task.dim).to(task.device).requires_grad_()
-    _run(contender.make(_WARM_PATCHES, task.temperature, task.device), warm_VBD)
+    _run(make(_WARM_PATCHES, task.temperature, task.device), warm_VBD)
     # Drawn on the CPU, so that it is the same everywhere.
     z_VBD = torch.randn(2, patches, task.dim, generator=torch.Generator().manual_seed(task.seed)).to(task.device)
     z_VBD.requires_grad_()
@@ -115,7 +95,7 @@ def measure(contender: Contender, task: Task) -> dict[str, Any]:
         _limit_memory(budget)
     before = _start_of_peak(task.device)
     try:
-        criterion = contender.make(patches, task.temperature, task.device)
+        criterion = make(patches, task.temperature, task.device)
         seconds, loss = _run(criterion, z_VBD)
         peak = _peak(task.device) - before
         times = [seconds] if seconds >= task.timed_s else []  # otherwise the first one, into fresh memory, is none of them
@@ -132,19 +112,12 @@ def measure(contender: Contender, task: Task) -> dict[str, Any]:
 
 def _run(criterion: Loss, z_VBD: Any) -> tuple[float, float]:
     """Seconds, and the loss."""
-    _synchronize(z_VBD.device.type)
+    synchronize(z_VBD.device.type)
     started = time.perf_counter()
     loss = criterion(z_VBD)
     loss.backward()
-    _synchronize(z_VBD.device.type)
+    synchronize(z_VBD.device.type)
     return time.perf_counter() - started, loss.item()
-
-
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        import torch
-
-        torch.cuda.synchronize()
 
 
 def _half_of_the_memory(device: str) -> int:
@@ -157,7 +130,7 @@ def _half_of_the_memory(device: str) -> int:
 
 def _limit_memory(more_bytes: int) -> None:
     """What asks for more fails to allocate, instead of taking the machine's last."""
-    limit = _own("VmData") + more_bytes
+    limit = own_memory("VmData") + more_bytes
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
@@ -169,7 +142,7 @@ def _start_of_peak(device: str) -> int:
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew (Linux, proc_pid_clear_refs(5))
-    return _own("VmRSS")
+    return own_memory("VmRSS")
 
 
 def _peak(device: str) -> int:
@@ -177,21 +150,14 @@ def _peak(device: str) -> int:
         import torch
 
         return torch.cuda.max_memory_allocated()
-    return _own("VmHWM")
+    return own_memory("VmHWM")
 
 
-def _own(figure: str) -> int:
-    """Of /proc/self/status, in bytes."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{figure}:"))
-    return int(line.split()[1]) * 1024
-
-
-def main(name: str, given: str, result: str) -> None:
-    task = Task(**json.loads(given))
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: task.cores])
-    os.environ["OMP_NUM_THREADS"] = str(task.cores)  # whatever the shell says; no library is imported yet
-    Path(result).write_text(json.dumps(measure(CONTENDERS[name], task)), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+# In the order of the rounds
+CONTENDERS = {
+    "plain": Contender("plain formula", functools.partial(measure, plain)),
+    "ours": Contender("ours", functools.partial(measure, ours)),
+    "lightly": Contender("lightly NTXentLoss", functools.partial(measure, lightly)),
+    "simclr": Contender("Spijkervet's NT_Xent", functools.partial(measure, simclr)),
+}
+MEMORY_POWER = {"ours": 1, "plain": 2, "lightly": 2, "simclr": 2}  # of the anchors, by which memory grows

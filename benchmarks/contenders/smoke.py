@@ -1,25 +1,23 @@
-"""What the smoke benchmark holds against what: ours, and yardsticks that our code does not change, side by side in one process.
+"""What the smoke benchmark compares: ours, and baselines that our code does not change, side by side in one process.
 
-All figures are CPU seconds of all threads and of all processes that were started and have ended, on one core: what others do on
-the machine meanwhile takes none of them. What waits and does not compute is not seen; that is for the other benchmarks.
+All times are CPU seconds of all threads and of all processes that were started and have ended, on one core: other work on the
+machine takes none of them. What waits and does not compute is not seen; that is for the other benchmarks.
 """
 
 import contextlib
+import dataclasses
 import functools
 import itertools
-import json
 import os
 import resource
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
+from worker import ROOT, Contender
 
 SEED = 42
 LEAST_ROUNDS = 5
@@ -31,7 +29,7 @@ _FEW = {"simclr": 24, "simclr-blur": 12}
 _TEMPERATURE = 0.5
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Task:
     """images: folder of the drawn patches; shards: of the set built from them; work: an empty one. seconds: of CPU time, for
     which rounds are begun."""
@@ -40,6 +38,7 @@ class Task:
     shards: str
     work: str
     seconds: float
+    cores: int = 1
 
 
 # Works for a while -> CPU seconds of one unit of its work
@@ -47,10 +46,10 @@ Side = Callable[[], float]
 
 
 class Ratio(NamedTuple):
-    """Of times, so that more is better: a yardstick's / ours, two sides of a group. means: of what."""
+    """Of times, so that more is better: a baseline's / ours, two sides of a group. means: of what."""
 
     group: str
-    yardstick: str
+    baseline: str
     ours: str
     means: str
 
@@ -89,10 +88,11 @@ def views(task: Task) -> Iterator[dict[str, Side]]:
 
 def _torchvision(reader: Any, recipe: str) -> Side:
     import torch
-    from loader_contenders import _torchvision_transform, _TwoViews
     from torch.utils.data import default_collate
 
-    data = _TwoViews(reader.manifest["source"].to_pylist(), _torchvision_transform(recipe, SIZE))
+    from contenders.loader import TwoViews, torchvision_transform
+
+    data = TwoViews(reader.manifest["source"].to_pylist(), torchvision_transform(recipe, SIZE))
 
     def once() -> None:
         torch.manual_seed(SEED)
@@ -126,9 +126,10 @@ def _ours(reader: Any, recipe: str) -> Iterator[Side]:
 def packing(task: Task) -> Iterator[dict[str, Side]]:
     import tarfile
 
-    from packing_contenders import Task as Packing
-    from packing_contenders import decode_dali, ours_decode, ours_header
-    from packing_images import LAYOUT, image_files
+    from drawn_images import LAYOUT, image_files
+
+    from contenders.packing import Task as Packing
+    from contenders.packing import decode_dali, ours_decode, ours_header
 
     out = Path(task.work) / "packed"
     files = Packing(task.images, str(out), 1, LAYOUT)
@@ -158,7 +159,8 @@ def packing(task: Task) -> Iterator[dict[str, Side]]:
 @contextlib.contextmanager
 def loss(task: Task) -> Iterator[dict[str, Side]]:
     import torch
-    from ntxent_contenders import ours, plain
+
+    from contenders.ntxent import ours, plain
 
     def passes(make: Callable, anchors: int) -> Side:
         criterion = make(anchors // 2, _TEMPERATURE, "cpu")
@@ -174,17 +176,13 @@ def loss(task: Task) -> Iterator[dict[str, Side]]:
 
 @contextlib.contextmanager
 def heads(task: Task) -> Iterator[dict[str, Side]]:
-    import dataclasses
+    from contenders import heads as benchmark
 
-    import heads as benchmark
-
-    job = benchmark.Job("one", "adam", rows=640, features=512, classes=3, epochs=10, cores=1)
+    job = benchmark.Task("one", "adam", rows=640, features=512, classes=3, epochs=10, cores=1)
     protocol = dataclasses.replace(benchmark.PROTOCOLS[job.protocol], epochs=job.epochs)
     given = (*benchmark.drawn(job), benchmark.tasks_of(job), job.classes, protocol)
-    yield {
-        who: functools.partial(per_unit, functools.partial(benchmark.CONTENDERS[who].train, *given), job.epochs)
-        for who in ("plain", "ours")
-    }
+    sides = {"plain": benchmark.plain, "ours": benchmark.ours}
+    yield {who: functools.partial(per_unit, functools.partial(train, *given), job.epochs) for who, train in sides.items()}
 
 
 # ---- The training step ----
@@ -204,8 +202,9 @@ def _plain_step() -> Callable[[], None]:
     """The model in torch alone, on views that are there."""
     import timm
     import torch
-    from ntxent_contenders import plain
     from torch import nn
+
+    from contenders.ntxent import plain
 
     backbone: Any = timm.create_model(_BACKBONE, pretrained=False, num_classes=0)
     width = backbone.num_features
@@ -285,15 +284,6 @@ def start(task: Task) -> Iterator[dict[str, Side]]:
     }
 
 
-GROUPS: dict[str, Callable[[Task], contextlib.AbstractContextManager[dict[str, Side]]]] = {
-    "views": views,
-    "packing": packing,
-    "loss": loss,
-    "heads": heads,
-    "step": step,
-    "start": start,
-}
-
 _VIEWS = "two views of 224 px, recipe {}: torchvision on Pillow, recipe {} / ours"
 RATIOS = {
     "views": Ratio("views", "torchvision, simclr", "simclr", _VIEWS.format("simclr", "simclr")),
@@ -317,7 +307,16 @@ RATIOS = {
 }
 
 
-# ---- The process ----
+# ---- The measurement ----
+
+GROUPS: dict[str, Callable[[Task], contextlib.AbstractContextManager[dict[str, Side]]]] = {
+    "views": views,
+    "packing": packing,
+    "loss": loss,
+    "heads": heads,
+    "step": step,
+    "start": start,
+}
 
 
 def measure(group: str, task: Task) -> dict[str, list[float]]:
@@ -335,13 +334,12 @@ def measure(group: str, task: Task) -> dict[str, list[float]]:
         return found
 
 
-def main(group: str, given: str, result: str) -> None:
+def _on_one_core(group: str, task: Task) -> dict[str, list[float]]:
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-1:])  # of which most others take the first
     import torch
 
     torch.set_num_threads(1)
-    Path(result).write_text(json.dumps(measure(group, Task(**json.loads(given)))), encoding="utf-8")
+    return measure(group, task)
 
 
-if __name__ == "__main__":
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-1:])  # of which most others take the first
-    main(*sys.argv[1:])
+CONTENDERS = {group: Contender(group, functools.partial(_on_one_core, group), pinned=False) for group in GROUPS}

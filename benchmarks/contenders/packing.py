@@ -1,7 +1,7 @@
-"""What the packing benchmark compares: each contender packs or decodes the same folder, in a process of its own.
+"""Contenders of the packing benchmark: each packs or decodes the same folder.
 
-A contender imports what it needs, then notes the time, works, and says how many patches its output holds and how many
-seconds it worked. Those who measure add the start of the process and the disk.
+A contender imports what it needs, then notes the time, works, and returns how many patches its output holds and its seconds.
+The benchmark adds the start of the process and the sync to the disk.
 """
 
 import dataclasses
@@ -9,18 +9,15 @@ import io
 import json
 import multiprocessing
 import os
-import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the host may have the files alone, and not the project installed
-
-from packing_images import image_files  # noqa: E402
+from drawn_images import image_files
+from worker import Contender, own_memory
 
 BATCH = 128  # patches that DALI decodes at a time
 SHARD_BYTES = 128 * 10**6  # of ShardWriter, as ours are by default
@@ -37,26 +34,15 @@ class Task:
     layout: str
 
 
-class Work(NamedTuple):
+def _report(patches: int, work_s: float) -> dict[str, Any]:
     """patches: that the output holds, or that were decoded; work_s: seconds, after all imports."""
-
-    patches: int
-    work_s: float
+    return {"patches": patches, "work_s": work_s, "process": os.getpid(), "peak_bytes": own_memory("VmHWM")}
 
 
-class Contender(NamedTuple):
-    """run: None for one that is a program of its own. module, package: what it needs, by the name to import and to install."""
-
-    title: str
-    run: Callable[[Task], Work] | None
-    module: str | None = None
-    package: str | None = None
+# ---- The baseline: reading and decoding alone ----
 
 
-# ---- The yardstick: nothing but reading and decoding ----
-
-
-def decode_dali(task: Task) -> Work:
+def decode_dali(task: Task) -> dict[str, Any]:
     """One DALI pipeline on the CPU with a thread per core."""
     import numpy as np
     import nvidia.dali.fn as fn
@@ -80,26 +66,26 @@ def decode_dali(task: Task) -> Work:
             (images,) = pipeline.run()
             done += len(images)
     except StopIteration:
-        return Work(done, time.monotonic() - started)
+        return _report(done, time.monotonic() - started)
 
 
-def decode_nvimgcodec(task: Task) -> Work:
+def decode_nvimgcodec(task: Task) -> dict[str, Any]:
     """nvImageCodec's decoders in a process per core. The clock starts when all of them are ready."""
     files = [path for path, _ in image_files(task.images)]
     shares = [files[start :: task.workers] for start in range(task.workers)]
     context = multiprocessing.get_context("spawn")
-    meeting = context.Barrier(task.workers)
-    with ProcessPoolExecutor(task.workers, mp_context=context, initializer=_meet_at, initargs=(meeting,)) as pool:
+    barrier = context.Barrier(task.workers)
+    with ProcessPoolExecutor(task.workers, mp_context=context, initializer=_set_barrier, initargs=(barrier,)) as pool:
         spans = list(pool.map(_decode_share, shares))
-    return Work(sum(count for count, _, _ in spans), max(end for _, _, end in spans) - min(start for _, start, _ in spans))
+    return _report(sum(count for count, _, _ in spans), max(end for _, _, end in spans) - min(start for _, start, _ in spans))
 
 
-_meeting: threading.Barrier | None = None  # of the processes that decode: a barrier can be handed only to a starting one
+_barrier: threading.Barrier | None = None  # of the decoding processes; it can only be handed to a process that starts
 
 
-def _meet_at(barrier) -> None:
-    global _meeting
-    _meeting = barrier
+def _set_barrier(barrier) -> None:
+    global _barrier
+    _barrier = barrier
 
 
 def _decode_share(files: Sequence[str]) -> tuple[int, float, float]:
@@ -109,8 +95,8 @@ def _decode_share(files: Sequence[str]) -> tuple[int, float, float]:
 
     backends = [codec.Backend(codec.BackendKind.CPU_ONLY)]
     decoder = codec.Decoder(device_id=codec.NVIMGCODEC_DEVICE_CPU_ONLY, max_num_cpu_threads=1, backends=backends)
-    assert _meeting is not None
-    _meeting.wait(_START_S)  # and so no process takes two shares
+    assert _barrier is not None
+    _barrier.wait(_START_S)  # and so no process takes two shares
     started, done = time.monotonic(), 0
     for path in files:
         done += decoder.decode(_read(path)) is not None
@@ -120,36 +106,36 @@ def _decode_share(files: Sequence[str]) -> tuple[int, float, float]:
 # ---- Ours ----
 
 
-def ours_decode(task: Task) -> Work:
+def ours_decode(task: Task) -> dict[str, Any]:
     return _ours(task, check="decode")
 
 
-def ours_header(task: Task) -> Work:
+def ours_header(task: Task) -> dict[str, Any]:
     return _ours(task, check="header")
 
 
-def _ours(task: Task, **settings: Any) -> Work:
+def _ours(task: Task, **settings: Any) -> dict[str, Any]:
     from sharding.packing import build_shards
 
     started = time.monotonic()
     summary = build_shards(
         [task.images], Path(task.out) / "shards", layout=task.layout, workers=task.workers, encode="keep", **settings
     )
-    return Work(summary.packed, time.monotonic() - started)
+    return _report(summary.packed, time.monotonic() - started)
 
 
 # ---- The others, each as its guide shows it, with the files' own bytes ----
 
 
-def webdataset(task: Task) -> Work:
+def webdataset(task: Task) -> dict[str, Any]:
     return _webdataset(task, check=False)
 
 
-def webdataset_pillow(task: Task) -> Work:
+def webdataset_pillow(task: Task) -> dict[str, Any]:
     return _webdataset(task, check=True)
 
 
-def _webdataset(task: Task, *, check: bool) -> Work:
+def _webdataset(task: Task, *, check: bool) -> dict[str, Any]:
     from webdataset import ShardWriter
 
     if check:
@@ -165,7 +151,7 @@ def _webdataset(task: Task, *, check: bool) -> Work:
                 _check_with_pillow(data)
             writer.write({"__key__": f"{number:09d}", _extension(path): data, "cls": label})
         count = writer.total
-    return Work(count, time.monotonic() - started)
+    return _report(count, time.monotonic() - started)
 
 
 def _check_with_pillow(data: bytes) -> None:
@@ -178,7 +164,7 @@ def _check_with_pillow(data: bytes) -> None:
         image.load()
 
 
-def litdata(task: Task) -> Work:
+def litdata(task: Task) -> dict[str, Any]:
     """`optimize` with a process per core. Chunks of 64 MB, as in its guide."""
     os.environ["DATA_OPTIMIZER_CACHE_FOLDER"] = f"{task.out}/cache"  # by default one place for all on this machine
     import litdata
@@ -194,7 +180,7 @@ def litdata(task: Task) -> Work:
         verbose=False,
     )
     seconds = time.monotonic() - started
-    return Work(sum(chunk["chunk_size"] for chunk in _read_json(out / "index.json")["chunks"]), seconds)
+    return _report(sum(chunk["chunk_size"] for chunk in _read_json(out / "index.json")["chunks"]), seconds)
 
 
 def _litdata_sample(item: tuple[str, int]) -> dict[str, Any]:
@@ -202,7 +188,7 @@ def _litdata_sample(item: tuple[str, int]) -> dict[str, Any]:
     return {"image": _read(path), "label": label}
 
 
-def mosaicml(task: Task) -> Work:
+def mosaicml(task: Task) -> dict[str, Any]:
     """`MDSWriter` in one process, with its own default size of a shard (64 MiB)."""
     from streaming import MDSWriter
 
@@ -212,7 +198,7 @@ def mosaicml(task: Task) -> Work:
         for path, label in image_files(task.images):
             writer.write({"image": _read(path), "label": label})
     seconds = time.monotonic() - started
-    return Work(sum(shard["samples"] for shard in _read_json(out / "index.json")["shards"]), seconds)
+    return _report(sum(shard["samples"] for shard in _read_json(out / "index.json")["shards"]), seconds)
 
 
 def _read(path: str) -> bytes:
@@ -230,44 +216,21 @@ def _extension(path: str) -> str:
 
 # In the order of the rounds
 CONTENDERS = {
-    "decode-dali": Contender("bare decode, DALI with a thread per core", decode_dali, "nvidia.dali", "nvidia-dali-cuda130"),
+    "decode-dali": Contender(
+        "bare decode, DALI with a thread per core", decode_dali, needs=("nvidia.dali",), package="nvidia-dali-cuda130"
+    ),
     "decode-nvimgcodec": Contender(
-        "bare decode, nvImageCodec in a process per core", decode_nvimgcodec, "nvidia.nvimgcodec", "nvidia-nvimgcodec-cu13"
+        "bare decode, nvImageCodec in a process per core",
+        decode_nvimgcodec,
+        needs=("nvidia.nvimgcodec",),
+        package="nvidia-nvimgcodec-cu13",
     ),
     "ours-decode": Contender("ours, --check decode, a process per core", ours_decode),
     "ours-header": Contender("ours, --check header, a process per core", ours_header),
     "tar": Contender("GNU tar, one process", None),
-    "webdataset": Contender("webdataset.ShardWriter, one process", webdataset, "webdataset", "webdataset"),
-    "webdataset-pillow": Contender("the same after Pillow's verify and load", webdataset_pillow, "webdataset", "webdataset"),
-    "litdata": Contender("litdata.optimize, a process per core", litdata, "litdata", "litdata"),
-    "mosaicml": Contender("streaming.MDSWriter, one process", mosaicml, "streaming", "mosaicml-streaming"),
+    "webdataset": Contender("webdataset.ShardWriter, one process", webdataset, ("webdataset",), "webdataset"),
+    "webdataset-pillow": Contender("the same after Pillow's verify and load", webdataset_pillow, ("webdataset",), "webdataset"),
+    "litdata": Contender("litdata.optimize, a process per core", litdata, ("litdata",), "litdata"),
+    "mosaicml": Contender("streaming.MDSWriter, one process", mosaicml, ("streaming",), "mosaicml-streaming"),
 }
 DECODERS = ("decode-dali", "decode-nvimgcodec")
-
-
-def command(name: str, task: Task, result: Path) -> list[str]:
-    """The command line of a contender. At its end it writes a report to `result`, which a program of its own does not."""
-    if name == "tar":
-        return ["tar", "-C", task.images, "-cf", f"{task.out}/images.tar", "."]
-    return [sys.executable, __file__, name, json.dumps(dataclasses.asdict(task)), str(result)]
-
-
-def main(name: str, task: str, result: str) -> None:
-    run = CONTENDERS[name].run
-    assert run is not None
-    work = run(Task(**json.loads(task)))
-    report = {**work._asdict(), "process": os.getpid(), "peak_bytes": _own_peak()}
-    Path(result).write_text(json.dumps(report), encoding="utf-8")
-
-
-def _own_peak() -> int:
-    """The largest resident memory of this process so far, bytes.
-
-    Not by getrusage: a process that was started by a large one begins with that one's peak.
-    """
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

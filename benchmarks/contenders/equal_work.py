@@ -1,0 +1,365 @@
+"""Contenders of the benchmark of equal work: the project's own stage, lightly, and a loop of torch and torchvision alone.
+
+Each pretrains on the same patches of the same shard set, from the same initial weights of the backbone, for as many steps of the
+same optimiser. It returns the loss of every step and leaves the backbone in the task's folder, where `judge` evaluates it.
+"""
+
+import dataclasses
+import functools
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from worker import Contender
+
+WEIGHTS = "backbone.safetensors"
+PROJECTION, TEMPERATURE = 128, 0.5
+PEAK, DECAY, WARMUP = 3e-4, 1e-6, 0.1  # of Adam: the rate at its peak, the decay of weights; the share of the epochs before it
+METRICS = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy"}
+MODES = {"linear": "linear", "knn": "kNN"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is learnt from what, and where it is judged.
+
+    shards: folder of the set to learn from, of which the train split is used; judged: of the labelled one; work: an empty folder
+    of this run; image_size: side of the views, pixels; cores: threads of whatever has threads; weights: what `judge` evaluates.
+    """
+
+    shards: str
+    judged: str
+    work: str
+    recipe: str
+    backbone: str
+    image_size: int
+    batch_size: int
+    epochs: int
+    device: str
+    cores: int
+    seed: int
+    weights: str = "scratch"
+
+    @property
+    def bf16(self) -> bool:
+        return self.device == "cuda"
+
+
+# ---- A loop of torch alone, as one would write it without the project ----
+
+
+class Images:
+    """The train split's patches of the shard set as a dataset of Pillow images without labels. ids: (n,) int64."""
+
+    def __init__(self, task: Task):
+        from pipelines.shard_reader import ShardReader
+        from sharding.selection import select
+
+        self.reader = ShardReader(task.shards)
+        self.ids = select(self.reader.manifest, split="train")
+        self.transform: Callable | None = None  # lightly sets it
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, place: int) -> tuple[Any, int]:
+        assert self.transform is not None
+        return self.transform(self.image(int(self.ids[place]))), -1
+
+    def image(self, i: int) -> Any:
+        import io
+
+        import numpy as np
+        from PIL import Image
+
+        (encoded,) = self.reader.read(np.array([i]))
+        return Image.open(io.BytesIO(encoded.tobytes())).convert("RGB")
+
+
+class Views:
+    """A dataset that makes the two views of each key."""
+
+    def __init__(self, make: Callable[[tuple[int, int]], list[Any]]):
+        self.make = make
+
+    def __getitem__(self, key: tuple[int, int]) -> list[Any]:
+        return self.make(key)
+
+
+def in_our_order(task: Task, images: Images, make: Callable[[tuple[int, int]], list[Any]]) -> Iterable:
+    """Batches of what is made of each (epoch, patch id), in the order in which our loader has them."""
+    from torch.utils.data import DataLoader
+
+    return DataLoader(Views(make), batch_sampler=our_batches(task, images.ids), num_workers=processes(task))  # type: ignore
+
+
+def our_batches(task: Task, ids: Any) -> list[list[tuple[int, int]]]:
+    """The (epoch, patch id) of each step of all epochs, as our loader has them."""
+    from pipelines.sampler import epoch_order, rank_slice
+
+    found = []
+    for epoch in range(task.epochs):
+        order = epoch_order(ids, seed=task.seed, epoch=epoch)
+        for step in range(len(ids) // task.batch_size):
+            batch = rank_slice(order, step, task.batch_size, rank=0, world_size=1)
+            found.append([(epoch, int(i)) for i in batch])
+    return found
+
+
+def full_nt_xent(z0_BD: Any, z1_BD: Any, temperature: float = TEMPERATURE) -> Any:
+    """Equation 1 of Chen et al. 2020 (SimCLR), over both views as anchors: a scalar."""
+    import torch
+    from torch.nn import functional as F
+
+    u_MD = F.normalize(torch.cat([z0_BD, z1_BD]).float(), dim=1)
+    s_MM = u_MD @ u_MD.T / temperature
+    itself_MM = torch.eye(len(u_MD), dtype=torch.bool, device=u_MD.device)
+    other_view_M = torch.arange(len(u_MD), device=u_MD.device).roll(len(z0_BD))
+    return F.cross_entropy(s_MM.masked_fill(itself_MM, -torch.inf), other_view_M)
+
+
+def rate(step: int, *, steps: int, warmup_steps: int) -> float:
+    """The learning rate as a share of its peak: up a line, down half a cosine. step: 0 for the first one."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (steps - warmup_steps)))
+
+
+def initial_backbone(task: Task) -> Any:
+    """What all begin with: the seed decides the weights."""
+    import torch
+
+    from models.backbones import build_backbone
+
+    torch.manual_seed(task.seed)
+    return build_backbone(task.backbone, task.image_size)
+
+
+def plain_net(task: Task) -> Any:
+    from torch import nn
+
+    backbone = initial_backbone(task)
+    width = backbone.num_features
+    # Made in this order, the head's weights too are those of ours.
+    return nn.Sequential(
+        backbone,
+        nn.Sequential(nn.Linear(width, width, bias=False), nn.ReLU(), nn.Linear(width, PROJECTION, bias=False)),
+    )
+
+
+def processes(task: Task) -> int:
+    """Of a DataLoader: on a single core it works in the process that trains."""
+    return task.cores if task.cores > 1 else 0
+
+
+def run_loop(task: Task, net: Any, batches: Iterable, loss_of: Callable[[list[Any]], Any], *, patches: int) -> list[float]:
+    """The loss of every step. net: the backbone and the head, in this order; batches: of lists of two views."""
+    import torch
+    from safetensors.torch import save_file
+
+    net.to(task.device).train()
+    steps_per_epoch = patches // task.batch_size
+    warmup_steps = round(WARMUP * task.epochs * steps_per_epoch)
+    weights = [p for p in net.parameters() if p.ndim > 1]
+    rest = [p for p in net.parameters() if p.ndim <= 1]
+    groups = [{"params": weights, "weight_decay": DECAY}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.Adam(groups, lr=PEAK)
+    share = functools.partial(rate, steps=task.epochs * steps_per_epoch, warmup_steps=warmup_steps)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+    losses = []
+    for views in batches:
+        optimizer.zero_grad()
+        with torch.autocast(task.device, torch.bfloat16, enabled=task.bf16):
+            loss = loss_of([view.to(task.device) for view in views])
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.item())
+    save_file({name: tensor.cpu().contiguous() for name, tensor in net[0].state_dict().items()}, Path(task.work) / WEIGHTS)
+    return losses
+
+
+# ---- Ours ----
+
+
+def ours(task: Task) -> list[float]:
+    """The stage as a user starts it, without Ray."""
+    from train.config import PretrainConfig
+    from train.stages.pretraining import pretrain
+
+    config = PretrainConfig(
+        data=task.shards,
+        name="pretrained",
+        recipe=task.recipe,  # type: ignore[arg-type]
+        backbone=task.backbone,
+        image_size=task.image_size,
+        batch_size=task.batch_size,
+        projection_dim=PROJECTION,
+        temperature=TEMPERATURE,
+        optimizer="adam",
+        learning_rate=PEAK,
+        weight_decay=DECAY,
+        epochs=task.epochs,
+        warmup_epochs=WARMUP * task.epochs,
+        precision="bf16" if task.bf16 else "fp32",
+        seed=task.seed,
+        workers=0,
+        threads=task.cores,
+        log_every=1,
+        probe_every=0,
+        checkpoint_every=10**9,
+        storage=task.work,
+    )
+    run = pretrain(config)
+    shutil.copyfile(run.folder / WEIGHTS, Path(task.work) / WEIGHTS)
+    return [row["loss"] for row in run.metrics()]
+
+
+# ---- The others ----
+
+
+def lightly(task: Task) -> list[float]:
+    """As examples/pytorch/simclr.py of lightly, with its own order, but the head without biases and norms, and without blur."""
+    import torch
+    from lightly.data import LightlyDataset
+    from lightly.loss import NTXentLoss
+    from lightly.models.modules.heads import ProjectionHead
+    from lightly.transforms import SimCLRTransform
+    from torch.utils.data import DataLoader
+
+    images, backbone = Images(task), initial_backbone(task)
+    width = backbone.num_features
+    head = ProjectionHead([(width, width, None, torch.nn.ReLU(), False), (width, PROJECTION, None, None, False)])
+    net = torch.nn.Sequential(backbone, head)
+    transform = SimCLRTransform(input_size=task.image_size, gaussian_blur=0.0, **lightly_arguments(task.recipe))
+    dataset = LightlyDataset.from_torch_dataset(images, transform=transform)
+    workers = processes(task)
+    loader: Iterable = DataLoader(
+        dataset, task.batch_size, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0
+    )
+    criterion = NTXentLoss(temperature=TEMPERATURE)
+    batches = (views for _ in range(task.epochs) for views, _, _ in loader)
+    return run_loop(task, net, batches, lambda views: criterion(*map(net, views)), patches=len(images))
+
+
+def lightly_arguments(recipe: str) -> dict[str, Any]:
+    """The recipe as SimCLRTransform has it."""
+    from pipelines.recipes import get_recipe
+
+    found = get_recipe(recipe)
+    assert found.crop and found.jitter and found.crop.ratio == (3 / 4, 4 / 3), recipe
+    return {
+        "min_scale": found.crop.area[0],
+        "hf_prob": found.flip,
+        "cj_prob": found.jitter.probability,
+        "cj_strength": 1.0,
+        "cj_bright": found.jitter.brightness,
+        "cj_contrast": found.jitter.contrast,
+        "cj_sat": found.jitter.saturation,
+        "cj_hue": found.jitter.hue,
+        "random_gray_scale": found.grey,
+        "normalize": {"mean": list(found.mean), "std": list(found.std)},
+    }
+
+
+def plain(task: Task) -> list[float]:
+    """torchvision on Pillow, DataLoader, one view after the other through the network, all similarities in one matrix; in our
+    order of the patches, with torch's random numbers for the views."""
+    net, images = plain_net(task), Images(task)
+    return run_loop(task, net, _plain_batches(task, images), lambda views: full_nt_xent(*map(net, views)), patches=len(images))
+
+
+def plain_joint(task: Task) -> list[float]:
+    """As plain, but both views of a batch go through the network together, so that batch norm sees them as one batch."""
+    net, images = plain_net(task), Images(task)
+    return run_loop(task, net, _plain_batches(task, images), functools.partial(_joint_loss, net), patches=len(images))
+
+
+def _joint_loss(net: Any, views: list[Any]) -> Any:
+    import torch
+
+    return full_nt_xent(*net(torch.cat(views)).chunk(2))
+
+
+def _plain_batches(task: Task, images: Images) -> Iterable:
+    from contenders.loader import torchvision_transform
+
+    transform = torchvision_transform(task.recipe, task.image_size)
+
+    def two_views(key: tuple[int, int]) -> list[Any]:
+        image = images.image(key[1])
+        return [transform(image), transform(image)]
+
+    return in_our_order(task, images, two_views)
+
+
+def replayed(task: Task) -> list[float]:
+    """The plain loop, but torchvision makes the views that we drew, and both views of a batch are normalised together."""
+    import numpy as np
+
+    from pipelines.recipes import get_recipe
+    from pipelines.torchvision_reference import reference_views
+    from pipelines.views import draw_views
+
+    recipe, images = get_recipe(task.recipe), Images(task)
+    net = plain_net(task)
+
+    def two_views(key: tuple[int, int]) -> list[Any]:
+        epoch, ids = key[0], np.array(key[1:])
+        sizes = images.reader.sizes[ids]
+        parameters = draw_views(images.reader.draw_keys(ids), seed=task.seed, epoch=epoch, recipe=recipe, sizes=sizes)
+        return list(reference_views(images.reader.read(ids), parameters, recipe=recipe, image_size=task.image_size)[:, 0])
+
+    batches = in_our_order(task, images, two_views)
+    return run_loop(task, net, batches, functools.partial(_joint_loss, net), patches=len(images))
+
+
+# ---- Judging ----
+
+
+def judge(task: Task) -> dict[str, float]:
+    """What `train/evaluate.py` finds for `task.weights` on the test split: by MODES and METRICS, such as "kNN accuracy"."""
+    from train.config import EvaluateConfig
+    from train.stages.evaluation import evaluate
+
+    found = {}
+    for mode, title in MODES.items():
+        config = EvaluateConfig(
+            data=task.judged,
+            backbone=task.weights,
+            mode=mode,  # type: ignore[arg-type]
+            name=mode,
+            architecture=task.backbone,
+            image_size=task.image_size,
+            seed=task.seed,
+            threads=task.cores,
+            storage=task.work,
+        )
+        (summary,) = evaluate(config).result["summary"]  # one fraction of the labels: all
+        for metric, words in METRICS.items():
+            found[f"{title} {words}"] = summary["metrics"][metric]["mean"]
+    return found
+
+
+def _pretrain(title: str, train: Callable[[Task], list[float]]) -> Contender:
+    def run(task: Task) -> dict[str, Any]:
+        began = time.monotonic()
+        losses = train(task)
+        return {"losses": losses, "seconds": time.monotonic() - began}
+
+    return Contender(title, run, pinned=False)
+
+
+# In the order in which they run: what is compared stands side by side
+PRETRAINED = {
+    "ours": _pretrain("ours", ours),
+    "lightly": _pretrain("lightly", lightly),
+    "plain": _pretrain("plain torch and torchvision", plain),
+    "plain-joint": _pretrain("plain, both views as one batch", plain_joint),
+    "replayed": _pretrain("the same on our draws", replayed),
+    "random": Contender("random weights", None),
+}
+CONTENDERS = PRETRAINED | {"judge": Contender("train/evaluate.py", judge, pinned=False)}
