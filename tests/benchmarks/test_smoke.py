@@ -119,7 +119,7 @@ def test_many_runs_leave_a_dated_result(smoke, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"only": ["speed"]}, "no ratio 'speed': choose of views, host, loss"),
+        ({"only": ["speed"]}, "no ratio 'speed': choose from views, host, loss"),
         ({"only": ["views"], "update": True}, "--only and --update"),
         ({"runs": 0}, "--runs 0 is out of range"),
     ],
