@@ -9,16 +9,16 @@ from sharding.cli import option, positional, run_script
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Which runs, and where to."""
+    """Which runs to report, and where."""
 
     runs: list[str] = positional("runs, by name, folder or URL")
     out: str = option("report.html", "the file to write")
-    title: str | None = option(None, "the heading; default: the run's name, or of several that they lie side by side")
+    title: str | None = option(None, 'the heading; default: the run\'s name, or "Runs side by side"')
     storage: str = option("runs", "folder or URL for runs")
 
 
 def main(config: ReportConfig) -> None:
-    # matplotlib and torch take seconds to import, and --help should not
+    # matplotlib and torch take seconds to import, which --help should not
     from train.records.runs import find_run
     from train.reporting.report_writer import write_report
 
@@ -26,14 +26,20 @@ def main(config: ReportConfig) -> None:
     for name in config.runs:
         run = find_run(name, config.storage)
         if run is None:
-            raise ValueError(f"{name}: no run of that name in {config.storage}, and no run's folder")
+            raise ValueError(f"{name}: no run of that name in {config.storage}, and no folder of a run")
         runs.append(run)
     if len({run.name for run in runs}) < len(runs):
-        raise ValueError("two of these runs have the same name, and a table could not tell them apart: report them one by one")
+        raise ValueError(
+            "two of these runs have the same name, so that a table could not distinguish them: report them one by one"
+        )
     out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     print(write_report(runs, out, title=config.title))
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, ReportConfig, prog="report.py", description="Lay runs side by side in one HTML file."))
+    sys.exit(
+        run_script(
+            main, ReportConfig, prog="report.py", description="Write an HTML report of one run, or of several side by side."
+        )
+    )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from sharding.cli import option, positional, run_script
-from tune.study_file import read_study
+from tune.study.study_file import read_study
 
 
 @dataclass(frozen=True)
@@ -14,24 +14,25 @@ class GridConfig:
     """Which study."""
 
     study: str = positional("the study file (YAML)")
-    smoke: bool = option(False, "its smoke size: tiny models on drawn patches, where no figure means anything")
-    plan: bool = option(False, "only print the stages, which of them are finished, and how long the others may take")
-    force: list[str] = option([], "stages to run again, with all that start from them; their earlier runs are set aside")
-    without_ray: bool = option(False, "one stage after another in this process, without Ray")
+    smoke: bool = option(False, "run its smoke size: tiny models on synthetic patches, whose results mean nothing")
+    plan: bool = option(False, "only print the trials, which of them are finished, and how long the others may take")
+    force: list[str] = option([], "stages to run again, with all stages that start from them; their earlier runs are set aside")
+    without_ray: bool = option(False, "run one trial after another in this process, without Ray")
 
 
 def main(config: GridConfig) -> None:
     study = read_study(config.study, smoke=config.smoke)
-    # After the study file was found right: these import torch, which takes seconds.
-    from tune.study_plan import plan_lines
-    from tune.study_runner import run_study
-    from tune.table_writers import console_table, fill, study_report, write_tables
+    # Only after the study file was checked: these import torch, which takes seconds.
+    from tune.execution.dry_run import dry_run_lines
+    from tune.execution.study_runner import run_study
+    from tune.reporting.table_data import build_tables
+    from tune.reporting.table_writers import console_table, study_report, write_tables
 
     if config.plan:
-        print("\n".join(plan_lines(study)))
+        print("\n".join(dry_run_lines(study)))
         return
-    outcome = run_study(study, force=config.force, without_ray=config.without_ray, say=lambda line: print(line, flush=True))
-    tables = fill(study, outcome)
+    outcome = run_study(study, force=config.force, without_ray=config.without_ray, log=lambda line: print(line, flush=True))
+    tables = build_tables(study, outcome)
     for table in tables:
         Console().print(console_table(table))
     for path in write_tables(study, tables, study.report.with_name(f"{study.report.stem}-tables")):

@@ -8,8 +8,8 @@ import sys
 
 from tests.helpers import ROOT
 from train.records.runs import Run
-from tune.study_file import read_study
-from tune.study_runner import run_study
+from tune.execution.study_runner import run_study
+from tune.study.study_file import read_study
 
 STUDY = """
 name: small
@@ -42,8 +42,8 @@ from train.config import EvaluateConfig, PretrainConfig
 from train.records.runs import Run
 from train.stages.evaluation import evaluate
 from train.stages.pretraining import pretrain
-from tune.study_file import read_study
-from tune.study_plan import plan_lines
+from tune.study.study_file import read_study
+from tune.execution.dry_run import dry_run_lines
 
 storage, study, out = sys.argv[1:]
 
@@ -54,7 +54,7 @@ def outcome(run, config_class, name, /, **changes):
         return str(error)
 
 told = {
-    "plan": plan_lines(read_study(study)),
+    "plan": dry_run_lines(read_study(study)),
     "finished": outcome(pretrain, PretrainConfig, "backbone", margin=0.0),
     "unfinished": outcome(pretrain, PretrainConfig, "unfinished", name="unfinished", margin=0.0),
     "judged": outcome(evaluate, EvaluateConfig, "nearest"),
@@ -70,7 +70,7 @@ def test_earlier_runs_stay_what_they_are(tmp_path, small_set):
     """Takes about 20 s: it runs a tiny study, and then a changed copy of the project, which imports torch anew."""
     study, storage = tmp_path / "study.yaml", tmp_path / "runs"
     study.write_text(STUDY.format(storage=storage, data=small_set, more=""))
-    made = run_study(read_study(study), without_ray=True, say=lambda line: None).runs
+    made = run_study(read_study(study), without_ray=True, log=lambda line: None).runs
     begun = shutil.copytree(storage / "backbone", storage / "unfinished")
     (begun / "result.json").unlink()
 

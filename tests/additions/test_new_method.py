@@ -16,7 +16,7 @@ from train.reporting.report_writer import write_report
 from train.stages.pretraining import pretrain
 from train.trainer.methods import METHODS, Method
 from train.trainer.prometheus import meaning
-from tune.study_file import read_study
+from tune.study.study_file import read_study
 
 
 @dataclass(frozen=True)

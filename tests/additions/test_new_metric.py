@@ -11,13 +11,14 @@ from rich.console import Console
 
 from tests.train.finished_runs import judged
 from tests.train.reporting.test_report import Page
-from tests.tune.test_table_writers import Made, chains, with_report
+from tests.tune.reporting.test_table_writers import Made, chains, with_report
 from train.reporting.report_writer import write_report
 from train.scoring.bootstrap import bootstrap
 from train.scoring.metrics import METRICS, Metric, score
-from tune.html_tables import show_table
-from tune.schema import TableSpec
-from tune.table_writers import console_table, fill, study_report, write_tables
+from tune.reporting.html_tables import table_html
+from tune.reporting.table_data import build_tables
+from tune.reporting.table_writers import console_table, study_report, write_tables
+from tune.study.schema import TableSpec
 
 KAPPA = "cohen_kappa"
 
@@ -77,7 +78,7 @@ def test_a_studys_tables(old, new, tmp_path, both_in_one_entry):
     study = made.study(
         chains(*stages, metrics=("accuracy", KAPPA)), TableSpec("wide", stages, ("stage", "fraction"), (), (KAPPA,), ())
     )
-    tables = fill(study, made.outcome)
+    tables = build_tables(study, made.outcome)
     entries = [cell[KAPPA] for row in tables[0].entries for cell in row]
     known = [entry for entry in entries if entry.mean is not None]
     assert len(known) == (0 if both_in_one_entry else 2) and {entry.status for entry in entries} == {"done"}
@@ -86,7 +87,7 @@ def test_a_studys_tables(old, new, tmp_path, both_in_one_entry):
         console = Console(file=io.StringIO(), width=200)
         console.print(console_table(table))
         assert "–" in console.file.getvalue()
-        assert show_table(table, tmp_path)
+        assert table_html(table, tmp_path)
     markdown, text, parquet = write_tables(study, tables, tmp_path / "tables")[:3]
     assert "[–](" in markdown.read_text(encoding="utf-8") or both_in_one_entry
     with text.open(encoding="utf-8", newline="") as file:
@@ -98,7 +99,7 @@ def test_a_studys_tables(old, new, tmp_path, both_in_one_entry):
 
 
 def test_a_study_file_may_ask_for_it(new, tmp_path):
-    from tune.study_file import read_study
+    from tune.study.study_file import read_study
 
     content = {
         "stages": {"linear": {"evaluate": {"data": "d", "fraction": [[0.5], [1.0]]}}},

@@ -10,9 +10,9 @@ from harness import RunFailed
 from report import judge
 from starting import Config, kill, one_round, seconds_until, start
 from trials import TARGETS, TINY, main, spans, study_text, summarise, tiny_text
+from tune.study_file import read_study
 
 from train.records.runs import write_json
-from tune.study_file import read_study
 
 FIELDS = {"backbone": "test_resnet", "image_size": 32, "batch_size": 16, "epochs": 1, "probe_every": 0}
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tune.schema import Study
-from tune.study_file import read_study
+from tune.study.schema import Study
+from tune.study.study_file import read_study
 
 TEXT = """
 # A small study.

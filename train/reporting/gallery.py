@@ -1,12 +1,12 @@
-"""What a judging run shows besides its figures: a map of the test patches, their nearest neighbours, and the worst mistakes.
+"""What an evaluation shows besides its metrics: a map of the test patches, nearest neighbours, and the worst mistakes.
 
     embedding_map.parquet   id, x, y, label, group; the metadata's "map" says how it was made
     gallery.json            queries of the test split, each with the patches nearest to it
-    mistakes.json           the test patches of which a wrong class was held for most probable
+    mistakes.json           the test patches with the highest probability for a wrong class
     thumbnails.parquet      id, jpeg: every patch of the gallery and of the mistakes
 
-All of it is a function of the arguments: the same run leaves the same exhibits. The thumbnails lie in the run's folder, so that a
-report can be made where the shard set is not.
+The files depend on the arguments alone: the same run writes the same files. The thumbnails are in the run's folder, so that a
+report can be made without the shard set.
 """
 
 import io
@@ -28,17 +28,17 @@ from sharding.philox import shuffle_keys
 from train.records.runs import replacing, write_json
 from train.scoring.knn import nearest
 
-# n test patches, m patches that were learnt from, F features, K classes
+# n test patches, m patches to find neighbours among, F features, K classes
 
 MAP_NAME, GALLERY_NAME = "embedding_map.parquet", "gallery.json"
 MISTAKES_NAME, THUMBNAILS_NAME = "mistakes.json", "thumbnails.parquet"
 
-MOST_MAPPED = 2000  # patches: more take minutes, and hide each other on paper
-_FEWEST_TSNE = 50  # patches: of fewer, neighbourhoods of 30 say nothing, and a projection is plainer
+MAX_MAPPED = 2000  # patches; more take minutes and hide each other on paper
+_MIN_TSNE = 50  # patches; with fewer, neighbourhoods of 30 are meaningless, and PCA is simpler
 _PERPLEXITY = 30
-_PRINCIPAL = 50  # dimensions that t-SNE starts from, as van der Maaten & Hinton 2008 do
+_PRINCIPAL = 50  # dimensions that t-SNE starts from, as in van der Maaten and Hinton 2008
 _QUERIES, _NEIGHBOURS = 8, 5
-_MISTAKES, _MISTAKES_PER_GROUP = 12, 3  # of one slide no more, or a single odd one fills the page
+_MISTAKES, _MISTAKES_PER_GROUP = 12, 3  # at most so many per slide, or a single odd one fills the page
 _SIDE, _QUALITY = 96, 85  # pixels, of JPEG
 
 
@@ -54,11 +54,11 @@ def leave_exhibits(
     probabilities: np.ndarray,
     seed: int,
 ) -> None:
-    """Write the four files into a run's folder, each whole or not at all.
+    """Write the four files into a run's folder, each atomically.
 
-    test, known: (n,) and (m,) ids of the patches judged and of those that neighbours are looked for among, which may be the
-    same ones: no patch is its own neighbour; test_features, known_features: (n, F) and (m, F) float32; labels: by patch id,
-    index of the class, -1 where there is none; probabilities: (n, K). seed: of which patches are shown.
+    test, known: (n,) and (m,) ids of the test patches and of those to find neighbours among, which may be the same (no patch is
+    its own neighbour); test_features, known_features: (n, F) and (m, F) float32; labels: class index by patch id, -1 if unknown;
+    probabilities: (n, K); seed: of the choice of patches.
     """
     assert len(test) == len(test_features) == len(probabilities) > 0, (len(test), len(test_features), len(probabilities))
     assert len(known) == len(known_features) > 0, (len(known), len(known_features))
@@ -76,10 +76,10 @@ def leave_exhibits(
 def worst_mistakes(
     ids: np.ndarray, probabilities: np.ndarray, labels: np.ndarray, groups: list[str | None]
 ) -> list[dict[str, Any]]:
-    """The wrong predictions that were held for most probable, worst first: at most 12, and at most 3 of a known group.
+    """The most confident wrong predictions, worst first: at most 12, and at most 3 of a known group.
 
-    ids, labels: (n,); probabilities: (n, K); the prediction is the largest, the first of equals. Of equal ones the smaller id
-    comes first. Returns id, label, prediction, probability and group of each.
+    ids, labels: (n,); probabilities: (n, K); the prediction is the class with the largest, the first of equals. Ties are sorted
+    by id. Returns id, label, prediction, probability and group of each.
     """
     predictions = probabilities.argmax(1)
     wrong = np.flatnonzero(predictions != labels)
@@ -97,7 +97,7 @@ def worst_mistakes(
 
 
 class _Groups:
-    """The names of patches' groups, None where they are not known."""
+    """The names of patches' groups, None if unknown."""
 
     def __init__(self, reader: ShardReader):
         self._codes, self._names = decoded(read_manifest(reader.folder, columns=["group"])["group"])
@@ -107,14 +107,14 @@ class _Groups:
 
 
 def _unit(features_nF: np.ndarray) -> np.ndarray:
-    """On the unit sphere, where what is near on the map is what is near by cosine."""
+    """Scaled to unit length, so that distances on the map follow the cosine."""
     norms = np.linalg.norm(features_nF, axis=1, keepdims=True)
     return features_nF / np.maximum(norms, np.finfo(np.float32).tiny)
 
 
 def _leave_map(path, test, test_nF, labels, groups, seed):
     order = np.argsort(shuffle_keys(test, seed=seed, stream="exhibits"))
-    rows = np.sort(order[:MOST_MAPPED])  # in the order of the ids: with all of them on the map the seed changes nothing
+    rows = np.sort(order[:MAX_MAPPED])  # in the order of the ids: with all of them on the map the seed changes nothing
     xy, how = _project(test_nF[rows])
     ids = test[rows]
     columns = {"id": ids, "x": xy[:, 0], "y": xy[:, 1], "label": labels[ids], "group": pa.array(groups.of(ids), pa.string())}
@@ -124,16 +124,16 @@ def _leave_map(path, test, test_nF, labels, groups, seed):
 
 
 def _project(features_nF: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
-    """(n, 2) float32, and by what."""
+    """(n, 2) float32, and the method with its settings."""
     # They take a second to import, and only this needs them.
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
     patches, features = features_nF.shape
-    # One thread: the sums of several come in any order, and t-SNE makes another map of the last bit.
+    # One thread: several add in any order, and t-SNE turns a difference in the last bit into another map.
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="invalid value encountered in divide")  # features that are all the same
-        if patches < _FEWEST_TSNE:
+        if patches < _MIN_TSNE:
             wanted = min(2, patches, features)
             xy = PCA(wanted, svd_solver="full").fit_transform(features_nF)
             return np.pad(xy, ((0, 0), (0, 2 - wanted))).astype(np.float32), {"method": "PCA", "settings": {}}

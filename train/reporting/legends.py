@@ -1,12 +1,12 @@
-"""What the colours of a figure stand for, as text beside it."""
+"""Legends of plots, as text beside them."""
 
 from collections.abc import Sequence
 
 from train.reporting.markup import Html, element, joined
 from train.reporting.plots import class_style, line_style
-from train.reporting.run_view import Shown
+from train.reporting.run_view import RunView
 
-# A mark in a box of 10 x 10, as matplotlib draws it.
+# Marks in a box of 10 x 10, as matplotlib draws them.
 _SHAPES = {
     "o": '<circle cx="5" cy="5" r="4"/>',
     "s": '<rect x="1.5" y="1.5" width="7" height="7"/>',
@@ -15,14 +15,17 @@ _SHAPES = {
 }
 
 
-def run_legend(runs: Sequence[Shown]) -> Html:
+def run_legend(runs: Sequence[RunView]) -> Html:
     """Each run's line; nothing where there is only one."""
-    if len(runs) < 2:
-        return Html("")
+    return line_legend([(run.name, run.number) for run in runs]) if len(runs) > 1 else Html("")
+
+
+def line_legend(entries: Sequence[tuple[str, int]]) -> Html:
+    """Names and the numbers of their line styles."""
     items = []
-    for run in runs:
-        colour, dashes = line_style(run.number)
-        items.append(element("li", element("span", class_="line", style=f"border-top: 3px {dashes} {colour}"), run.name))
+    for name, number in entries:
+        colour, dashes = line_style(number)
+        items.append(element("li", element("span", class_="line", style=f"border-top: 3px {dashes} {colour}"), name))
     return element("ul", *items, class_="legend")
 
 

@@ -1,4 +1,4 @@
-"""Pieces of the report's page. Text is escaped here and nowhere else: what is not `Html` is text."""
+"""Building blocks of a report's HTML. Text is escaped here and nowhere else: anything but `Html` is text."""
 
 import base64
 import html
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Html(NamedTuple):
-    """Markup that is put into the page as it is."""
+    """Markup that goes into the page unchanged."""
 
     markup: str
 
@@ -23,12 +23,12 @@ def joined(parts: Iterable[Content], between: str = "") -> Html:
 def element(tag: str, *parts: Content, **attributes: str | None) -> Html:
     """<tag attributes>parts</tag>. Attributes' names lose a last underscore, others become hyphens; None: left out."""
     names = {name.rstrip("_").replace("_", "-"): value for name, value in attributes.items() if value is not None}
-    said = "".join(f' {name}="{html.escape(value)}"' for name, value in names.items())
-    return Html(f"<{tag}{said}>{joined(parts).markup}</{tag}>")
+    written = "".join(f' {name}="{html.escape(value)}"' for name, value in names.items())
+    return Html(f"<{tag}{written}>{joined(parts).markup}</{tag}>")
 
 
 def note(*parts: Content) -> Html:
-    """A paragraph in soft ink."""
+    """A paragraph in a muted colour."""
     return element("p", *parts, class_="note")
 
 
@@ -38,7 +38,7 @@ def heading(text: str) -> Html:
 
 
 def row(*parts: Content) -> Html:
-    """Parts side by side, as many as there is room for."""
+    """Parts side by side, as many as fit."""
     return element("div", *parts, class_="row")
 
 
@@ -61,24 +61,24 @@ def table(caption: str, titles: Sequence[Content], rows: Sequence[Sequence[Conte
 
 
 def figure(svg: str, caption: Content, *, alt: str, more: Content = "") -> Html:
-    """An SVG with a caption above it, and what belongs to it (a legend) below."""
+    """An SVG with a caption above it, and more (a legend) below."""
     drawn = element("div", Html(svg), role="img", aria_label=alt)
     return element("figure", element("figcaption", caption), drawn, more)
 
 
 def photo(jpeg: bytes, alt: str) -> Html:
-    """A JPEG, inside the page."""
+    """A JPEG, embedded in the page."""
     data = base64.b64encode(jpeg).decode()
     return Html(f'<img alt="{html.escape(alt)}" src="data:image/jpeg;base64,{data}">')
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """With so many digits after the point; a dash where there is none."""
+    """A number with so many decimals; a dash for None."""
     return "–" if value is None else f"{value:.{digits}f}"
 
 
 def percent(value: float | None) -> str:
-    """With one digit after the point; a dash where there is none."""
+    """A percentage with one decimal; a dash for None."""
     return "–" if value is None else f"{value:.1%}"
 
 

@@ -1,7 +1,7 @@
-"""The report's figures, as SVG text or JPEG bytes.
+"""The plots and images of a report, as SVG text or JPEG bytes.
 
-An SVG lies in the page itself and takes the page's ink, so that it can be read on white paper and on a dark screen. It has no
-title and no legend: the page has them as text, which wraps and has every letter that the reader's fonts have.
+An SVG is part of the page and takes the page's text colour, so that it is readable on white paper and on a dark screen. It has no
+title and no legend: the page has them as text, which wraps and uses the reader's fonts.
 """
 
 import io
@@ -22,21 +22,21 @@ from pipelines.torchvision_reference import decode
 from train.records.data import open_set
 from train.scoring.metrics import BINS
 
-# Told apart in print and by colour-blind readers (Okabe and Ito 2008, without black, which a dark screen does not show).
+# Distinguishable in print and by colour-blind readers (Okabe and Ito 2008, without black, which a dark screen does not show).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31")
-# Where the colours repeat, the line or the mark is another one.
+# Where colours repeat, the line style or the mark differs.
 DASHES = ("solid", "dashed", "dotted")
 MARKS = ("o", "s", "^", "D")
-# Many more than COLOURS, for slides: they are not all told apart (d3's category20, Bostock et al. 2011).
+# More than COLOURS, for slides, and not all easy to distinguish (d3's category20, Bostock et al. 2011).
 _TAB20 = [matplotlib.colors.to_hex(colour) for colour in matplotlib.colormaps["tab20"].colors]  # type: ignore[attr-defined]
 MANY_COLOURS = (*_TAB20[::2], *_TAB20[1::2])  # the strong ones first
 
-# Colours that nobody draws in, for which the page's own are put.
+# Placeholders that are replaced by the colours of the page.
 _INK, _GRID = "#010203", "#040506"
 _PAGE_COLOURS = {_INK: "currentColor", _GRID: "var(--line, #dddddd)"}
 _STYLE: Any = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "patchclr",  # equal figures, equal bytes
+    "svg.hashsalt": "patchclr",  # equal plots, equal bytes
     "text.parse_math": False,  # names are text, also with two dollar signs in them
     "font.family": "sans-serif",
     "font.size": 9,
@@ -44,18 +44,18 @@ _STYLE: Any = {
     "axes.spines.right": False,
     "axes.linewidth": 0.8,
     "savefig.transparent": True,
-    "savefig.dpi": 160,  # of what is no vector: the points of a map
+    "savefig.dpi": 160,  # of rasterised points on a map
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK),
 }
 _SIZE = (4.6, 2.7)  # inches
 
 _PAIRS = 6
-_READABLE = 192  # pixels: smaller views are made again at this size
+_READABLE = 192  # pixels: smaller views are shown at this size
 
 
 class Line(NamedTuple):
-    """x, y: the points; number: the run's place in the report, which decides colour and dashes; low, high: where they are
-    given, ends of an interval at each point."""
+    """x, y: the points; number: the run's place in the report, which decides colour and dashes; low, high: the ends of an
+    interval at each point, if known."""
 
     number: int
     x: Sequence[float]
@@ -99,7 +99,7 @@ def over_fractions(lines: Sequence[Line]) -> str:
         shares = sorted({share for line in lines for share in line.x})
         for line in lines:
             colour, dashes = line_style(line.number)
-            # Side by side, or intervals would hide each other.
+            # Side by side, so that intervals do not hide each other.
             beside = [share * 1.02 ** (line.number - (len(lines) - 1) / 2) for share in line.x]
             axes.plot(beside, line.y, color=colour, linestyle=dashes, linewidth=1.4, marker="o", markersize=4)
             if line.low is not None and line.high is not None:
@@ -111,9 +111,9 @@ def over_fractions(lines: Sequence[Line]) -> str:
 
 
 def reliability(confidence: np.ndarray, right: np.ndarray) -> str:
-    """How often predictions are right (y) that are held for so probable (x): of n predictions, by 15 bins of equal width.
+    """A reliability diagram: the accuracy of n predictions (y) by their confidence (x), in 15 bins of equal width.
 
-    confidence: (n,) probability of the predicted class; right: (n,) bool. Grey bars are each bin's share of the predictions.
+    confidence: (n,) probability of the predicted class; right: (n,) bool. Grey bars: each bin's share of the predictions.
     """
     bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)  # (0, 1/15], (1/15, 2/15], ...
     counts = np.bincount(bins, minlength=BINS)
@@ -126,7 +126,7 @@ def reliability(confidence: np.ndarray, right: np.ndarray) -> str:
         axes.plot(mean, share, color=COLOURS[0], linewidth=1.4, marker="o", markersize=4)
         axes.set_xlim(0, 1.02)
         axes.set_ylim(0, 1.02)
-        axes.set_ylabel("share that is right")
+        axes.set_ylabel("accuracy")
         return _svg(figure)
 
 
@@ -137,7 +137,7 @@ def scatter(x: np.ndarray, y: np.ndarray, groups: Sequence[tuple[np.ndarray, str
         axes = figure.subplots()
         size = min(max(6000 / max(len(x), 1), 8), 24)  # of a mark, in square points
         for chosen, colour, mark in groups:
-            # As pixels: 2,000 vector points would be most of the report.
+            # As pixels: 2,000 vector points would make up most of the file.
             axes.scatter(x[chosen], y[chosen], s=size, c=colour, marker=mark, alpha=0.75, linewidths=0, rasterized=True)
         axes.set_xticks([])
         axes.set_yticks([])
@@ -183,14 +183,14 @@ def _jpeg(image: Image.Image) -> bytes:
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
     with warnings.catch_warnings():
-        # Text stays text in the SVG, so the reader's browser has the letters that matplotlib's own font lacks.
+        # Text stays text in the SVG, so the browser supplies letters that matplotlib's own font lacks.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     for drawn, shown in _PAGE_COLOURS.items():
         text = text.replace(drawn, shown)
-    # Its style sheet would be the whole page's, and an id must be the only one of the page: those that nothing refers to go.
+    # A style sheet in the SVG would apply to the whole page, and ids must be unique in it: remove what nothing refers to.
     text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
     referred = set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", text))
     return re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in referred else "", text)

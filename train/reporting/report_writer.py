@@ -1,4 +1,4 @@
-"""A report of one or several runs: which sections it has, in their order, and the HTML file that they make."""
+"""The report of one or several runs: its sections, in order, and the HTML file."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import NamedTuple
 from train.records.runs import Run, write_text
 from train.reporting import page
 from train.reporting.markup import Html, note
-from train.reporting.page import Filled
-from train.reporting.run_view import Shown, read_shown
+from train.reporting.page import PageSection
+from train.reporting.run_view import RunView, read_run
 from train.reporting.sections import (
     by_class,
     embedding_maps,
@@ -23,11 +23,11 @@ from train.reporting.sections import (
 
 
 class Section(NamedTuple):
-    """place: its address in the page; title: its heading; show: what is in it, of runs side by side; nothing leaves it out."""
+    """place: its id in the page; title: its heading; show: its content, for runs side by side; an empty list omits it."""
 
     place: str
     title: str
-    show: Callable[[Sequence[Shown]], list[Html]]
+    show: Callable[[Sequence[RunView]], list[Html]]
 
 
 SECTIONS = (
@@ -55,12 +55,12 @@ def write_report(runs: Sequence[Run], path: Path, *, title: str | None = None) -
 
 def render_report(runs: Sequence[Run], title: str) -> str:
     """The whole HTML file. Raises ValueError where a run is not finished, too old, or damaged."""
-    shown = [read_shown(run, number) for number, run in enumerate(runs)]
-    found = [Filled(section.place, section.title, section.show(shown)) for section in SECTIONS]
-    return page.page(title, [note(_said(shown))], found)
+    views = [read_run(run, number) for number, run in enumerate(runs)]
+    found = [PageSection(section.place, section.title, section.show(views)) for section in SECTIONS]
+    return page.page(title, [note(_subtitle(views))], found)
 
 
-def _said(runs: Sequence[Shown]) -> str:
+def _subtitle(runs: Sequence[RunView]) -> str:
     days = sorted({run.record["started"][:10] for run in runs})
     what = "one run" if len(runs) == 1 else f"{len(runs)} runs side by side"
     return f"PatchCLR report · {what} · {days[0]}{f' to {days[-1]}' if len(days) > 1 else ''}"

@@ -1,4 +1,4 @@
-"""A run as the report's sections see it: what its folder says, read once."""
+"""A run as the sections of a report see it: the contents of its folder, read once."""
 
 import functools
 import json
@@ -24,17 +24,17 @@ def summary_metric(summary: dict[str, Any], name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Predictions:
-    """Of the first seed of the largest share of labels: n patches of the test split, each once. labels: (n,); probabilities:
-    (n, K)."""
+    """Predictions of the first seed of the largest fraction of labels, for n patches of the test split. labels: (n,);
+    probabilities: (n, K)."""
 
     labels: np.ndarray
     probabilities: np.ndarray
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A finished run. number: its place in the report, which decides its colour; result, record: of result.json and run.json;
-    rows: of metrics.jsonl; of several trainings, those of the first seed of the largest share of labels."""
+class RunView:
+    """A finished run. number: its place in the report, which decides its colour; result, record: from result.json and run.json;
+    rows: from metrics.jsonl; of several trainings, those of the first seed of the largest fraction of labels."""
 
     run: Run
     number: int
@@ -47,13 +47,13 @@ class Shown:
         return self.run.name
 
     @property
-    def is_judged(self) -> bool:
-        """Whether it has figures of a test split."""
+    def is_evaluation(self) -> bool:
+        """Whether it is an evaluation, with metrics on a test split."""
         return "cells" in self.result
 
     @property
     def sets(self) -> list[dict[str, Any]]:
-        """The shard sets that it learnt from: name, fingerprint, weight."""
+        """The shard sets that it was trained on: name, fingerprint, weight."""
         return [each | {"name": PurePosixPath(each["shards"]).name} for each in self.record["input"]["sets"]]
 
     @property
@@ -62,17 +62,17 @@ class Shown:
 
     @property
     def largest(self) -> dict[str, Any]:
-        """The summary of the largest share of labels."""
+        """The summary of the largest fraction of labels."""
         return max(self.result["summary"], key=lambda each: each["fraction"])
 
     @property
     def cells(self) -> list[dict[str, Any]]:
-        """The results of that share, one per seed, in the order in which they were asked for."""
+        """The results for that fraction, one per seed, in the order of the config."""
         return [cell for cell in self.result["cells"] if cell["fraction"] == self.largest["fraction"]]
 
     @functools.cached_property
     def predictions(self) -> Predictions:
-        """Raises ValueError where the file is not to be had or does not hold them."""
+        """Raises ValueError if the file is missing or lacks them."""
         table = self.table("predictions.parquet")
         first = self.cells[0]
         try:
@@ -85,7 +85,7 @@ class Shown:
 
     @property
     def map(self) -> tuple[pa.Table, dict[str, Any]] | None:
-        """The points of the map (see train/reporting/gallery.py) and how they were made; None where the run left none."""
+        """The points of the map (see train/reporting/gallery.py) and how they were computed; None if the run has no map."""
         if not (self.run.folder / MAP_NAME).exists():
             return None
         table = self.table(MAP_NAME)
@@ -93,12 +93,12 @@ class Shown:
 
     @property
     def gallery(self) -> list[dict[str, Any]]:
-        """Queries and their neighbours; empty where the run left none."""
+        """Queries and their neighbours; empty if the run has none."""
         return self._list(GALLERY_NAME)
 
     @property
     def mistakes(self) -> list[dict[str, Any]] | None:
-        """The worst first; None where the run did not say."""
+        """The worst first; None if the run did not record them."""
         return self._list(MISTAKES_NAME) if (self.run.folder / MISTAKES_NAME).exists() else None
 
     @functools.cached_property
@@ -108,7 +108,7 @@ class Shown:
         return dict(zip(table["id"].to_pylist(), table["jpeg"].to_pylist(), strict=True))
 
     def table(self, name: str) -> pa.Table:
-        """A Parquet file of the folder. Raises ValueError where it is missing or damaged."""
+        """A Parquet file of the folder. Raises ValueError if it is missing or damaged."""
         try:
             return pq.read_table(self.run.folder / name)
         except (OSError, pa.ArrowException) as error:
@@ -125,16 +125,16 @@ class Shown:
         return ValueError(f"{self.run.folder / name}: this file is missing or damaged: remove the run and run its command again")
 
 
-def read_shown(run: Run, number: int) -> Shown:
-    """Raises ValueError where the run is not finished, or was judged by an older version of this code."""
+def read_run(run: Run, number: int) -> RunView:
+    """Raises ValueError if the run is not finished, or was evaluated by an older version of this code."""
     result = run.result
     if "metrics" in result:
         raise ValueError(
-            f"{run.name}: this run was judged by an older version of this code: run its command again under a new name"
+            f"{run.name}: an older version of this code made this evaluation: run its command again under a new name"
         )
-    shown = Shown(run, number, result, run.record, run.metrics())
-    if shown.is_judged and not shown.rows:
-        # What trains several times does so below its folder (see train/stages/evaluation.py).
-        first = shown.cells[0]
-        shown.rows.extend(Run(run.folder / "cells" / f"{100 * first['fraction']:g}%-seed{first['seed']}").metrics())
-    return shown
+    view = RunView(run, number, result, run.record, run.metrics())
+    if view.is_evaluation and not view.rows:
+        # A run of several trainings has a folder for each (see train/stages/evaluation.py).
+        first = view.cells[0]
+        view.rows.extend(Run(run.folder / "cells" / f"{100 * first['fraction']:g}%-seed{first['seed']}").metrics())
+    return view

@@ -61,7 +61,7 @@ def test_four_files_the_same_every_time(tmp_path, small_set):
 @pytest.mark.parametrize("method", ["PCA", "t-SNE"])
 def test_the_map_has_every_test_patch(tmp_path, small_set, monkeypatch, method):
     if method == "t-SNE":
-        monkeypatch.setattr(exhibits, "_FEWEST_TSNE", 10)
+        monkeypatch.setattr(exhibits, "_MIN_TSNE", 10)
     settings = leave(tmp_path, small_set)
     table, how = read_map(tmp_path)
     test = settings["test"]
@@ -94,7 +94,7 @@ def test_the_map_is_made_by_one_thread(monkeypatch):
 
 def test_a_map_of_many_is_of_some_of_them(tmp_path, small_set, monkeypatch):
     """Drawn by the seed, in the order of the ids."""
-    monkeypatch.setattr(exhibits, "MOST_MAPPED", 12)
+    monkeypatch.setattr(exhibits, "MAX_MAPPED", 12)
     ids = {}
     for seed in (1, 2):
         settings = leave(tmp_path, small_set, seed=seed)
@@ -108,7 +108,7 @@ def test_a_map_of_many_is_of_some_of_them(tmp_path, small_set, monkeypatch):
 @pytest.mark.parametrize("fewest", [10, 1000])
 def test_features_that_are_all_the_same_have_a_map(tmp_path, small_set, monkeypatch, fewest):
     """Of a backbone that has collapsed; and of a single feature."""
-    monkeypatch.setattr(exhibits, "_FEWEST_TSNE", fewest)
+    monkeypatch.setattr(exhibits, "_MIN_TSNE", fewest)
     test = select(read_manifest(small_set), split="test")
     for features in (np.zeros((len(test), 8)), np.ones((len(test), 8)), np.arange(len(test))[:, None]):
         known_features = np.ones((len(select(read_manifest(small_set), split="train")), features.shape[1]), np.float32)

@@ -139,7 +139,7 @@ def test_every_picture_has_a_text(full):
 
 def test_the_table_of_figures(full, tmp_path):
     _, page = full
-    rows = page.rows("Figures of the test split")
+    rows = page.rows("Metrics on the test split")
     assert rows[0] == ["run", "labels", *(metric.title for metric in METRICS.values())]
     assert rows[1][:2] == ["linear", "100 5 % 2 seeds"]
     assert rows[2][0] == "2,000 100 % 2 seeds"  # the run's name spans both
@@ -147,7 +147,7 @@ def test_the_table_of_figures(full, tmp_path):
     run = judged(tmp_path, seeds=(1, 2))
     _, page = page_of([run], tmp_path)
     found = run.result["summary"][0]["metrics"]["f1"]
-    cell = page.rows("Figures of the test split")[1][2 + list(METRICS).index("f1")]
+    cell = page.rows("Metrics on the test split")[1][2 + list(METRICS).index("f1")]
     assert cell == f"{found['mean']:.3f} ± {found['std']:.3f} {found['low']:.3f}–{found['high']:.3f}"
 
 
@@ -158,7 +158,7 @@ def test_figures_that_are_not_there_are_dashes(tmp_path):
     result["cells"][0]["metrics"]["per_class"][1]["precision"] = None
     write_json(run.folder / "result.json", result)
     _, page = page_of([run], tmp_path)
-    assert page.rows("Figures of the test split")[1][2 + list(METRICS).index("auroc")] == "–"
+    assert page.rows("Metrics on the test split")[1][2 + list(METRICS).index("auroc")] == "–"
     assert page.rows("Per class")[2][1] == "–"
 
 
@@ -177,7 +177,7 @@ def test_best_figures_are_marked(tmp_path):
 
 def test_over_fractions_is_drawn_where_there_are_several(full, tmp_path):
     _, page = full
-    expected = f"balanced accuracy over the share of labels, of linear, {ODD}; the figures are in the table"
+    expected = f"balanced accuracy over the share of labels, of linear, {ODD}; the values are in the table"
     assert expected in page.pictures()
     _, page = page_of([judged(tmp_path)], tmp_path)
     assert not any("share of labels" in alt for alt in page.pictures())
@@ -269,7 +269,7 @@ def test_probes_are_drawn_and_shown(tmp_path):
     assert page.rows("Pretraining")[1][3:6] == ["30.0%", "45.6%", "–"]
     assert page.rows("Pretraining")[2][3:6] == ["12.5%", "–", "–"]
     assert "Balanced accuracy of the ridge probe over steps of probed" in page.pictures()
-    assert "compare such runs by their probes" in text
+    assert "Compare such runs by their probes" in text
 
 
 def test_quarter_turns_have_curves(tmp_path):
@@ -322,7 +322,7 @@ def test_a_run_without_exhibits_has_a_report(tmp_path):
 
 def test_no_mistake_is_said(tmp_path, small_set):
     text, _ = page_of([judged(tmp_path, shards=small_set, skill=99.0)], tmp_path)
-    assert "There is no mistake to show." in text
+    assert "There are no mistakes." in text
 
 
 def test_views_are_inside(tmp_path):
@@ -335,7 +335,7 @@ def test_views_are_inside(tmp_path):
 def test_views_that_cannot_be_made_is_said(tmp_path):
     """The shard set has moved since."""
     text, page = page_of([pretrained(tmp_path, picture=False)], tmp_path)
-    assert "No picture:" in text and "no shards" in text
+    assert "No images:" in text and "no shards" in text
     assert not any(tag == "img" for tag, _ in page.tags)
 
 
@@ -378,7 +378,7 @@ def test_unfinished_run_is_refused(tmp_path):
 
 def test_old_run_is_refused(tmp_path):
     run = run_of(tmp_path, "old", "linear", {"metrics": {"accuracy": 0.5}})
-    with pytest.raises(ValueError, match=r"old: this run was judged by an older version of this code"):
+    with pytest.raises(ValueError, match=r"old: an older version of this code made this evaluation"):
         write_report([run], tmp_path / "report.html")
 
 
@@ -396,7 +396,7 @@ def test_script_lays_runs_side_by_side(tmp_path, capsys):
     out = tmp_path / "both.html"
     main(ReportConfig(runs=["a", str(b.folder)], out=str(out), title="Both", storage=str(tmp_path / "runs")))
     assert capsys.readouterr().out == f"{out}\n"
-    assert [row[0] for row in Page(out.read_text()).rows("Figures of the test split")[1:]] == ["a", "b"]
+    assert [row[0] for row in Page(out.read_text()).rows("Metrics on the test split")[1:]] == ["a", "b"]
     with pytest.raises(ValueError, match="c: no run of that name"):
         main(ReportConfig(runs=["a", "c"], out=str(tmp_path / "other.html"), storage=str(tmp_path / "runs")))
     assert not (tmp_path / "other.html").exists()

@@ -1,31 +1,28 @@
-"""Each class by itself: its figures, what it is mistaken for, and whether the probabilities can be believed."""
+"""Each class on its own: its metrics, what it is confused with, and how well the probabilities are calibrated."""
 
 from collections.abc import Sequence
 from statistics import mean
 
 from train.reporting import plots
 from train.reporting.markup import Content, Html, count, element, figure, heading, joined, note, number, row, share, table
-from train.reporting.run_view import Shown
+from train.reporting.run_view import RunView
 
 _TITLES = {"precision": "precision", "recall": "recall", "f1": "F1", "auroc": "AUROC"}
 
 
-def show(runs: Sequence[Shown]) -> list[Html]:
-    judged = [run for run in runs if run.is_judged]
-    return [part for run in judged for part in ([heading(run.name)] if len(runs) > 1 else []) + _of(run)]
+def show(runs: Sequence[RunView]) -> list[Html]:
+    evaluations = [run for run in runs if run.is_evaluation]
+    return [part for run in evaluations for part in ([heading(run.name)] if len(runs) > 1 else []) + _of(run)]
 
 
-def _of(run: Shown) -> list[Html]:
+def _of(run: RunView) -> list[Html]:
     first = run.cells[0]
     seeds = f"mean over {count(len(run.cells), 'seed')}" if len(run.cells) > 1 else f"seed {first['seed']}"
-    said = (
-        f"With {share(run.largest['fraction'])} of the labels. The table: {seeds}; the matrix and the diagram: seed"
-        f" {first['seed']}, each test patch once."
-    )
-    return [note(said), row(_per_class(run), _confusion(run), _reliability(run))]
+    text = f"With {share(run.largest['fraction'])} of the labels. Table: {seeds}. Matrix and diagram: seed {first['seed']}."
+    return [note(text), row(_per_class(run), _confusion(run), _reliability(run))]
 
 
-def _per_class(run: Shown) -> Html:
+def _per_class(run: RunView) -> Html:
     lines: list[list[Content]] = []
     for k, name in enumerate(run.classes):
         found = [cell["metrics"]["per_class"][k] for cell in run.cells]
@@ -34,7 +31,7 @@ def _per_class(run: Shown) -> Html:
     return table("Per class", ["class", *_TITLES.values(), "test patches"], lines)
 
 
-def _confusion(run: Shown) -> Html:
+def _confusion(run: RunView) -> Html:
     counts = run.cells[0]["metrics"]["confusion"]
     lines: list[list[Content]] = []
     for name, found in zip(run.classes, counts, strict=True):
@@ -49,7 +46,7 @@ def _confusion(run: Shown) -> Html:
     return table("Confusion matrix: patches, and share of the true class", titles, lines, kind="confusion")
 
 
-def _reliability(run: Shown) -> Html:
+def _reliability(run: RunView) -> Html:
     found = run.predictions
     confidence = found.probabilities.max(1)
     right = found.probabilities.argmax(1) == found.labels
@@ -59,7 +56,7 @@ def _reliability(run: Shown) -> Html:
         "Reliability",
         alt=f"Reliability diagram of {run.name}; expected calibration error {error}",
         more=note(
-            "On the dashed line predictions are as often right as they are probable. Bars: share of the predictions."
+            "On the dashed line, predictions are correct as often as their probability says. Bars: share of the predictions."
             f" Calibration error {error}."
         ),
     )

@@ -1,4 +1,4 @@
-"""The test patches as the backbone sees them, on a plane: once by class, once by slide."""
+"""The embeddings of the test patches in two dimensions, coloured by class and by slide."""
 
 from collections.abc import Sequence
 
@@ -8,23 +8,23 @@ from sharding.manifest import decoded
 from train.reporting import plots
 from train.reporting.legends import class_legend, mark_legend
 from train.reporting.markup import Html, figure, heading, note, row
-from train.reporting.run_view import Shown
+from train.reporting.run_view import RunView
 
-_NAMED = 20  # groups: of more, a legend helps nobody
+_NAMED = 20  # groups; a longer legend helps nobody
 
 
-def show(runs: Sequence[Shown]) -> list[Html]:
-    mapped = [run for run in runs if run.is_judged and run.map is not None]
+def show(runs: Sequence[RunView]) -> list[Html]:
+    mapped = [run for run in runs if run.is_evaluation and run.map is not None]
     if not mapped:
         return []
-    said = note(
-        "Each point is a test patch; near points look alike to the backbone. Classes that lie apart are told apart. Where slides"
-        " lie apart too, the backbone may have learnt their stains. How far islands are from each other means nothing."
+    text = note(
+        "Each point is a test patch; nearby points look similar to the backbone. It distinguishes classes that lie apart. If"
+        " slides lie apart too, it may have learned their stains. Distances between clusters have no meaning."
     )
-    return [said, *(part for run in mapped for part in ([heading(run.name)] if len(runs) > 1 else []) + _of(run))]
+    return [text, *(part for run in mapped for part in ([heading(run.name)] if len(runs) > 1 else []) + _of(run))]
 
 
-def _of(run: Shown) -> list[Html]:
+def _of(run: RunView) -> list[Html]:
     assert run.map is not None
     table, how = run.map
     x, y = table["x"].to_numpy(), table["y"].to_numpy()
@@ -42,7 +42,7 @@ def _of(run: Shown) -> list[Html]:
     return [method, row(by_class, *_by_group(run, x, y, codes, names))]
 
 
-def _by_group(run: Shown, x: np.ndarray, y: np.ndarray, codes: np.ndarray, names: list[str]) -> list[Html]:
+def _by_group(run: RunView, x: np.ndarray, y: np.ndarray, codes: np.ndarray, names: list[str]) -> list[Html]:
     if not names:
         return []
     colours = plots.MANY_COLOURS

@@ -1,10 +1,10 @@
-"""What was trained on what: a card for each run, with the stages that its weights went through."""
+"""What was trained on what: a card for each run, with the stages that led to its weights."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from train.reporting.markup import Content, Html, count, element, joined, share
-from train.reporting.run_view import Shown
+from train.reporting.run_view import RunView
 
 _KINDS = {
     "linear": "linear classifier, frozen backbone",
@@ -12,13 +12,13 @@ _KINDS = {
     "finetune": "fine-tuning",
     "supervised": "supervised training",
 }
-# What a co-author asks about a training, and about a classifier on frozen features.
+# What a co-author asks about training, and about a classifier on frozen features.
 _TRAINED = ("epochs", "batch_size", "optimizer", "learning_rate", "temperature", "projection_dim", "precision")
 _SETTINGS = {"linear": ("protocol", "head"), "knn": ("neighbours",)}
 _PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130")
 
 
-def show(runs: Sequence[Shown]) -> list[Html]:
+def show(runs: Sequence[RunView]) -> list[Html]:
     return [element("div", *(_card(run) for run in runs), class_="cards")]
 
 
@@ -29,25 +29,25 @@ def _card(run):
 
 
 def _steps(run):
-    """The chain, drawn. What a judged run adds is its last step."""
+    """The chain of stages. An evaluation is its own last step."""
     steps = list(run.result["chain"])
-    if run.is_judged:
+    if run.is_evaluation:
         data = " + ".join(each["name"] for each in run.sets)
         steps = [*(steps or ["random weights"]), f"{_KINDS.get(run.result['kind'], run.result['kind'])} on {data}"]
     return element("ol", *(element("li", step) for step in steps), class_="steps")
 
 
-def _facts(run: Shown) -> dict[str, Content]:
+def _facts(run: RunView) -> dict[str, Content]:
     record, result, config = run.record, run.result, run.record["stage"]["config"]
     machine, versions = record["machine"], record["versions"]
     named: dict[str, Content] = {"Data": joined((_set(each, len(run.sets)) for each in run.sets), "; ")}
     named["Packed by"] = joined((element("code", each) for one in run.sets for each in one.get("packed_by", ())), "; ")
-    if run.is_judged:
+    if run.is_evaluation:
         labels = ", ".join(f"{each['labels']:,} ({share(each['fraction'])})" for each in result["summary"])
         tested = f"{run.cells[0]['test_patches']:,} patches"
         if run.largest["unit"] == "group":
             tested += f" of {count(run.largest['units'], 'group')} (slides or patients)"
-        named |= {"Labels": labels, "Judged on": tested, "Split": result["split_rule"]}
+        named |= {"Labels": labels, "Tested on": tested, "Split": result["split_rule"]}
         named["Seeds"] = ", ".join(str(seed) for seed in sorted({cell["seed"] for cell in result["cells"]}))
     else:
         named |= {"Patches": f"{result['patches']:,}, {count(result['steps'], 'step')}", "Seed": str(record["seed"])}
@@ -68,7 +68,7 @@ def _facts(run: Shown) -> dict[str, Content]:
 
 def _set(each: dict[str, Any], of: int) -> Content:
     weight = f", weight {each['weight']:g}" if of > 1 else ""
-    # The first digits tell sets apart; the record has them all.
+    # The first digits distinguish sets; the record has them all.
     return joined([each["name"], " (", element("code", each["fingerprint"][:10]), f"{weight})"])
 
 
@@ -77,7 +77,7 @@ def _versions(versions):
 
 
 def _recipe(fields: dict[str, Any]) -> str:
-    """A recipe in words, from its fields; what is off is left out."""
+    """A recipe in words, from its fields, without what is off."""
     words = []
     if crop := fields["crop"]:
         words.append(f"crops of {crop['area'][0]:.0%} to {crop['area'][1]:.0%} of the area")

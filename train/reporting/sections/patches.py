@@ -1,45 +1,44 @@
-"""Patches to look at: what the backbone holds for alike, and where the classifier was wrong and sure of it."""
+"""Patches to look at: nearest neighbours by the backbone, and the most confident mistakes of the classifier."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from train.reporting.markup import Content, Html, element, heading, joined, note, photo
-from train.reporting.run_view import Shown
+from train.reporting.run_view import RunView
 
 
-def show_neighbours(runs: Sequence[Shown]) -> list[Html]:
-    asked = [run for run in runs if run.is_judged and run.gallery]
+def show_neighbours(runs: Sequence[RunView]) -> list[Html]:
+    asked = [run for run in runs if run.is_evaluation and run.gallery]
     if not asked:
         return []
-    said = note(
-        "Left, a test patch; beside it the patches that the backbone holds for most alike, by the cosine of their features. A ✗"
-        " stands before another class."
+    text = note(
+        "Left: a test patch. Beside it: the patches most similar to it by the cosine of their features. A ✗ marks another class."
     )
     return [
-        said,
+        text,
         *(part for run in asked for part in [*_named(run, runs), _among(run), *(_neighbours(run, each) for each in run.gallery)]),
     ]
 
 
-def show_mistakes(runs: Sequence[Shown]) -> list[Html]:
-    judged = [run for run in runs if run.is_judged and run.mistakes is not None]
-    if not judged:
+def show_mistakes(runs: Sequence[RunView]) -> list[Html]:
+    evaluations = [run for run in runs if run.is_evaluation and run.mistakes is not None]
+    if not evaluations:
         return []
-    said = note("Test patches of which a wrong class was held for most probable, at most three of a slide.")
-    return [said, *(part for run in judged for part in [*_named(run, runs), _mistakes(run)])]
+    text = note("The test patches with the highest probability for a wrong class, at most three per slide.")
+    return [text, *(part for run in evaluations for part in [*_named(run, runs), _mistakes(run)])]
 
 
 def _named(run, runs):
     return [heading(run.name)] if len(runs) > 1 else []
 
 
-def _among(run: Shown) -> Html:
-    """Whose neighbours they are: a backbone that was trained for the classes is not asked about what it was trained on."""
+def _among(run: RunView) -> Html:
+    """Where the neighbours come from: not from the training patches if the backbone was trained on their labels."""
     test = run.gallery[0]["among"] == "test"
     return note("Among the other test patches." if test else "Among the training patches whose labels were used.")
 
 
-def _neighbours(run: Shown, query: dict[str, Any]) -> Html:
+def _neighbours(run: RunView, query: dict[str, Any]) -> Html:
     near = [
         _patch(
             run,
@@ -54,9 +53,9 @@ def _neighbours(run: Shown, query: dict[str, Any]) -> Html:
     return element("div", asked, *near, class_="neighbours")
 
 
-def _mistakes(run: Shown) -> Html:
+def _mistakes(run: RunView) -> Html:
     if not run.mistakes:
-        return note("There is no mistake to show.")
+        return note("There are no mistakes.")
     shown = [
         _patch(
             run,
@@ -76,8 +75,8 @@ def _mistakes(run: Shown) -> Html:
 
 def _patch(run, each, role, lines: Sequence[Content], *, wrong=False):
     alt = f"{role}, patch {each['id']}: {_class(run, each['label'])}"
-    said = element("figcaption", *(element("span", line) for line in lines if line))
-    return element("figure", photo(run.thumbnails[each["id"]], alt), said, class_="patch wrong" if wrong else "patch")
+    caption = element("figcaption", *(element("span", line) for line in lines if line))
+    return element("figure", photo(run.thumbnails[each["id"]], alt), caption, class_="patch wrong" if wrong else "patch")
 
 
 def _class_line(run, label, same):

@@ -1,17 +1,17 @@
-"""All that was recorded of each run, folded away."""
+"""The complete record of each run, collapsed."""
 
 import json
 from collections.abc import Sequence
 
 from train.reporting.markup import Html, element, joined
-from train.reporting.run_view import Shown
+from train.reporting.run_view import RunView
 
 
-def show(runs: Sequence[Shown]) -> list[Html]:
-    on_paper = element("p", "The complete records are in the file that this was printed from.", class_="note on-paper")
+def show(runs: Sequence[RunView]) -> list[Html]:
+    on_paper = element("p", "The complete records are in the HTML file of this report.", class_="note on-paper")
     return [on_paper, *(_record(run) for run in runs)]
 
 
-def _record(run: Shown) -> Html:
+def _record(run: RunView) -> Html:
     text = json.dumps(run.record, indent=2, ensure_ascii=False)
     return element("details", joined([element("summary", run.name), element("pre", text, tabindex="0")]))

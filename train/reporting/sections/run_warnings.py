@@ -1,12 +1,12 @@
-"""What a reader must know before the figures: warnings, then notes, each said once with the runs that it is about."""
+"""Warnings, then notes, each once with the runs that it concerns."""
 
 from collections.abc import Sequence
 
 from train.reporting.markup import Content, Html, element, joined
-from train.reporting.run_view import Shown
+from train.reporting.run_view import RunView
 
 
-def show(runs: Sequence[Shown]) -> list[Html]:
+def show(runs: Sequence[RunView]) -> list[Html]:
     warnings = _by_sentence(runs, "warnings")
     notes = _by_sentence(runs, "notes")
     listed = [element("ul", *_items(warnings, runs, mark=True), class_="warnings")] if warnings else []

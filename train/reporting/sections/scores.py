@@ -1,4 +1,4 @@
-"""The figures of the test split: in a sentence, in a table, and over the share of labels."""
+"""Metrics on the test split: in a sentence, in a table, and plotted over the fraction of labels."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,25 +6,25 @@ from typing import Any
 from train.reporting import plots
 from train.reporting.legends import run_legend
 from train.reporting.markup import Content, Html, count, element, figure, joined, note, number, row, share, table
-from train.reporting.run_view import Shown, summary_metric
+from train.reporting.run_view import RunView, summary_metric
 from train.scoring.metrics import METRICS
 
 _OVER_FRACTIONS = ("accuracy", "balanced_accuracy")
 
 
-def show(runs: Sequence[Shown]) -> list[Html]:
-    judged = [run for run in runs if run.is_judged]
-    if not judged:
+def show(runs: Sequence[RunView]) -> list[Html]:
+    evaluations = [run for run in runs if run.is_evaluation]
+    if not evaluations:
         return []
     return [
-        element("ul", *(_sentence(run) for run in judged), class_="short"),
-        _table(judged),
-        _explained(judged),
-        *_over_fractions(judged),
+        element("ul", *(_sentence(run) for run in evaluations), class_="short"),
+        _table(evaluations),
+        _legend_note(evaluations),
+        *_over_fractions(evaluations),
     ]
 
 
-def _sentence(run: Shown) -> Html:
+def _sentence(run: RunView) -> Html:
     found = run.largest["metrics"]["balanced_accuracy"]
     parts = f" balanced accuracy {number(found['mean'])}"
     if found["std"] is not None:
@@ -35,45 +35,45 @@ def _sentence(run: Shown) -> Html:
     return element("li", element("b", f"{run.name}:"), parts)
 
 
-def _table(runs: Sequence[Shown]) -> Html:
+def _table(runs: Sequence[RunView]) -> Html:
     best = _best(runs)
     lines: list[list[Content]] = []
     for run in runs:
         summaries = sorted(run.result["summary"], key=lambda each: each["fraction"])
         for place, summary in enumerate(summaries):
-            told = [element("small", text) for text in (share(summary["fraction"]), count(summary["seeds"], "seed"))]
-            line: list[Content] = [element("th", f"{summary['labels']:,}", *told, scope="row")]
+            details = [element("small", text) for text in (share(summary["fraction"]), count(summary["seeds"], "seed"))]
+            line: list[Content] = [element("th", f"{summary['labels']:,}", *details, scope="row")]
             if place == 0:
                 line.insert(0, element("th", run.name, scope="rowgroup", rowspan=str(len(summaries))))
             for name in METRICS:
                 found = summary_metric(summary, name)
-                is_best = found["mean"] is not None and found["mean"] == best.get((_contest(run, summary), name))
-                line.append(element("td", _figure(found), class_="best" if is_best else None))
+                is_best = found["mean"] is not None and found["mean"] == best.get((_comparison_key(run, summary), name))
+                line.append(element("td", _value(found), class_="best" if is_best else None))
             lines.append(line)
     return table(
-        "Figures of the test split", ["run", "labels", *(metric.title for metric in METRICS.values())], lines, kind="scores"
+        "Metrics on the test split", ["run", "labels", *(metric.title for metric in METRICS.values())], lines, kind="scores"
     )
 
 
-def _contest(run: Shown, summary: dict[str, Any]) -> tuple:
-    """Runs compare where they learnt from the same set and the same share of it, and were judged on as many patches."""
+def _comparison_key(run: RunView, summary: dict[str, Any]) -> tuple:
+    """Runs compare if they were trained on the same data and fraction, and evaluated on equally many patches."""
     return run.record["stage"]["data"], run.cells[0]["test_patches"], summary["fraction"]
 
 
-def _best(runs: Sequence[Shown]) -> dict[tuple, float]:
-    """The best mean of each figure, where two or more compete for it."""
+def _best(runs: Sequence[RunView]) -> dict[tuple, float]:
+    """The best mean of each metric, where two or more runs compare."""
     values: dict[tuple, list[float]] = {}
     for run in runs:
         for summary in run.result["summary"]:
             for name in METRICS:
                 mean = summary_metric(summary, name)["mean"]
                 if mean is not None:
-                    values.setdefault((_contest(run, summary), name), []).append(mean)
+                    values.setdefault((_comparison_key(run, summary), name), []).append(mean)
     return {key: (min if METRICS[key[1]].lower_is_better else max)(found) for key, found in values.items() if len(found) > 1}
 
 
-def _figure(found: dict[str, float | None]) -> Html:
-    """Mean, deviation and interval, one below the other."""
+def _value(found: dict[str, float | None]) -> Html:
+    """Mean, standard deviation and interval, one below the other."""
     parts: list[Content] = [element("span", number(found["mean"]), class_="mean")]
     if found["std"] is not None:
         parts.append(element("small", f"± {number(found['std'])}"))
@@ -86,25 +86,25 @@ def _interval(found: dict[str, float | None]) -> str:
     return f"{number(found['low'])}–{number(found['high'])}"
 
 
-def _explained(runs: Sequence[Shown]) -> Html:
+def _legend_note(runs: Sequence[RunView]) -> Html:
     lower = " and ".join(metric.title for metric in METRICS.values() if metric.lower_is_better)
     units = {run.largest["unit"] for run in runs}
-    drawn = "whole groups (slides or patients)"
+    resampled = "whole groups (slides or patients)"
     if units != {"group"}:
-        drawn += "; where none are known patches, as if those of one slide were not alike, which makes it too narrow"
+        resampled += "; where none are known, single patches, which makes it too narrow, because patches of a slide are alike"
     sentences = [
-        "Below each figure: its standard deviation over seeds, and a 95 % interval from a bootstrap of the test split that draws"
-        f" {drawn}. Lower is better for {lower}."
+        "Below each mean: the standard deviation over seeds, and a 95 % interval from a bootstrap of the test split that"
+        f" resamples {resampled}. Lower is better for {lower}."
     ]
     if len(runs) > 1:
         sentences.append(
-            "Bold: the best among runs on the same data with the same share of labels; where intervals overlap, the difference"
+            "Bold: the best among runs on the same data with the same fraction of labels. Where intervals overlap, the difference"
             " may be chance."
         )
     return note(" ".join(sentences))
 
 
-def _over_fractions(runs: Sequence[Shown]) -> list[Html]:
+def _over_fractions(runs: Sequence[RunView]) -> list[Html]:
     if len({summary["fraction"] for run in runs for summary in run.result["summary"]}) < 2:
         return []
     drawn: list[Content] = []
@@ -115,6 +115,6 @@ def _over_fractions(runs: Sequence[Shown]) -> list[Html]:
             ends = [[found[end] for _, found in points] for end in ("mean", "low", "high")]
             lines.append(plots.Line(run.number, [fraction for fraction, _ in points], *ends))
         title = METRICS[name].title
-        alt = f"{title} over the share of labels, of {', '.join(run.name for run in runs)}; the figures are in the table"
+        alt = f"{title} over the share of labels, of {', '.join(run.name for run in runs)}; the values are in the table"
         drawn.append(figure(plots.over_fractions(lines), title[:1].upper() + title[1:], alt=alt))
     return [row(*drawn), run_legend(runs), note("Bars: 95 % intervals.")]

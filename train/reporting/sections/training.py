@@ -1,4 +1,4 @@
-"""How the training went: pretraining's figures, and curves over steps."""
+"""How training went: the metrics of pretraining, and curves over steps."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from train.reporting import plots
 from train.reporting.legends import run_legend
 from train.reporting.markup import Content, Html, figure, note, number, percent, row, table
-from train.reporting.run_view import Shown
+from train.reporting.run_view import RunView
 from train.trainer.methods import METHODS, Method, Supervised
 
 # Metrics that mean the same whatever was learnt, and their titles.
@@ -19,23 +19,23 @@ _SHARED = {
 }
 
 
-def show(runs: Sequence[Shown]) -> list[Html]:
-    pretrained = [run for run in runs if not run.is_judged]
+def show(runs: Sequence[RunView]) -> list[Html]:
+    pretrained = [run for run in runs if not run.is_evaluation]
     learnt = [run for run in runs if run.rows]
     parts = [_table(pretrained)] if pretrained else []
     if len(pretrained) > 1:
         parts.append(
             note(
-                "A loss depends on the method and the batch size: compare such runs by their probes of one set: the balanced"
-                " accuracy of a classifier on frozen features, judged on a held-out part of the training split."
+                "A loss depends on the method and the batch size. Compare such runs by their probes on one set: the balanced"
+                " accuracy of a classifier on frozen features, evaluated on a held-out part of the training split."
             )
         )
-    if any(run.is_judged and len(run.result["cells"]) > 1 for run in learnt):
-        parts.append(note("Of several trainings, the curves are those of the largest share of labels and its first seed."))
+    if any(run.is_evaluation and len(run.result["cells"]) > 1 for run in learnt):
+        parts.append(note("Of several trainings, the curves show the first seed of the largest fraction of labels."))
     return parts + ([run_legend(learnt), row(*_curves(learnt))] if learnt else [])
 
 
-def _table(runs: Sequence[Shown]) -> Html:
+def _table(runs: Sequence[RunView]) -> Html:
     lines: list[list[Content]] = []
     for run in runs:
         result, final = run.result, run.result["final"]
@@ -57,16 +57,16 @@ def _table(runs: Sequence[Shown]) -> Html:
     return table("Pretraining", titles, lines)
 
 
-def _method_of(run: Shown) -> type[Method]:
+def _method_of(run: RunView) -> type[Method]:
     """What the run learnt by. Method itself for one that is no longer registered."""
-    if run.is_judged:
+    if run.is_evaluation:
         return Supervised
     return METHODS.get(run.record["stage"]["config"]["method"], Method)
 
 
-def _curves(runs: Sequence[Shown]) -> list[Html]:
+def _curves(runs: Sequence[RunView]) -> list[Html]:
     """Runs share axes where the metric means the same for all of them: the losses of two tasks have nothing in common."""
-    axes: dict[tuple[str, str], list[Shown]] = {}
+    axes: dict[tuple[str, str], list[RunView]] = {}
     for run in runs:
         loss = {"loss": f"loss ({run.record['stage']['config'].get('method')})"}  # unless the method has a title of its own
         for curve in (loss | _method_of(run).curves).items():
@@ -75,8 +75,8 @@ def _curves(runs: Sequence[Shown]) -> list[Html]:
     return [drawn for (metric, title), shown in axes.items() for drawn in _curve(shown, metric, title)]
 
 
-def _curve(runs: Sequence[Shown], measure: str, title: str) -> list[Html]:
-    """The figure, if any of the runs has such values."""
+def _curve(runs: Sequence[RunView], measure: str, title: str) -> list[Html]:
+    """The plot, if any of the runs has such values."""
     lines, names = [], []
     for run in runs:
         points = _points(run.rows, measure)

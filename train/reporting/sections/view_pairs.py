@@ -1,4 +1,4 @@
-"""What pretraining saw: patches, and the views that were made of them."""
+"""What pretraining saw: patches and their views."""
 
 import itertools
 from collections.abc import Sequence
@@ -10,40 +10,40 @@ from train.records.data import gib
 from train.records.runs import replacing
 from train.reporting import plots
 from train.reporting.markup import Html, element, heading, note, photo
-from train.reporting.run_view import Shown
+from train.reporting.run_view import RunView
 
 _NAME = "views.parquet"
 _COLUMNS = pa.schema({"row": pa.int64(), "jpeg": pa.binary(), "said": pa.string()})
 
 
-def show(runs: Sequence[Shown]) -> list[Html]:
-    pretrained = [run for run in runs if not run.is_judged]
+def show(runs: Sequence[RunView]) -> list[Html]:
+    pretrained = [run for run in runs if not run.is_evaluation]
     if not pretrained:
         return []
-    said = note(
-        "Each patch, and beside it its views in the first epoch, with what was drawn for each: the crop (width x height at left,"
-        " top), and the steps in their order."
+    text = note(
+        "Each patch, and beside it its views in the first epoch with their parameters: the crop (width x height at left, top),"
+        " and the augmentations in order."
     )
-    return [said, *(part for run in pretrained for part in ([heading(run.name)] if len(runs) > 1 else []) + [_views(run)])]
+    return [text, *(part for run in pretrained for part in ([heading(run.name)] if len(runs) > 1 else []) + [_views(run)])]
 
 
-def _views(run: Shown) -> Html:
+def _views(run: RunView) -> Html:
     try:
         table = _table(run)
-    except ValueError as error:  # the data may have moved since; the report says so instead of a picture
-        return note(f"No picture: {error}")
+    except ValueError as error:  # the data may have moved since; the report then says so
+        return note(f"No images: {error}")
     pairs = itertools.groupby(table.to_pylist(), key=lambda each: each["row"])
     return element("div", *(element("div", *map(_picture, pair), class_="pair") for _, pair in pairs), class_="views")
 
 
 def _picture(each):
     lines = [line for line in each["said"].split("\n") if line]
-    said = element("figcaption", *(element("span", line) for line in lines))
-    return element("figure", photo(each["jpeg"], ", ".join(lines)), said, class_="patch")
+    caption = element("figcaption", *(element("span", line) for line in lines))
+    return element("figure", photo(each["jpeg"], ", ".join(lines)), caption, class_="patch")
 
 
-def _table(run: Shown) -> pa.Table:
-    """The pictures, made once and kept in the run's folder."""
+def _table(run: RunView) -> pa.Table:
+    """The images, made once and kept in the run's folder."""
     path, config = run.run.folder / _NAME, run.record["stage"]["config"]
     if not path.exists():
         settings = {name: config[name] for name in ("recipe", "image_size", "seed")}

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tests.helpers import ROOT
 from train.config import EvaluateConfig, PretrainConfig
-from tune.study_file import Cell, EarlyStopping, Published, Resources, Selection, read_study
+from tune.study.study_file import EarlyStopping, Published, Resources, Selection, Trial, read_study
 
 STUDY = {
     "name": "chain",
@@ -48,7 +48,7 @@ def with_stage(kind, fields, **changes):
 def test_names_places_and_order(tmp_path):
     study = read_study(write(tmp_path, STUDY))
     assert (study.name, study.storage, study.report) == ("chain", "out/runs", Path("out/report.html"))
-    assert [(cell.kind, cell.name) for cell in study.cells] == [
+    assert [(cell.kind, cell.name) for cell in study.trials] == [
         ("pretrain", "kidney"),
         ("pretrain", "breast"),
         ("evaluate", "linear-seed-1-fraction-0.05+0.1"),
@@ -59,7 +59,7 @@ def test_names_places_and_order(tmp_path):
 
 
 def test_fields_defaults_and_shard_sets(tmp_path):
-    kidney, breast, *linear = (cell.config for cell in read_study(write(tmp_path, STUDY)).cells)
+    kidney, breast, *linear = (cell.config for cell in read_study(write(tmp_path, STUDY)).trials)
     common = {"image_size": 64, "workers": 0, "storage": "out/runs"}
     assert kidney == PretrainConfig(data="shards/kidney", name="kidney", epochs=8, **common)
     assert breast == PretrainConfig(data="shards/breast", name="breast", init="kidney", epochs=5, **common)
@@ -70,14 +70,14 @@ def test_fields_defaults_and_shard_sets(tmp_path):
 
 @pytest.mark.parametrize(("given", "settled"), [(0.5, [0.5]), ([0.05, 0.5], [0.05, 0.5])])
 def test_a_field_that_is_a_list_is_no_axis(tmp_path, given, settled):
-    (cell,) = read_study(write(tmp_path, with_stage("evaluate", {"data": "d", "fraction": given, "classes": ["a", "b"]}))).cells
+    (cell,) = read_study(write(tmp_path, with_stage("evaluate", {"data": "d", "fraction": given, "classes": ["a", "b"]}))).trials
     assert (cell.config.fraction, cell.config.classes, cell.name) == (settled, ["a", "b"], "only")
 
 
 def test_what_is_left_out_has_a_value(tmp_path):
     study = read_study(write(tmp_path, {"stages": {"a": {"pretrain": {"data": "some/shards"}}}}))
     assert (study.name, study.storage, study.report) == ("study", "runs/study", Path("runs/study/report.html"))
-    assert study.cells[0].config == PretrainConfig(data="some/shards", name="a", workers=0, storage="runs/study")
+    assert study.trials[0].config == PretrainConfig(data="some/shards", name="a", workers=0, storage="runs/study")
     assert (study.about, study.tables, study.early_stopping, study.smoke) == ("", (), None, False)
     assert study.resources == {"pretrain": Resources(0, None, 1.0), "evaluate": Resources(0, None, 1.0)}
 
@@ -85,19 +85,19 @@ def test_what_is_left_out_has_a_value(tmp_path):
 def test_types_are_those_of_the_fields(tmp_path):
     """YAML reads 1e-3 as text and 1 as a whole number."""
     text = "stages: {a: {pretrain: {data: d, learning_rate: 1e-3, fraction: 1, temperature: [1, 0.5]}}}"
-    cells = read_study(write(tmp_path, text)).cells
+    cells = read_study(write(tmp_path, text)).trials
     assert [cell.config.temperature for cell in cells] == [1.0, 0.5]
     assert all(isinstance(cell.config.temperature, float) for cell in cells)
     assert cells[0].config.learning_rate == 0.001
 
 
 def test_axes_may_come_from_the_defaults(tmp_path):
-    cells = read_study(write(tmp_path, with_stage("pretrain", {"data": "d"}, defaults={"pretrain": {"seed": [1, 2]}}))).cells
+    cells = read_study(write(tmp_path, with_stage("pretrain", {"data": "d"}, defaults={"pretrain": {"seed": [1, 2]}}))).trials
     assert [cell.name for cell in cells] == ["only-seed-1", "only-seed-2"]
 
 
 def test_shard_sets_may_be_an_axis(tmp_path):
-    cells = read_study(write(tmp_path, with_stage("pretrain", {"data": ["kidney", "breast"]}))).cells
+    cells = read_study(write(tmp_path, with_stage("pretrain", {"data": ["kidney", "breast"]}))).trials
     assert [(cell.name, cell.config.data) for cell in cells] == [
         ("only-data-kidney", "shards/kidney"),
         ("only-data-breast", "shards/breast"),
@@ -106,7 +106,7 @@ def test_shard_sets_may_be_an_axis(tmp_path):
 
 @pytest.mark.parametrize("init", ["scratch", "imagenet", "some/file.pth", "a-run-of-before"])
 def test_parents_from_outside_the_study(tmp_path, init):
-    cells = read_study(write(tmp_path, with_stage("pretrain", {"data": "kidney", "init": init}))).cells
+    cells = read_study(write(tmp_path, with_stage("pretrain", {"data": "kidney", "init": init}))).trials
     assert cells[0].config.init == init
 
 
@@ -115,7 +115,7 @@ def test_cell_of_an_axis_may_be_a_parent_by_its_full_name(tmp_path):
         "a": {"pretrain": {"data": "kidney", "seed": [1, 2]}},
         "b": {"evaluate": {"data": "breast", "backbone": "a-seed-2"}},
     }
-    cell = read_study(write(tmp_path, STUDY | {"stages": stages})).cells[2]
+    cell = read_study(write(tmp_path, STUDY | {"stages": stages})).trials[2]
     assert (cell.name, cell.config.backbone, cell.parents, cell.axes) == ("b", "a-seed-2", ("a-seed-2",), {})
 
 
@@ -126,7 +126,7 @@ def test_the_projects_own_studies_can_be_read(path, smoke):
     assert study.name == path.stem and "Reproduces" in study.about and re.search("Costs|costs", study.about)
     assert len({node.name for node in study.nodes}) == len(study.nodes)
     known = {node.name for node in study.nodes} | {"scratch", "imagenet"}
-    for cell in study.cells:
+    for cell in study.trials:
         parent = cell.config.init if cell.kind == "pretrain" else cell.config.backbone
         outside = timm.is_model(parent) if cell.kind == "evaluate" else parent.endswith("in_place_of_imagenet.safetensors")
         assert parent in known or outside
@@ -163,7 +163,7 @@ def test_the_papers_figures():
 
 def test_the_projection_grid_has_108_pretrainings_and_one_choice_for_each_backbone():
     study = read_study(ROOT / "tune/studies/projection_grid.yaml")
-    assert sum(cell.kind == "pretrain" for cell in study.cells) == 108
+    assert sum(cell.kind == "pretrain" for cell in study.trials) == 108
     chosen = {node.name: node for node in study.nodes if isinstance(node, Selection)}
     assert len(chosen) == 12 + 4 + 4
     within = chosen["lowest-loss-backbone-resnet101-batch_size-128"]
@@ -176,7 +176,7 @@ def test_the_projection_grid_has_108_pretrainings_and_one_choice_for_each_backbo
 
 def test_configs_are_settled(tmp_path):
     """Plain values of the right class, so that a stage's key is that of the same flags on the command line."""
-    for cell in read_study(write(tmp_path, STUDY)).cells:
+    for cell in read_study(write(tmp_path, STUDY)).trials:
         values = dataclasses.asdict(cell.config)
         flat = [each for value in values.values() for each in (value if isinstance(value, list) else [value])]
         assert all(value is None or type(value) in (str, int, float, bool) for value in flat)
@@ -184,7 +184,7 @@ def test_configs_are_settled(tmp_path):
 
 def test_mix_is_no_axis_and_knows_the_sets(tmp_path):
     fields = {"data": "kidney", "mix": ["breast=0.5", "s3://bucket/a=b=2"], "seed": [1, 2]}
-    cells = read_study(write(tmp_path, with_stage("pretrain", fields))).cells
+    cells = read_study(write(tmp_path, with_stage("pretrain", fields))).trials
     assert [cell.name for cell in cells] == ["only-seed-1", "only-seed-2"]
     assert cells[1].config.mix == ["shards/breast=0.5", "s3://bucket/a=b=2"]
 
@@ -283,7 +283,7 @@ stages:
 
 def test_a_stage_is_done_once_for_each_cell_of_its_parent_and_inherits_its_axes(tmp_path):
     study = read_study(write(tmp_path, CHAIN))
-    by_name = {cell.name: cell for cell in study.cells}
+    by_name = {cell.name: cell for cell in study.trials}
     assert len(by_name) == 4 + 8 + 16
     cell = by_name["b-batch_size-64-seed-2-learning_rate-1e-3"]
     assert cell.config.init == "a-batch_size-64-seed-2" and cell.parents == ("a-batch_size-64-seed-2",)
@@ -291,11 +291,11 @@ def test_a_stage_is_done_once_for_each_cell_of_its_parent_and_inherits_its_axes(
     assert (cell.config.seed, cell.config.batch_size, cell.config.learning_rate) == (2, 256, 0.001)  # its own are its own
     assert (cell.stage, cell.kind, cell.line) == ("b", "pretrain", 5)
     assert "c-batch_size-128-seed-1-learning_rate-0.002-cap-10" in by_name
-    assert {cell.config.backbone for cell in study.cells if cell.stage == "c"} == {n for n in by_name if n.startswith("b-")}
+    assert {cell.config.backbone for cell in study.trials if cell.stage == "c"} == {n for n in by_name if n.startswith("b-")}
 
 
 def test_only_equal_values_of_an_axis_that_both_have_are_paired(tmp_path):
-    cells = read_study(write(tmp_path, CHAIN)).cells
+    cells = read_study(write(tmp_path, CHAIN)).trials
     parents = {cell.name: cell for cell in cells}
     paired = [(cell.config.seed, parents[cell.config.init].config.seed) for cell in cells if cell.stage == "b"]
     assert len(paired) == 8 and all(own == theirs for own, theirs in paired)
@@ -304,7 +304,7 @@ def test_only_equal_values_of_an_axis_that_both_have_are_paired(tmp_path):
 def test_several_stages_may_be_an_axis_of_parents(tmp_path):
     text = "stages:\n  a: {pretrain: {data: d}}\n  b: {pretrain: {data: d, epochs: [1, 2]}}\n"
     text += "  c: {evaluate: {data: d, backbone: [a, b, imagenet], seed: [5]}}\n"
-    cells = read_study(write(tmp_path, text)).cells[3:]
+    cells = read_study(write(tmp_path, text)).trials[3:]
     assert [(cell.name, cell.config.backbone, cell.parents) for cell in cells] == [
         ("c-backbone-a-seed-5", "a", ("a",)),
         ("c-epochs-1-backbone-b-seed-5", "b-epochs-1", ("b-epochs-1",)),
@@ -315,7 +315,7 @@ def test_several_stages_may_be_an_axis_of_parents(tmp_path):
 
 
 def test_sets_to_probe_on_have_names_too(tmp_path):
-    (cell,) = read_study(write(tmp_path, with_stage("pretrain", {"data": "kidney", "probe_data": "breast"}))).cells
+    (cell,) = read_study(write(tmp_path, with_stage("pretrain", {"data": "kidney", "probe_data": "breast"}))).trials
     assert cell.config.probe_data == "shards/breast"
 
 
@@ -332,10 +332,10 @@ def test_cells_are_the_product_of_axes_along_a_chain(tmp_path_factory, data):
         stages[f"s{place}"] = {"pretrain": {"data": "d", "init": f"s{place - 1}" if place else "scratch", **axes}}
         sizes.append(math.prod(map(len, axes.values())))
     study = read_study(write(tmp_path_factory.mktemp("study"), {"stages": stages}))
-    counts = [sum(cell.stage == stage for cell in study.cells) for stage in stages]
+    counts = [sum(cell.stage == stage for cell in study.trials) for stage in stages]
     assert counts == list(itertools.accumulate(sizes, lambda a, b: a * b))
-    seen: dict[str, Cell] = {}
-    for cell in study.cells:
+    seen: dict[str, Trial] = {}
+    for cell in study.trials:
         assert cell.name not in seen
         for parent in cell.parents:
             assert seen[parent].axes.items() <= cell.axes.items()
@@ -378,7 +378,7 @@ stages:
     )
     assert chosen[2] == expected
     assert chosen[4] == Selection("best", "best", {}, tuple(node.name for node in chosen[:4]), "probe", 7)
-    *judged, final = (cell for cell in study.cells if cell.kind == "evaluate")
+    *judged, final = (cell for cell in study.trials if cell.kind == "evaluate")
     assert [cell.config.backbone for cell in judged] == [node.name for node in chosen[:4]]
     assert judged[0].name == "judged-temperature-0.1-batch_size-64" and judged[0].parents == (chosen[0].name,)
     assert (final.name, final.config.backbone, final.parents) == ("final", "best", ("best",))
@@ -465,15 +465,15 @@ def test_resources_and_early_stopping(tmp_path):
     }
     study = read_study(write(tmp_path, content))
     assert study.resources == {"pretrain": Resources(2, 0.25, 1.0), "evaluate": Resources(0, None, 4.0)}
-    assert [cell.config.workers for cell in study.cells][:3] == [2, 2, 0]
+    assert [cell.config.workers for cell in study.trials][:3] == [2, 2, 0]
     assert study.early_stopping == EarlyStopping("probe", 10, 3)
     small = read_study(write(tmp_path, content), smoke=True)
-    assert set(small.resources.values()) == {Resources()} and {cell.config.workers for cell in small.cells} == {0}
+    assert set(small.resources.values()) == {Resources()} and {cell.config.workers for cell in small.trials} == {0}
 
 
 def test_workers_in_the_defaults_are_those_of_trials(tmp_path):
     study = read_study(write(tmp_path, with_stage("pretrain", {"data": "d"}, defaults={"pretrain": {"workers": 2}})))
-    assert study.resources["pretrain"] == Resources(2) and study.cells[0].config.workers == 2
+    assert study.resources["pretrain"] == Resources(2) and study.trials[0].config.workers == 2
 
 
 SMOKE = """\
@@ -507,8 +507,8 @@ def test_smoke_size(tmp_path):
         "s3://bucket/runs-smoke",
         Path("x-smoke.html"),
     )
-    assert len(whole.cells) == 6 + 12 + 4 and whole.cells[0].config.epochs == 100 and not whole.smoke
-    assert small.smoke and [cell.name for cell in small.cells] == [
+    assert len(whole.trials) == 6 + 12 + 4 and whole.trials[0].config.epochs == 100 and not whole.smoke
+    assert small.smoke and [cell.name for cell in small.trials] == [
         *(f"a-backbone-{name}-seed-{seed}" for name in ("test_resnet", "test_vit") for seed in (1, 2)),
         *(
             f"b-backbone-{name}-seed-{seed}-cap-{cap}"
@@ -519,10 +519,10 @@ def test_smoke_size(tmp_path):
         "c-backbone-test_vit-fraction-0.05",
         "c-backbone-test_vit-fraction-0.75",
     ]
-    first, judged = small.cells[0].config, small.cells[4].config
+    first, judged = small.trials[0].config, small.trials[4].config
     assert (first.data, first.epochs, first.init) == ("demo/kidney", 1, "weights.pth")
     assert (judged.data, judged.fraction, judged.seeds) == ("shards/breast", [0.05, 0.75], 1)
-    assert small.cells[-1].config.fraction == [0.75]
+    assert small.trials[-1].config.fraction == [0.75]
     for words in ("demo/kidney in place of shards/kidney", "init weights.pth in place of imagenet", "epochs 1"):
         assert words in small.about
 
@@ -708,6 +708,6 @@ def test_a_study_is_read_without_torch(tmp_path):
     """A mistake is told in a second; what names figures of evaluations is a table, and they are torch's."""
     demo = (ROOT / "tune" / "studies" / "demo.yaml").read_text()
     (tmp_path / "study.yaml").write_text(re.sub(r"(?s)^tables:.*?(?=^smoke:)", "", demo, flags=re.MULTILINE))
-    code = "import sys; from tune.study_file import read_study; read_study(sys.argv[1]); sys.exit('torch' in sys.modules)"
+    code = "import sys; from tune.study.study_file import read_study; read_study(sys.argv[1]); sys.exit('torch' in sys.modules)"
     command = [sys.executable, "-c", code, str(tmp_path / "study.yaml")]
     assert subprocess.run(command, cwd=ROOT, timeout=60).returncode == 0

@@ -1,4 +1,4 @@
-"""A study's tables: filled, shown on the console, written as Markdown, CSV and Parquet, and told in the study's report."""
+"""Write a study's tables to the console, to Markdown, CSV and Parquet files, and to the study's report."""
 
 import csv
 import re
@@ -12,21 +12,19 @@ from rich.table import Table
 from rich.text import Text
 
 from train.records.runs import replacing, write_text
-from tune.cell_metrics import axis_title, axis_value
-from tune.formatting import Footnotes, blocks, entry_text, published_text, report_address
-from tune.schema import Study
-from tune.table_data import Entry, FilledTable, fill
-from tune.table_notes import SMOKE, remarks
+from tune.reporting.formatting import Footnotes, format_entry, format_published, report_link, sub_tables
+from tune.reporting.table_data import ResultTable, TableEntry
+from tune.reporting.table_notes import SMOKE, notes_below
+from tune.reporting.trial_metrics import format_axis, format_axis_value
+from tune.study.schema import Study
 
 if TYPE_CHECKING:
-    from tune.study_state import Outcome
+    from tune.execution.study_state import StudyResult
 
-__all__ = ["console_table", "fill", "study_report", "write_tables"]
+_PUBLISHED = "In parentheses: the published value."
 
-_PUBLISHED = "In parentheses: the published figure."
-
-# What a program reads of an entry, after the values of the axes and the figure's name.
-_FIGURES = {
+# The columns of an entry in CSV and Parquet, after the axes and the metric's name.
+_ENTRY_COLUMNS = {
     "mean": pa.float64(),
     "std": pa.float64(),
     "low": pa.float64(),
@@ -38,38 +36,38 @@ _FIGURES = {
 }
 
 
-def console_table(table: FilledTable) -> Table:
-    """For the console, with what is to be said below it."""
-    parts, footnotes = blocks(table), Footnotes()
+def console_table(table: ResultTable) -> Table:
+    """The table for the console, with its notes below."""
+    parts, footnotes = sub_tables(table), Footnotes()
     shown = Table(title=Text(table.title, style="bold"), title_justify="left", caption_justify="left")
-    for title in (*([""] if table.columns else []), *map(axis_title, table.rows)):
+    for title in (*([""] if table.columns else []), *map(format_axis, table.rows)):
         shown.add_column(Text(title))
     for head in parts[0].columns:
         shown.add_column(Text(head), justify="right")
     for part in parts:
         for row, entries in enumerate(part.rows):
             named = [Text(part.title if row == 0 else "")] if part.title else []
-            heads = [Text(axis_value(*each)) for each in zip(table.rows, table.row_heads[row], strict=True)]
+            heads = [Text(format_axis_value(*each)) for each in zip(table.rows, table.row_heads[row], strict=True)]
             shown.add_row(*named, *heads, *(_console_entry(entry, footnotes) for entry in entries))
         shown.add_section()
     shown.caption = Text("\n".join([*([SMOKE] if table.smoke else []), *footnotes.lines(), *_below(table)]), style="")
     return shown
 
 
-def _console_entry(entry: Entry, footnotes: Footnotes) -> Text:
-    text = Text(entry_text(entry), style="bold" if entry.best else "red" if entry.status == "failed" else "")
-    return text + Text(footnotes.mark(entry) + published_text(entry), style="dim")
+def _console_entry(entry: TableEntry, footnotes: Footnotes) -> Text:
+    text = Text(format_entry(entry), style="bold" if entry.best else "red" if entry.status == "failed" else "")
+    return text + Text(footnotes.mark(entry) + format_published(entry), style="dim")
 
 
-def _below(table: FilledTable) -> list[str]:
+def _below(table: ResultTable) -> list[str]:
     published = any(entry.published is not None for entry in table.all_entries)
-    return [*([_PUBLISHED] if published else []), *remarks(table)]
+    return [*([_PUBLISHED] if published else []), *notes_below(table)]
 
 
-def write_tables(study: Study, tables: Sequence[FilledTable], folder: Path) -> list[Path]:
+def write_tables(study: Study, tables: Sequence[ResultTable], folder: Path) -> list[Path]:
     """Write each table as Markdown, as CSV and as Parquet, named after its title. Returns their paths.
 
-    CSV and Parquet have a row for each figure of a planned entry: the axes' values, metric, mean, std, low, high, seeds,
+    CSV and Parquet have a row for each metric of a planned entry: the axes' values, metric, mean, std, low, high, seeds,
     published, status, error, run (names, with "; " between them).
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,16 +93,16 @@ def _file_names(tables):
     return names
 
 
-def _markdown(study: Study, table: FilledTable, folder: Path) -> str:
+def _markdown(study: Study, table: ResultTable, folder: Path) -> str:
     footnotes = Footnotes()
     lines = [f"# {_escaped(table.title)}", "", f"Study {_escaped(study.name)}."]
     lines += ["", f"**{_escaped(SMOKE)}**"] if table.smoke else []
-    for part in blocks(table):
+    for part in sub_tables(table):
         lines += ["", *([f"## {_escaped(part.title)}", ""] if part.title else [])]
-        lines.append(_line([*(_escaped(axis_title(axis)) for axis in table.rows), *map(_escaped, part.columns)]))
+        lines.append(_line([*(_escaped(format_axis(axis)) for axis in table.rows), *map(_escaped, part.columns)]))
         lines.append(_line([*(":--" for _ in table.rows), *("--:" for _ in part.columns)]))
         for head, entries in zip(table.row_heads, part.rows, strict=True):
-            heads = [_escaped(axis_value(*each)) for each in zip(table.rows, head, strict=True)]
+            heads = [_escaped(format_axis_value(*each)) for each in zip(table.rows, head, strict=True)]
             lines.append(_line([*heads, *(_markdown_entry(entry, footnotes, folder) for entry in entries)]))
     for text in (*footnotes.lines(), *_below(table)):
         lines += ["", _escaped(text)]
@@ -115,27 +113,27 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _markdown_entry(entry: Entry, footnotes: Footnotes, folder: Path) -> str:
-    text = entry_text(entry)
-    addresses = [address for run in entry.runs if (address := report_address(run, folder))]
+def _markdown_entry(entry: TableEntry, footnotes: Footnotes, folder: Path) -> str:
+    text = format_entry(entry)
+    addresses = [address for run in entry.runs if (address := report_link(run, folder))]
     if len(addresses) == 1:
         text = f"[{text}]({addresses[0]})"
     if entry.best:
         text = f"**{text}**"
     if len(addresses) > 1:
         text += " " + " ".join(f"[{number}]({address})" for number, address in enumerate(addresses, 1))
-    return text + footnotes.mark(entry) + published_text(entry)
+    return text + footnotes.mark(entry) + format_published(entry)
 
 
 def _escaped(text: str) -> str:
-    """Text that Markdown leaves as it is, also within a table."""
+    """Text with the characters escaped that Markdown would interpret, also in a table."""
     return re.sub(r"([\\`*_\[\]<>|&#~$])", r"\\\1", " ".join(text.split()))
 
 
-def _long(table: FilledTable) -> list[dict[str, Any]]:
+def _long(table: ResultTable) -> list[dict[str, Any]]:
     return [
         dict(zip((*table.rows, *table.columns), (*row_head, *column_head), strict=True))
-        | {"metric": metric, **{name: getattr(entry, name) for name in _FIGURES}}
+        | {"metric": metric, **{name: getattr(entry, name) for name in _ENTRY_COLUMNS}}
         | {"run": "; ".join(run.name for run in entry.runs) or None}
         for row_head, cells in zip(table.row_heads, table.entries, strict=True)
         for column_head, cell in zip(table.column_heads, cells, strict=True)
@@ -145,19 +143,19 @@ def _long(table: FilledTable) -> list[dict[str, Any]]:
 
 
 def _columns(table):
-    return [*table.rows, *table.columns, "metric", *_FIGURES, "run"]
+    return [*table.rows, *table.columns, "metric", *_ENTRY_COLUMNS, "run"]
 
 
-def _write_csv(path: Path, table: FilledTable, rows: Sequence[dict[str, Any]]) -> None:
+def _write_csv(path: Path, table: ResultTable, rows: Sequence[dict[str, Any]]) -> None:
     with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, _columns(table))
         writer.writeheader()
         writer.writerows(rows)
 
 
-def _write_parquet(path: Path, study: Study, table: FilledTable, rows: Sequence[dict[str, Any]]) -> None:
+def _write_parquet(path: Path, study: Study, table: ResultTable, rows: Sequence[dict[str, Any]]) -> None:
     axes = {axis: _axis_column([row[axis] for row in rows]) for axis in (*table.rows, *table.columns)}
-    types = {"metric": pa.string(), **_FIGURES, "run": pa.string()}
+    types = {"metric": pa.string(), **_ENTRY_COLUMNS, "run": pa.string()}
     columns = axes | {name: pa.array([row[name] for row in rows], kind) for name, kind in types.items()}
     about = {"study": study.name, "title": table.title, "smoke": str(table.smoke).lower()}
     with replacing(path) as partial:
@@ -165,7 +163,7 @@ def _write_parquet(path: Path, study: Study, table: FilledTable, rows: Sequence[
 
 
 def _axis_column(values: Sequence[Any]) -> pa.Array:
-    """Numbers as numbers where all are; else text, as in the CSV file."""
+    """Numbers if all values are numbers; otherwise text, as in the CSV file."""
     kinds = {type(value) for value in values if value is not None}
     for kind, arrow in (({int}, pa.int64()), ({bool}, pa.bool_()), ({int, float}, pa.float64())):
         if kinds and kinds <= kind:
@@ -173,12 +171,12 @@ def _axis_column(values: Sequence[Any]) -> pa.Array:
     return pa.array([None if value is None else str(value) for value in values], pa.string())
 
 
-def study_report(study: Study, outcome: "Outcome", tables: Sequence[FilledTable], path: Path) -> Path:
-    """Write the study's report, one file that asks nothing of the network. Returns its path.
+def study_report(study: Study, outcome: "StudyResult", tables: Sequence[ResultTable], path: Path) -> Path:
+    """Write the study's report, one self-contained HTML file. Returns its path.
 
     Raises ValueError where a run's folder is damaged.
     """
-    from tune.study_report import page  # matplotlib takes seconds to import
+    from tune.reporting.study_report import page  # matplotlib takes seconds to import
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page(study, outcome, tables, path.parent))

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from train.trainer.methods import METHODS
-from tune.schema import By, Cell
+from tune.study.schema import SelectionRule, Trial
 
 # Settings that must be equal whatever the method, and why. Each method adds its own (train/trainer/methods.py).
 _ALWAYS_EQUAL = {
@@ -12,11 +12,11 @@ _ALWAYS_EQUAL = {
 }
 
 
-def incomparable(cells: Sequence[Cell], by: By) -> str | None:
+def why_incomparable(trials: Sequence[Trial], by: SelectionRule) -> str | None:
     """Why these pretrainings cannot be compared by that, as the end of "... would compare"; None where they can."""
-    configs = [cell.config for cell in cells]
+    configs = [trial.config for trial in trials]
     if by == "probe":
-        unprobed = [cell.name for cell in cells if not cell.config.probe_every]
+        unprobed = [trial.name for trial in trials if not trial.config.probe_every]
         if unprobed:
             return f"{unprobed[0]} by the probe, of which it has none (probe_every: 0); give it one"
         sets = {(config.probe_data or config.data, config.split, config.probe_patches) for config in configs}

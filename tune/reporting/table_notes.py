@@ -1,45 +1,45 @@
-"""What is to be read below a table: how its figures came about, and how far its best ones can be believed."""
+"""The notes below a table: how its values were computed, and how reliable the best ones are."""
 
 from collections.abc import Iterator
 
-from tune.table_data import Entry, FilledTable
+from tune.reporting.table_data import ResultTable, TableEntry
 
-SMOKE = (
-    "Smoke size: the study's machinery at work on little data. Nothing here is comparable, least of all with published figures."
-)
-_NAMED = 3  # of more rows, only the number is told
+SMOKE = "Smoke size: a trial run of the study on little data. Nothing here is comparable, least of all with published figures."
+_NAMED = 3  # rows; of more, the note gives only the number
 
 
-def remarks(table: FilledTable) -> list[str]:
-    """Sentences, each about something that is in the table."""
+def notes_below(table: ResultTable) -> list[str]:
+    """The sentences that apply to this table."""
     entries = table.all_entries
-    said = []
+    notes = []
     if any(entry.std is not None for entry in entries):
-        said.append("±: standard deviation over seeds; all count alike, also those of several runs.")
+        notes.append("±: standard deviation over seeds, which all count equally, also across runs.")
     if any(len(entry.runs) > 1 for entry in entries):
-        said.append("Where an entry joins several runs, its mean has no interval.")
+        notes.append("An entry that joins several runs has no interval.")
     if any(entry.status == "partial" for entry in entries):
-        said.append("Where some cells are failed or missing, the mean is of the others.")
+        notes.append("Where some trials failed or are missing, the mean is over the others.")
     if any(entry.best for entry in entries):
-        said.append("Bold: the best of its column, among those of the same data and share of the labels; equals are all marked.")
-    if _unlike_losses(table):
-        said.append(
-            "Losses of unlike batch sizes, methods, temperatures or sets do not compare; they are marked among their like."
+        notes.append(
+            "Bold: the best of its column among values for the same data and fraction of the labels; ties are all marked."
         )
-    overlaps = list(_overlaps(table))
+    if _unlike_losses(table):
+        notes.append(
+            "Losses of different batch sizes, methods, temperatures or sets do not compare; the best of each group is marked."
+        )
+    overlaps = list(_overlapping(table))
     if overlaps:
-        said.append(f"Their 95 % intervals overlap the best one's, so the difference may be chance: {'; '.join(overlaps)}.")
-    return said
+        notes.append(f"The 95 % interval overlaps that of the best, so the difference may be chance: {'; '.join(overlaps)}.")
+    return notes
 
 
-def _unlike_losses(table: FilledTable) -> bool:
+def _unlike_losses(table: ResultTable) -> bool:
     if "loss" not in table.metrics:
         return False
     columns = (table.column_entries(column, "loss") for column in range(len(table.column_heads)))
     return any(len({entry.compares for entry in entries if entry.mean is not None}) > 1 for entries in columns)
 
 
-def _overlaps(table: FilledTable) -> Iterator[str]:
+def _overlapping(table: ResultTable) -> Iterator[str]:
     for metric, title in table.metrics.items():
         for column in range(len(table.column_heads)):
             entries = table.column_entries(column, metric)
@@ -53,7 +53,7 @@ def _overlaps(table: FilledTable) -> Iterator[str]:
                 yield f"{' at '.join(part for part in (title, table.column_text(column)) if part)}: {which}"
 
 
-def _overlap(one: Entry, other: Entry) -> bool:
+def _overlap(one: TableEntry, other: TableEntry) -> bool:
     if one.compares != other.compares or one.low is None or one.high is None or other.low is None or other.high is None:
         return False
     return one.low <= other.high and other.low <= one.high

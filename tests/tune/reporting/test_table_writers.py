@@ -23,11 +23,11 @@ from tests.train.finished_runs import ODD, run_of
 from tests.train.reporting.test_report import Page
 from train.config import EvaluateConfig, PretrainConfig
 from train.scoring.metrics import METRICS
-from tune.heat_maps import heat_map
-from tune.schema import Cell, Published, Selection, Study, TableSpec
-from tune.study_state import Outcome
-from tune.table_data import Entry, FilledTable
-from tune.table_writers import console_table, fill, study_report, write_tables
+from tune.execution.study_state import StudyResult
+from tune.reporting.heat_maps import heat_map
+from tune.reporting.table_data import ResultTable, TableEntry, build_tables
+from tune.reporting.table_writers import console_table, study_report, write_tables
+from tune.study.schema import Published, Selection, Study, TableSpec, Trial
 
 TWO_METRICS = ("accuracy", "log_loss")
 
@@ -37,7 +37,7 @@ class Made:
 
     def __init__(self, folder: Path):
         self.folder, self.storage = folder, folder / "runs"
-        self.nodes, self.outcome = [], Outcome()
+        self.nodes, self.outcome = [], StudyResult()
 
     def evaluate(self, stage, figures=None, *, axes=None, failed=None, backbone="kidney", fractions=(), data="d" * 64, **more):
         """An evaluate cell; figures: accuracy by fraction and seed, of which the others are made; None: there is no run."""
@@ -45,7 +45,7 @@ class Made:
         name = "-".join([stage, *(f"{axis}-{value}" for axis, value in axes.items())])
         fractions = list(figures or fractions or [1.0])
         config = EvaluateConfig(data="shards", name=name, storage=str(self.storage), fraction=fractions, backbone=backbone)
-        self.nodes.append(Cell("evaluate", config, stage, axes, (), 1))
+        self.nodes.append(Trial("evaluate", config, stage, axes, (), 1))
         if figures is not None:
             self.outcome.runs[name] = judged_run(self.storage, name, figures, data, **more)
         if failed:
@@ -57,7 +57,7 @@ class Made:
         axes = axes or {}
         name = "-".join([stage, *(f"{axis}-{value}" for axis, value in axes.items())])
         config = PretrainConfig(data="shards", name=name, storage=str(self.storage), batch_size=batch_size)
-        self.nodes.append(Cell("pretrain", config, stage, axes, (), 1))
+        self.nodes.append(Trial("pretrain", config, stage, axes, (), 1))
         if loss is not None:
             final = {"loss": loss, "top1": top1, "probe_balanced_accuracy": probe}
             self.outcome.runs[name] = with_report(run_of(self.storage, name, "pretrain", {"final": final, "chain": []}))
@@ -68,8 +68,8 @@ class Made:
                       nodes=tuple(self.nodes), tables=tables, early_stopping=None, smoke=False)  # fmt: skip
         return Study(**(values | changes))
 
-    def fill(self, *tables, **changes) -> list[FilledTable]:
-        return fill(self.study(*tables, **changes), self.outcome)
+    def fill(self, *tables, **changes) -> list[ResultTable]:
+        return build_tables(self.study(*tables, **changes), self.outcome)
 
 
 def with_report(run):
@@ -184,7 +184,7 @@ def test_failed_missing_partial_and_unplanned_cells(made):
     found = {head[0]: row[0]["accuracy"] for head, row in zip(table.row_heads, table.entries, strict=True)}
     assert {stage: entry.status for stage, entry in found.items()} == {
         "whole": "done", "broken": "failed", "later": "missing", "half": "partial"}  # fmt: skip
-    assert found["broken"] == Entry(published=0.7, status="failed", error="broken: no ImageNet weights here")
+    assert found["broken"] == TableEntry(published=0.7, status="failed", error="broken: no ImageNet weights here")
     assert found["later"].error is None
     assert (found["half"].mean, found["half"].seeds) == (0.4, 1)
     assert found["half"].error == "half-seed-2: out of memory"
@@ -206,7 +206,7 @@ def test_an_axis_that_would_be_mixed_is_named(made):
     for batch in (64, 128):
         made.pretrain("grid", axes={"backbone": "a", "batch_size": batch}, batch_size=batch)
     with pytest.raises(ValueError, match=r"table 'Grid': batch_size \(64, 128\) is neither among its rows nor its columns"):
-        fill(made.study(TableSpec("Grid", ("grid",), ("backbone",), (), ("loss",), ())), Outcome())
+        build_tables(made.study(TableSpec("Grid", ("grid",), ("backbone",), (), ("loss",), ())), StudyResult())
     made.evaluate("linear", fractions=[0.05, 0.5])
     with pytest.raises(ValueError, match=r"fraction \(5\s%, 50\s%\)"):
         made.fill(TableSpec("Linear", ("linear",), ("stage",), (), ("accuracy",), ()))
@@ -266,7 +266,7 @@ def test_losses_compare_with_their_like_alone(made):
     (table,) = made.fill(TableSpec("Grid", ("grid",), ("name",), (), ("loss", "probe"), ()))
     assert best_rows(table, "loss") == ["64 3.0"]
     assert best_rows(table, "probe") == ["128 4.0"]
-    assert "Losses of unlike batch sizes" in shown(table)
+    assert "Losses of different batch sizes" in shown(table)
 
 
 def test_a_loss_that_was_lost_is_no_figure(made):
@@ -329,7 +329,7 @@ def full_study(made, **changes):
 
 def test_on_the_console(made):
     study = full_study(made)
-    table, _, grid = fill(study, made.outcome)
+    table, _, grid = build_tables(study, made.outcome)
     console = Console(file=io.StringIO(), width=160)
     console.print(console_table(table))
     lines = console.file.getvalue().splitlines()
@@ -343,14 +343,14 @@ def test_on_the_console(made):
     ]
     assert rows[5][:2] == ["log loss", "linear"] and len(rows) == 10
     said = " ".join(" ".join(lines[len(rows) + 4 :]).split())
-    assert "¹ imagenet: no <weights> | here" in said and "In parentheses: the published figure." in said
+    assert "¹ imagenet: no <weights> | here" in said and "In parentheses: the published value." in said
     assert "joins several runs" in said
     assert "256" not in shown(grid) and "projection dim" in shown(grid) and "contrastive top-1 accuracy" in shown(grid)
 
 
 def test_markdown(made):
     study = full_study(made)
-    tables = fill(study, made.outcome)
+    tables = build_tables(study, made.outcome)
     paths = write_tables(study, tables, made.folder / "tables of it")
     assert [path.name for path in paths[::3]] == ["전이-chains-1.md", "grid.md", "grid-2.md"]
     assert all(path.exists() for path in paths) and len(paths) == 9
@@ -375,7 +375,7 @@ def test_markdown(made):
 @pytest.mark.parametrize("smoke", [False, True])
 def test_csv_and_parquet_hold_the_same(made, smoke):
     study = full_study(made, smoke=smoke)
-    tables = fill(study, made.outcome)
+    tables = build_tables(study, made.outcome)
     paths = write_tables(study, tables, made.folder / "tables")
     with paths[1].open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -417,7 +417,7 @@ def test_csv_and_parquet_hold_the_same(made, smoke):
 
 def test_smoke_says_so_wherever_it_is_read(made):
     study = full_study(made, smoke=True)
-    tables = fill(study, made.outcome)
+    tables = build_tables(study, made.outcome)
     paths = write_tables(study, tables, made.folder / "tables")
     report = study_report(study, made.outcome, tables, study.report)
     for text in (shown(tables[0]), paths[0].read_text(), report.read_text()):
@@ -427,7 +427,7 @@ def test_smoke_says_so_wherever_it_is_read(made):
 
 def test_a_heat_map(made):
     study = full_study(made)
-    grid = fill(study, made.outcome)[1]
+    grid = build_tables(study, made.outcome)[1]
     drawn = heat_map(grid, "probe")
     assert re.findall(r'fill="(rgb[^"]*)"', drawn)[0] == "rgb(254, 232, 56)" and "rgb(0, 34, 78)" in drawn  # largest and least
     assert drawn.count("<rect") == 5 and ">not run</text>" in drawn and ">projection dim</text>" in drawn
@@ -442,7 +442,7 @@ def test_a_heat_map(made):
 def report(tmp_path_factory):
     made = Made(tmp_path_factory.mktemp("study"))
     study = full_study(made)
-    return study_report(study, made.outcome, fill(study, made.outcome), study.report)
+    return study_report(study, made.outcome, build_tables(study, made.outcome), study.report)
 
 
 @pytest.fixture(scope="module")
@@ -486,7 +486,7 @@ def test_what_rules_choose_is_told(page):
 
 
 def test_what_is_not_there_is_told(page):
-    assert page.rows("Cells that failed or were not run")[1:] == [
+    assert page.rows("Trials that failed or were not run")[1:] == [
         ["imagenet", "no <weights> | here"],
         ["later", "not run"],
         ["grid-batch_size-64-projection_dim-128", "not run"],
@@ -510,9 +510,9 @@ def test_the_reports_links_and_pictures(report, page):
     assert sum("over the share of labels, of linear; " in alt for alt in drawn) == 2
     assert [alt for alt in drawn if alt.startswith("Heat map")] == [
         "Heat map of balanced accuracy of the ridge probe: batch size down, projection dim across,"
-        " from 0.772 (dark) to 0.868 (light); the figures are in the table"
+        " from 0.772 (dark) to 0.868 (light); the values are in the table"
     ]
-    assert "No map of the losses" in " ".join(page.text)
+    assert "No heat map of the losses" in " ".join(page.text)
     assert all(attributes.get("scope") in ("row", "rowgroup", "col") for tag, attributes in page.tags if tag == "th")
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
@@ -521,12 +521,12 @@ def test_the_reports_links_and_pictures(report, page):
 def test_links_to_a_report_that_is_elsewhere(made):
     made.evaluate("linear", {1.0: {1: 0.5}})
     study = made.study(chains("linear"))
-    path = study_report(study, made.outcome, fill(study, made.outcome), made.folder / "deep" / "er" / "study.html")
+    path = study_report(study, made.outcome, build_tables(study, made.outcome), made.folder / "deep" / "er" / "study.html")
     address = re.search(r'href="([^"#]*)"', path.read_text())[1]
     assert address == "../../runs/linear/report.html"
     assert os.path.samefile(path.parent / address, made.storage / "linear" / "report.html")
     (made.storage / "linear" / "report.html").unlink()
-    path = study_report(study, made.outcome, fill(study, made.outcome), study.report)
+    path = study_report(study, made.outcome, build_tables(study, made.outcome), study.report)
     assert 'href="runs' not in path.read_text()  # no link that leads nowhere
 
 
@@ -534,7 +534,7 @@ def test_a_study_of_which_nothing_is_done(made):
     made.evaluate("linear", fractions=[0.05, 0.5])
     made.pretrain("kidney")
     study = made.study()
-    tables = fill(study, made.outcome)
+    tables = build_tables(study, made.outcome)
     assert len(write_tables(study, tables, made.folder / "tables")) == 6
     page = Page(study_report(study, made.outcome, tables, study.report).read_text())
     assert page.rows("Accuracy")[1][1:] == ["not run", "not run"]

@@ -1,7 +1,7 @@
-"""The tables that a study fills: which of its cells meet in an entry, and their mean and deviation over seeds.
+"""The tables of a study: which trials share an entry, and their mean and standard deviation over seeds.
 
-The rule of an entry: all its seeds count alike. One run of several seeds and several runs of one seed each give the same mean and
-deviation, since both are taken over the figures of the single seeds (`cells` of result.json), never over means of runs.
+All seeds of an entry count equally. One run of several seeds and several runs of one seed give the same mean and deviation,
+because both are computed from the values of single seeds (`cells` of result.json) and never from means of runs.
 """
 
 from collections.abc import Hashable, Sequence
@@ -10,25 +10,33 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from train.records.runs import Run
 from train.scoring.bootstrap import mean_and_deviation
-from tune.cell_metrics import Observed, axis_title, axis_value, lower_is_better, metric_titles, observe, places
-from tune.schema import Cell, Study, TableSpec
+from tune.reporting.trial_metrics import (
+    TrialMetrics,
+    format_axis,
+    format_axis_value,
+    lower_is_better,
+    metric_titles,
+    read_metrics,
+)
+from tune.study.grid_expansion import table_places
+from tune.study.schema import Study, TableSpec, Trial
 
 if TYPE_CHECKING:
-    from tune.study_state import Outcome
+    from tune.execution.study_state import StudyResult
 
-DIGITS = 3  # after the point: what looks equal is marked equal
+DIGITS = 3  # after the point: values that look equal are marked as equal
 
 Status = Literal["done", "partial", "failed", "missing", "unplanned"]
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A figure where a row and a column meet.
+class TableEntry:
+    """A metric's value in a row and column.
 
-    mean, std: over `seeds` seeds (std divided by their number less 1; None of one), the mean None where there is no figure;
-    low, high: ends of the mean's 95 % interval, where a single run tells one; runs: where it comes from; published: a paper's
-    figure for the same; status: partial where some of its cells failed or are missing, unplanned where there is no such cell;
-    error: what failed; best: whether it is the best of those in its column that compare; compares: equal where two figures do.
+    mean, std: over `seeds` seeds (std of a sample, None for one seed); the mean is None if there is no value; low, high: the
+    mean's 95 % interval, if it comes from a single run; runs: the sources; published: a paper's value; status: partial if some
+    trials failed or are missing, unplanned if there is no such trial; error: what failed; best: whether it is the best comparable
+    value of its column; compares: equal for values that compare.
     """
 
     mean: float | None = None
@@ -45,11 +53,11 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class FilledTable:
-    """A study's table with its figures.
+class ResultTable:
+    """A study's table with its values.
 
     rows, columns: names of axes; row_heads, column_heads: the values of those axes, a tuple for each row and column; metrics:
-    what an entry holds, with what a person reads; entries[row][column][metric]; smoke: whether nothing here is comparable.
+    titles by name; entries[row][column][metric]; smoke: whether it is of smoke size, where nothing is comparable.
     """
 
     title: str
@@ -58,7 +66,7 @@ class FilledTable:
     row_heads: tuple[tuple[Any, ...], ...]
     column_heads: tuple[tuple[Any, ...], ...]
     metrics: dict[str, str]
-    entries: tuple[tuple[dict[str, Entry], ...], ...]
+    entries: tuple[tuple[dict[str, TableEntry], ...], ...]
     smoke: bool
 
     def row_text(self, row: int) -> str:
@@ -69,25 +77,24 @@ class FilledTable:
         """The head of that column in one line; empty where the table has no column axes."""
         return _head_text(self.columns, self.column_heads[column])
 
-    def column_entries(self, column: int, metric: str) -> list[Entry]:
+    def column_entries(self, column: int, metric: str) -> list[TableEntry]:
         """From the first row to the last."""
         return [row[column][metric] for row in self.entries]
 
     @property
-    def all_entries(self) -> list[Entry]:
+    def all_entries(self) -> list[TableEntry]:
         return [entry for row in self.entries for cell in row for entry in cell.values()]
 
 
-def fill(study: Study, outcome: "Outcome") -> list[FilledTable]:
-    """The study's tables, or where its file has none, one of each evaluate stage and one of all pretrainings.
+def build_tables(study: Study, result: "StudyResult") -> list[ResultTable]:
+    """The study's tables. If its file has none: a table for each evaluate stage, and one for all pretrainings.
 
-    Raises ValueError where an entry would mix cells that differ in more than their seeds: also of an outcome without runs, so
-    that it can be found before anything is run.
+    Raises ValueError if an entry would mix trials that differ in more than their seeds, even if no trial has run yet.
     """
-    return [_filled(spec, study, outcome) for spec in study.tables or _usual(study.cells)]
+    return [_build_table(spec, study, result) for spec in study.tables or _default_specs(study.trials)]
 
 
-def _usual(cells: Sequence[Cell]) -> list[TableSpec]:
+def _default_specs(cells: Sequence[Trial]) -> list[TableSpec]:
     specs = []
     for stage in dict.fromkeys(cell.stage for cell in cells if cell.kind == "evaluate"):
         rows = _own_axes([cell for cell in cells if cell.stage == stage]) or ("stage",)
@@ -100,17 +107,17 @@ def _usual(cells: Sequence[Cell]) -> list[TableSpec]:
 
 
 def _own_axes(cells):
-    """Without those that stand elsewhere in a usual table, or are averaged over."""
+    """Axes of the rows of a default table: without those that are elsewhere in it, or averaged over."""
     elsewhere = {"stage", "seed"} | ({"fraction"} if cells[0].kind == "evaluate" else set())
-    axes = dict.fromkeys(axis for cell in cells for at in places(cell) for axis in at)
+    axes = dict.fromkeys(axis for cell in cells for at in table_places(cell) for axis in at)
     return tuple(axis for axis in axes if axis not in elsewhere)
 
 
-def _filled(spec: TableSpec, study: Study, outcome: "Outcome") -> FilledTable:
-    cells = [cell for cell in study.cells if cell.stage in spec.stages]
-    observed = [each for cell in cells for each in observe(cell, outcome)]
+def _build_table(spec: TableSpec, study: Study, result: "StudyResult") -> ResultTable:
+    cells = [cell for cell in study.trials if cell.stage in spec.stages]
+    observed = [each for cell in cells for each in read_metrics(cell, result)]
     row_heads, column_heads = _heads(spec.rows, observed), _heads(spec.columns, observed)
-    meeting: dict[tuple, list[Observed]] = {(row, column): [] for row in row_heads for column in column_heads}
+    meeting: dict[tuple, list[TrialMetrics]] = {(row, column): [] for row in row_heads for column in column_heads}
     for each in observed:
         meeting[_head(spec.rows, each), _head(spec.columns, each)].append(each)
     for group in meeting.values():
@@ -119,7 +126,7 @@ def _filled(spec: TableSpec, study: Study, outcome: "Outcome") -> FilledTable:
     def cell(*place):
         return {metric: _entry(spec, metric, meeting[place]) for metric in spec.values}
 
-    return FilledTable(
+    return ResultTable(
         spec.title,
         spec.rows,
         spec.columns,
@@ -131,8 +138,8 @@ def _filled(spec: TableSpec, study: Study, outcome: "Outcome") -> FilledTable:
     )
 
 
-def _heads(axes: Sequence[str], observed: Sequence[Observed]) -> tuple[tuple[Any, ...], ...]:
-    """The values of those axes that occur together, by the first axis, then by the next: in the file's order, shares rising."""
+def _heads(axes: Sequence[str], observed: Sequence[TrialMetrics]) -> tuple[tuple[Any, ...], ...]:
+    """The combinations of values that occur, sorted by the first axis, then the next: in the file's order, fractions rising."""
     orders = []
     for axis in axes:
         values = dict.fromkeys(each.at.get(axis) for each in observed)
@@ -141,46 +148,50 @@ def _heads(axes: Sequence[str], observed: Sequence[Observed]) -> tuple[tuple[Any
     return tuple(sorted(heads, key=lambda head: [order.index(value) for order, value in zip(orders, head, strict=True)]))
 
 
-def _head(axes: Sequence[str], observed: Observed) -> tuple[Any, ...]:
+def _head(axes: Sequence[str], observed: TrialMetrics) -> tuple[Any, ...]:
     return tuple(observed.at.get(axis) for axis in axes)
 
 
 def _head_text(axes: Sequence[str], values: Sequence[Any]) -> str:
-    """A stage's name needs no word before it."""
+    """Names and values; a stage is named without the word."""
     told = zip(axes, values, strict=True)
-    return ", ".join(axis_value(*each) if each[0] == "stage" else f"{axis_title(each[0])} {axis_value(*each)}" for each in told)
+    return ", ".join(
+        format_axis_value(*each) if each[0] == "stage" else f"{format_axis(each[0])} {format_axis_value(*each)}" for each in told
+    )
 
 
-def _check_alike(spec: TableSpec, group: Sequence[Observed]) -> None:
+def _check_alike(spec: TableSpec, group: Sequence[TrialMetrics]) -> None:
     for axis in dict.fromkeys(axis for each in group for axis in each.at if axis != "seed"):
         values = dict.fromkeys(each.at.get(axis) for each in group)
         if len(values) > 1:
-            shown = ", ".join(axis_value(axis, value) for value in values)
+            shown = ", ".join(format_axis_value(axis, value) for value in values)
             raise ValueError(
                 f"table {spec.title!r}: {axis} ({shown}) is neither among its rows nor its columns, and an entry would mix its"
                 " values: name it in one of them"
             )
 
 
-def _published(spec: TableSpec, metric: str, group: Sequence[Observed]) -> float | None:
-    """What a paper says of that entry: the first of the figures whose axes all agree with it."""
+def _published(spec: TableSpec, metric: str, group: Sequence[TrialMetrics]) -> float | None:
+    """A paper's value for that entry: the first published value whose axes all match."""
     return next((one.value for one in spec.published if one.metric == metric and one.at.items() <= group[0].at.items()), None)
 
 
-def _entry(spec: TableSpec, metric: str, group: Sequence[Observed]) -> Entry:
+def _entry(spec: TableSpec, metric: str, group: Sequence[TrialMetrics]) -> TableEntry:
     if not group:
-        return Entry()
+        return TableEntry()
     published = _published(spec, metric, group)
     done = [each for each in group if each.run is not None]
-    errors = [f"{each.cell.name}: {each.error or 'not run'}" for each in group if each.run is None]
+    errors = [f"{each.trial.name}: {each.error or 'not run'}" for each in group if each.run is None]
     if not done:
         failed = any(each.error for each in group)
-        return Entry(published=published, status="failed" if failed else "missing", error="; ".join(errors) if failed else None)
+        return TableEntry(
+            published=published, status="failed" if failed else "missing", error="; ".join(errors) if failed else None
+        )
     values = {seed: row.get(metric) for each in done for seed, row in each.values.items()}
     mean, std = mean_and_deviation(list(values.values()))
-    # Several runs were not drawn together, so only a single one knows the interval of its mean.
+    # The bootstrap draws of several runs are not paired, so only a single run has an interval of its mean.
     own = done[0].summary.get(metric, {}) if len(done) == 1 else {}
-    return Entry(
+    return TableEntry(
         mean,
         std,
         own.get("low"),
@@ -194,8 +205,8 @@ def _entry(spec: TableSpec, metric: str, group: Sequence[Observed]) -> Entry:
     )
 
 
-def _with_best(grid: list[list[dict[str, Entry]]]) -> tuple[tuple[dict[str, Entry], ...], ...]:
-    """The best entries of each column marked, where two or more compare."""
+def _with_best(grid: list[list[dict[str, TableEntry]]]) -> tuple[tuple[dict[str, TableEntry], ...], ...]:
+    """The entries, with the best of each column marked where two or more compare."""
     shown: dict[tuple, list[float]] = {}
     for row in grid:
         for column, cell in enumerate(row):

@@ -1,6 +1,6 @@
-"""A study's cells as trials of Ray Tune: as many at a time as the cluster has room for, each in a process that serves many.
+"""A study's cells as trials of Ray Tune: as many at a time as the cluster has concurrent for, each in a process that serves many.
 
-A cell is a trial, and whatever has to be done before it was done by the book: Tune asks it what may begin, and a study of stages
+A cell is a trial, and whatever has to be done before it was done by the state: Tune asks it what may begin, and a study of stages
 that wait for each other is one run of Tune. Tune's own books are thrown away: what is finished is seen from the runs.
 """
 
@@ -17,36 +17,36 @@ from typing import Any
 from train.cluster.ray_cluster import connect
 from train.config import EvaluateConfig, PretrainConfig
 from train.records.runs import Run, open_run
-from tune.schema import FINAL, KINDS, Resources, Study
-from tune.study_state import Begun, Book
+from tune.execution.study_state import ReadyTrial, StudyState
+from tune.study.schema import FINAL_METRICS, KINDS, Resources, Study
 
 _DRIVER_BYTES = 64 * 2**20  # what a trial reserves whose work is done by Ray Train's workers
 _RETRIES = 2  # of a trial whose process died; its stage goes on from its checkpoint
-_PROBE = FINAL["probe"]
+_PROBE = FINAL_METRICS["probe"]
 
 
-def run_trials(book: Book) -> None:
-    """Run all that the book has to give, until it has ended. What fails is told to the book.
+def run_trials(state: StudyState) -> None:
+    """Run all that the state has to give, until it has ended. What fails is told to the state.
 
     Raises ValueError where one trial alone needs more than the cluster has.
     """
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the book says what happens
-    connect(book.study.name)
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the state says what happens
+    connect(state.study.name)
     import ray
     from ray import tune
 
-    study, total = book.study, ray.cluster_resources()
-    each = {kind: settled(resources, total) for kind, resources in study.resources.items()}
-    room = min(_room(total, kind, _needed(each[kind])) for kind in {cell.kind for cell in study.cells})
+    study, total = state.study, ray.cluster_resources()
+    each = {kind: with_default_gpus(resources, total) for kind, resources in study.resources.items()}
+    concurrent = min(_max_concurrent(total, kind, _required(each[kind])) for kind in {trial.kind for trial in study.trials})
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="patchclr-tune-") as folder:
         tuner = tune.Tuner(
             tune.with_resources(_trial_class(study), lambda given: _bundle(each[given["kind"]])),
             tune_config=tune.TuneConfig(
-                search_alg=_asking()(book, each),
+                search_alg=_searcher_class()(state, each),
                 scheduler=_scheduler(study),
-                num_samples=len(study.cells),
-                max_concurrent_trials=room,
+                num_samples=len(study.trials),
+                max_concurrent_trials=concurrent,
                 reuse_actors=study.early_stopping is None,  # a stage that is stopped early ends with its process
                 trial_name_creator=lambda trial: trial.config["name"].replace("/", "_"),
                 trial_dirname_creator=lambda trial: trial.trial_id,
@@ -60,21 +60,21 @@ def run_trials(book: Book) -> None:
             ),
         )
         tuner.fit()
-    assert book.ended, "Tune ended before the study did"
+    assert state.is_complete, "Tune ended before the study did"
 
 
-def settled(resources: Resources, total: dict[str, float]) -> Resources:
+def with_default_gpus(resources: Resources, total: dict[str, float]) -> Resources:
     """With its GPUs as a number: one where there are any."""
     return dataclasses.replace(resources, gpus=float(total.get("GPU", 0) > 0) if resources.gpus is None else resources.gpus)
 
 
-def _needed(resources: Resources) -> dict[str, float]:
+def _required(resources: Resources) -> dict[str, float]:
     """What a trial and its workers take of the cluster."""
     workers = max(1, resources.workers)
     return {"CPU": resources.cpus * workers, "GPU": (resources.gpus or 0) * workers}
 
 
-def _room(total: dict[str, float], kind: str, needed: dict[str, float]) -> int:
+def _max_concurrent(total: dict[str, float], kind: str, needed: dict[str, float]) -> int:
     """How many such trials the cluster holds at a time, so that none waits for what others hold."""
     places = [int(total.get(name, 0) / amount + 1e-9) for name, amount in needed.items() if amount]
     if min(places) < 1:
@@ -94,53 +94,60 @@ def _bundle(resources: Resources):
     return PlacementGroupFactory([{"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})])
 
 
-def placed(begun: Begun, resources: Resources) -> PretrainConfig | EvaluateConfig:
+def with_trial_resources(ready: ReadyTrial, resources: Resources) -> PretrainConfig | EvaluateConfig:
     """The cell's config, with what a trial may use."""
     if resources.workers:
         return dataclasses.replace(
-            begun.config,
+            ready.config,
             workers=resources.workers,
             gpus_per_worker=resources.gpus,
             cpus_per_worker=int(resources.cpus),
         )
-    threads = begun.config.threads or max(1, int(resources.cpus))
-    return dataclasses.replace(begun.config, workers=0, threads=threads, gpus_per_worker=None if resources.gpus else 0)
+    threads = ready.config.threads or max(1, int(resources.cpus))
+    return dataclasses.replace(ready.config, workers=0, threads=threads, gpus_per_worker=None if resources.gpus else 0)
 
 
-def _asking():
+def _searcher_class():
     from ray.tune.search import Searcher
 
-    class Asking(Searcher):
-        """Asks the book what may begin, and tells it how that ended."""
+    class StudySearcher(Searcher):
+        """Asks the state what may begin, and tells it how that ended."""
 
-        def __init__(self, book: Book, each: dict[str, Resources]):
+        def __init__(self, state: StudyState, each: dict[str, Resources]):
             super().__init__()
-            self._book, self._each = book, each
-            self._begun: dict[str, Begun] = {}
+            self._state, self._each = state, each
+            self._ready: dict[str, ReadyTrial] = {}
 
         def suggest(self, trial_id: str) -> Any:
-            begun = self._book.next()
-            if begun is None:
-                return Searcher.FINISHED if self._book.ended else None
-            self._begun[trial_id] = begun
-            config = placed(begun, self._each[begun.cell.kind])
+            ready = self._state.next_ready()
+            if ready is None:
+                return Searcher.FINISHED if self._state.is_complete else None
+            self._ready[trial_id] = ready
+            config = with_trial_resources(ready, self._each[ready.trial.kind])
             # The cell's name is no part of the config: its run may have another.
-            return {"name": begun.cell.name, "kind": begun.cell.kind, "fields": dataclasses.asdict(config), "folder": os.getcwd()}
+            return {
+                "name": ready.trial.name,
+                "kind": ready.trial.kind,
+                "fields": dataclasses.asdict(config),
+                "folder": os.getcwd(),
+            }
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-            begun, book = self._begun.pop(trial_id), self._book
-            name = begun.cell.name
-            run = open_run(book.study.storage, begun.config.name or name)
+            ready, state = self._ready.pop(trial_id), self._state
+            name = ready.trial.name
+            run = open_run(state.study.storage, ready.config.name or name)
             if result and result.get("failure"):
-                book.failed(name, result["failure"])
+                state.mark_failed(name, result["failure"])
             elif run.finished:
-                book.done(name, run)
+                state.mark_finished(name, run)
             elif error:
-                book.failed(
+                state.mark_failed(
                     name, f"its process died {_RETRIES + 1} times; run the study again, and it goes on from its checkpoint"
                 )
             else:
-                book.failed(name, f"stopped early, at {_PROBE} {result.get(_PROBE, float('nan')):.3f}" if result else "stopped")
+                state.mark_failed(
+                    name, f"stopped early, at {_PROBE} {result.get(_PROBE, float('nan')):.3f}" if result else "stopped"
+                )
 
         def __getstate__(self) -> dict[str, Any]:
             return {}  # Tune writes it to its own books, which nobody reads
@@ -151,7 +158,7 @@ def _asking():
         def restore(self, checkpoint_path: str) -> None:
             raise AssertionError("a study is never restored by Tune")
 
-    return Asking
+    return StudySearcher
 
 
 def _scheduler(study: Study):
@@ -166,7 +173,7 @@ def _scheduler(study: Study):
         mode="max",
         grace_period=early.grace_epochs,
         reduction_factor=early.reduction,
-        max_t=max((cell.config.epochs for cell in study.cells if cell.kind == "pretrain"), default=1),
+        max_t=max((trial.config.epochs for trial in study.trials if trial.kind == "pretrain"), default=1),
     )
 
 
@@ -175,7 +182,7 @@ def _trial_class(study: Study):
 
     follows = study.early_stopping is not None
 
-    class Cells(tune.Trainable):
+    class TrialProcess(tune.Trainable):
         """One process, one cell after another. Without early stopping a cell is one step; with it, a step ends with each probe,
         while the stage goes on in a thread."""
 
@@ -222,7 +229,7 @@ def _trial_class(study: Study):
         def _run(self) -> None:
             import torch
 
-            from tune.stage_runner import run_stage
+            from tune.execution.stage_runner import run_stage
 
             torch.set_num_threads(max(1, self._fields["threads"]))
             try:
@@ -246,4 +253,4 @@ def _trial_class(study: Study):
             probe = rows[-1][_PROBE] if rows else 0.0
             return {"done": True, "failure": self._failure, "epoch": epoch, _PROBE: probe}
 
-    return Cells
+    return TrialProcess

@@ -10,19 +10,19 @@ from train.config import EvaluateConfig, PretrainConfig
 KINDS: dict[str, type] = {"pretrain": PretrainConfig, "evaluate": EvaluateConfig}
 PARENT_FIELDS = {"pretrain": "init", "evaluate": "backbone"}
 
-By = Literal["loss", "probe", "top1"]
-# By what pretrainings are compared, and the figures that a table can have of them; with their names in a run's final metrics.
-FINAL = {"loss": "loss", "probe": "probe_balanced_accuracy", "top1": "top1"}
-BY = tuple(FINAL)
+SelectionRule = Literal["loss", "probe", "top1"]
+# The rules by which pretrainings are compared, which are also their metrics in a table, by their names in a run's final metrics.
+FINAL_METRICS = {"loss": "loss", "probe": "probe_balanced_accuracy", "top1": "top1"}
+SELECTION_RULES = tuple(FINAL_METRICS)
 
 
 @dataclass(frozen=True)
-class Cell:
+class Trial:
     """One stage with every field settled.
 
-    kind: a key of KINDS; config: of that class, with the cell's name and storage. Its init or backbone is the name of the node
+    kind: a key of KINDS; config: of that class, with the trial's name and storage. Its init or backbone is the name of the node
     that it starts from, or something from outside the study. stage: of the file; axes: the values that tell it from the
-    stage's other cells, inherited ones first; parents: names of the nodes that come before it; line: of the stage, in the file.
+    stage's other trials, inherited ones first; parents: names of the nodes that come before it; line: of the stage, in the file.
     """
 
     kind: str
@@ -39,18 +39,18 @@ class Cell:
 
 @dataclass(frozen=True)
 class Selection:
-    """The best of several pretrainings, chosen when they are done. candidates: names of pretrain cells or of other selections;
-    the rest is as in Cell."""
+    """The best of several pretrainings, chosen when they are done. candidates: names of pretrain trials or of other selections;
+    the rest is as in Trial."""
 
     name: str
     stage: str
     axes: dict[str, Any]
     candidates: tuple[str, ...]
-    by: By
+    by: SelectionRule
     line: int
 
 
-Node = Cell | Selection
+GraphNode = Trial | Selection
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ class Published:
 
 @dataclass(frozen=True)
 class TableSpec:
-    """A table to fill. stages: all of one kind; rows, columns: names of axes, of which "stage" is one and `fraction` (of the
-    labels) is one of every evaluate stage; values: keys of train.scoring.metrics.METRICS, or for pretrain stages of BY.
+    """A table to fill. stages: all of one kind; rows, columns: names of axes, which include "stage", and `fraction` (of the
+    labels) for evaluate stages; values: keys of train.scoring.metrics.METRICS, or of FINAL_METRICS for pretrain stages.
 
-    No two cells fall on the same place of it, but for those that differ in their seed alone.
+    No two trials share an entry unless they differ only in their seed.
     """
 
     title: str
@@ -90,10 +90,10 @@ class Resources:
 
 @dataclass(frozen=True)
 class EarlyStopping:
-    """Asynchronous successive halving (Li et al. 2020, "A system for massively parallel hyperparameter tuning") among the cells
+    """Asynchronous successive halving (Li et al. 2020, "A system for massively parallel hyperparameter tuning") among the trials
     of each pretrain stage."""
 
-    by: By = required("what the trials are compared by")
+    by: SelectionRule = required("what the trials are compared by")
     grace_epochs: int = required("epochs that every trial may train")
     reduction: int = option(3, "one in so many goes on at each rung")
 
@@ -106,12 +106,12 @@ class Study:
     storage: str
     report: Path
     about: str
-    nodes: tuple[Node, ...]
+    nodes: tuple[GraphNode, ...]
     tables: tuple[TableSpec, ...]
     resources: dict[str, Resources]
     early_stopping: EarlyStopping | None
     smoke: bool
 
     @property
-    def cells(self) -> tuple[Cell, ...]:
-        return tuple(node for node in self.nodes if isinstance(node, Cell))
+    def trials(self) -> tuple[Trial, ...]:
+        return tuple(node for node in self.nodes if isinstance(node, Trial))

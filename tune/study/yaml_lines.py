@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import yaml
 
 
-class Marked(NamedTuple):
+class YamlFile(NamedTuple):
     """A YAML file. about: its leading comment, without the signs; content: as safe_load gives it; lines: where each entry is,
     from 1, by the keys and list places that lead to it."""
 
@@ -49,7 +49,7 @@ class Marked(NamedTuple):
                 raise ValueError(f"{self.at(*keys, name)}: {place}there is no field {name!r}; {hint}")
 
 
-def read_marked(path: str | Path) -> Marked:
+def read_yaml(path: str | Path) -> YamlFile:
     """Read a YAML file. Raises ValueError where it is none, and where a mapping has one key twice, of which YAML's own reader
     keeps the last without a word."""
     try:
@@ -72,7 +72,7 @@ def read_marked(path: str | Path) -> Marked:
         raise ValueError(f"{path}: this is not YAML: {error}") from None
     finally:
         loader.dispose()
-    return Marked(Path(path), _leading_comment(text), content, lines)
+    return YamlFile(Path(path), _leading_comment(text), content, lines)
 
 
 def _mark(loader, node, keys, above, lines, path):

@@ -16,11 +16,12 @@ import pytest
 
 from tests.helpers import ROOT
 from train.records.runs import Run
-from tune.schema import Resources
-from tune.study_file import read_study
-from tune.study_runner import run_study
-from tune.table_writers import fill, write_tables
-from tune.trials import _room, placed, settled
+from tune.execution.ray_trials import _max_concurrent, with_default_gpus, with_trial_resources
+from tune.execution.study_runner import run_study
+from tune.reporting.table_data import build_tables
+from tune.reporting.table_writers import write_tables
+from tune.study.schema import Resources
+from tune.study.study_file import read_study
 
 _SECONDS = 240
 
@@ -75,7 +76,7 @@ def test_a_grid_that_is_killed_three_times_ends_as_an_undisturbed_one(ray_here, 
     other.write_text(study_file.read_text().replace(str(tmp_path / "runs"), str(undisturbed / "runs")))
     undisturbed_study = read_study(other)
     outcome = run_study(undisturbed_study, without_ray=True)
-    write_tables(undisturbed_study, fill(undisturbed_study, outcome), undisturbed / "runs" / "report-tables")
+    write_tables(undisturbed_study, build_tables(undisturbed_study, outcome), undisturbed / "runs" / "report-tables")
 
     seed = random.randrange(10**6)
     print(f"seed {seed}")
@@ -96,7 +97,7 @@ def test_a_grid_that_is_killed_three_times_ends_as_an_undisturbed_one(ray_here, 
         assert process.wait(_SECONDS) == 0, log.read_text()
     now = finished(runs)
     assert {name: now[name] for name in before} == before
-    assert now.keys() == finished(undisturbed / "runs").keys() == {cell.name for cell in study.cells}
+    assert now.keys() == finished(undisturbed / "runs").keys() == {cell.name for cell in study.trials}
     for name in now:
         ours, theirs = Run(runs / name), Run(undisturbed / "runs" / name)
         assert ours.record["key"] == theirs.record["key"]
@@ -121,7 +122,7 @@ def test_a_trial_whose_process_is_killed_goes_on(ray_here, study_file, tmp_path)
     text = study_file.read_text().replace("temperature: [0.2, 0.5], seed: [1, 2]", "seed: [1], epochs: 12")
     study_file.write_text(text[: text.index("  best:")])
     study = read_study(study_file)
-    (cell,) = study.cells
+    (cell,) = study.trials
     metrics = tmp_path / "runs" / cell.name / "metrics.jsonl"
     killed = []
 
@@ -182,27 +183,30 @@ def test_trials_with_several_workers(ray_here, study_file):
     ],
 )
 def test_as_many_trials_as_there_is_room_for(needed, room):
-    assert _room({"CPU": 16.0, "GPU": 2.0}, "pretrain", needed) == room
+    assert _max_concurrent({"CPU": 16.0, "GPU": 2.0}, "pretrain", needed) == room
 
 
 def test_a_trial_that_fits_nowhere_is_one_sentence():
     with pytest.raises(ValueError, match="resources of pretrain: a trial needs 4 GPUs, and the cluster has 2"):
-        _room({"CPU": 16.0, "GPU": 2.0}, "pretrain", {"CPU": 1, "GPU": 4})
+        _max_concurrent({"CPU": 16.0, "GPU": 2.0}, "pretrain", {"CPU": 1, "GPU": 4})
 
 
 def test_gpus_by_default():
-    assert settled(Resources(), {"CPU": 4.0}).gpus == 0
-    assert settled(Resources(), {"CPU": 4.0, "GPU": 2.0}).gpus == 1
-    assert settled(Resources(gpus=0.25), {"CPU": 4.0, "GPU": 2.0}).gpus == 0.25
+    assert with_default_gpus(Resources(), {"CPU": 4.0}).gpus == 0
+    assert with_default_gpus(Resources(), {"CPU": 4.0, "GPU": 2.0}).gpus == 1
+    assert with_default_gpus(Resources(gpus=0.25), {"CPU": 4.0, "GPU": 2.0}).gpus == 0.25
 
 
 def test_what_a_trial_may_use_is_no_part_of_the_stage(study):
     from train.stages.pretraining import stage_of
-    from tune.study_state import Begun
+    from tune.execution.study_state import ReadyTrial
 
-    cell = study.cells[0]
-    begun = Begun(cell, cell.config)
-    alone, with_workers = placed(begun, Resources(gpus=0, cpus=2)), placed(begun, Resources(workers=2, gpus=0.5, cpus=3))
+    cell = study.trials[0]
+    begun = ReadyTrial(cell, cell.config)
+    alone, with_workers = (
+        with_trial_resources(begun, Resources(gpus=0, cpus=2)),
+        with_trial_resources(begun, Resources(workers=2, gpus=0.5, cpus=3)),
+    )
     assert (alone.workers, alone.threads, alone.gpus_per_worker) == (0, 1, 0)
     assert (with_workers.workers, with_workers.gpus_per_worker, with_workers.cpus_per_worker) == (2, 0.5, 3)
     assert stage_of(alone).key == stage_of(with_workers).key == stage_of(cell.config).key

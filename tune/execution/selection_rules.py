@@ -4,8 +4,8 @@ from typing import Any
 
 from train.records.runs import Run
 from train.trainer.online_probe import build_probe
-from tune.grid_expansion import leaves
-from tune.schema import FINAL, Selection, Study
+from tune.study.grid_expansion import leaves
+from tune.study.schema import FINAL_METRICS, Selection, Study
 
 # The rules, and whether less is better.
 RULES = {"probe": False, "top1": False, "loss": True}
@@ -18,15 +18,15 @@ def check_probes(study: Study) -> None:
     for selection in study.nodes:
         if not isinstance(selection, Selection) or selection.by != "probe":
             continue
-        for cell in leaves(selection, known):
-            config = cell.config
+        for trial in leaves(selection, known):
+            config = trial.config
             probed = (config.data, config.probe_data, config.split, config.probe_every, config.probe_patches)
             if probed not in asked:
                 probe, line = build_probe(config)
                 asked[probed] = None if probe else line
             if asked[probed]:
                 raise ValueError(
-                    f"{selection.name} selects by probe, and {cell.name} would have {asked[probed]}; give probe_data, a labelled"
+                    f"{selection.name} selects by probe, and {trial.name} would have {asked[probed]}; give probe_data, a labelled"
                     " set"
                 )
 
@@ -37,7 +37,7 @@ def select_best(selection: Selection, runs: dict[str, Run]) -> dict[str, Any]:
 
     runs: finished, by the candidate's name. Raises ValueError where the rule's value is missing.
     """
-    values = {name: {rule: run.result["final"].get(FINAL[rule]) for rule in RULES} for name, run in runs.items()}
+    values = {name: {rule: run.result["final"].get(FINAL_METRICS[rule]) for rule in RULES} for name, run in runs.items()}
     missing = [name for name, each in values.items() if each[selection.by] is None]
     if missing:
         what = "no probe: give probe_data, a labelled set" if selection.by == "probe" else f"no {selection.by}"

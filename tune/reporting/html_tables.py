@@ -1,38 +1,39 @@
-"""A table of a study in its report: its figures, published ones beside them, and drawn over shares of labels or as a heat map."""
+"""A study's table in its report: values beside published ones, and a plot over fractions of the labels or a heat map."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 from train.reporting import plots
+from train.reporting.legends import line_legend
 from train.reporting.markup import Content, Html, element, figure, joined, note, number, row, table
 from train.scoring.metrics import METRICS
-from tune.cell_metrics import axis_title, axis_value
-from tune.formatting import Footnotes, blocks, entry_text, report_address
-from tune.heat_maps import heat_map
-from tune.table_data import DIGITS, Entry, FilledTable
-from tune.table_notes import remarks
+from tune.reporting.formatting import Footnotes, format_entry, report_link, sub_tables
+from tune.reporting.heat_maps import heat_map
+from tune.reporting.table_data import DIGITS, ResultTable, TableEntry
+from tune.reporting.table_notes import notes_below
+from tune.reporting.trial_metrics import format_axis, format_axis_value
 
-_MOST_LINES = len(plots.COLOURS) * len(plots.DASHES)  # of more, some would look the same
+_MAX_LINES = len(plots.COLOURS) * len(plots.DASHES)  # more would not all look different
 
 
-def show_table(filled: FilledTable, folder: Path) -> list[Html]:
-    """The table, what is to be said of it, and its figures. folder: where the page will lie."""
+def table_html(filled: ResultTable, folder: Path) -> list[Html]:
+    """The table, its notes and its plots. folder: where the page will be."""
     footnotes = Footnotes()
-    axes = [left(axis_title(axis)) for axis in filled.rows]
+    axes = [left(format_axis(axis)) for axis in filled.rows]
     shown = []
-    for part in blocks(filled):
+    for part in sub_tables(filled):
         rows: list[list[Content]] = []
         for head, entries in zip(filled.row_heads, part.rows, strict=True):
-            heads = [element("th", axis_value(*each), scope="row") for each in zip(filled.rows, head, strict=True)]
+            heads = [element("th", format_axis_value(*each), scope="row") for each in zip(filled.rows, head, strict=True)]
             rows.append([*heads, *(_entry(entry, filled, footnotes, folder) for entry in entries)])
         shown.append(table(_capital(part.title or filled.title), [*axes, *part.columns], rows, kind="study"))
     errors = [element("ul", *(element("li", line) for line in lines), class_="notes")] if (lines := footnotes.lines()) else []
-    said = [*_explained(filled), *remarks(filled)]
-    return [*shown, *errors, *([note(" ".join(said))] if said else []), *_drawn(filled)]
+    said = [*_interval_note(filled), *notes_below(filled)]
+    return [*shown, *errors, *([note(" ".join(said))] if said else []), *_plots(filled)]
 
 
 def left(title: str) -> Html:
-    """The title of a column of names: at the left, as they are."""
+    """The title of a column of names, aligned left as they are."""
     return element("span", title, class_="axis")
 
 
@@ -40,10 +41,10 @@ def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _entry(entry: Entry, filled: FilledTable, footnotes: Footnotes, folder: Path) -> Html:
-    """Mean, deviation, interval and the published figure, one below the other; the mean leads to the run's report."""
-    addresses = [address for run in entry.runs if (address := report_address(run, folder))]
-    said: Content = entry_text(entry) if entry.mean is None else number(entry.mean, DIGITS)
+def _entry(entry: TableEntry, filled: ResultTable, footnotes: Footnotes, folder: Path) -> Html:
+    """Mean, deviation, interval and published value, one below the other. The mean links to the run's report."""
+    addresses = [address for run in entry.runs if (address := report_link(run, folder))]
+    said: Content = format_entry(entry) if entry.mean is None else number(entry.mean, DIGITS)
     if len(addresses) == 1:
         said = element("a", said, href=addresses[0])
     parts: list[Content] = [element("span", said, class_="mean"), footnotes.mark(entry)]
@@ -61,16 +62,24 @@ def _entry(entry: Entry, filled: FilledTable, footnotes: Footnotes, folder: Path
     return element("td", *parts, class_=kind)
 
 
-def _explained(filled: FilledTable) -> Iterator[str]:
+def _interval_note(filled: ResultTable) -> Iterator[str]:
     if any(entry.low is not None for entry in filled.all_entries):
-        yield "Ranges: 95 % intervals of a bootstrap of the test split by group (slide or patient) where groups are known."
+        yield "Ranges: 95 % bootstrap intervals over the test split, by group (slide or patient) where known."
 
 
-def _drawn(filled: FilledTable) -> list[Html]:
+def _plots(filled: ResultTable) -> list[Html]:
     lines = _lines(filled)
     if lines is not None:
         drawn = [part for metric in filled.metrics for part in _over_fractions(filled, metric, lines)]
-        return [row(*drawn), _legend(list(lines)), note("Bars: 95 % intervals, where a single run tells one.")] if drawn else []
+        return (
+            [
+                row(*drawn),
+                line_legend([(name, number) for number, name in enumerate(lines)]),
+                note("Bars: 95 % intervals, for single runs."),
+            ]
+            if drawn
+            else []
+        )
     if len(filled.row_heads) < 2 or len(filled.column_heads) < 2:
         return []
     unlike = "loss" in filled.metrics and len({entry.compares for entry in _known(filled, "loss")}) > 1
@@ -81,29 +90,29 @@ def _drawn(filled: FilledTable) -> list[Html]:
             continue
         alt = (
             f"Heat map of {title}: {_names(filled.rows)} down, {_names(filled.columns)} across,"
-            f" from {number(min(means))} (dark) to {number(max(means))} (light); the figures are in the table"
+            f" from {number(min(means))} (dark) to {number(max(means))} (light); the values are in the table"
         )
         maps.append(figure(heat_map(filled, metric), _capital(title), alt=alt))
-    said = [note("No map of the losses: those of unlike batch sizes, methods, temperatures or sets do not compare.")]
+    said = [note("No heat map of the losses: different batch sizes, methods, temperatures or sets do not compare.")]
     return [*([row(*maps)] if maps else []), *(said if unlike else [])]
 
 
-def _known(filled: FilledTable, metric: str) -> list[Entry]:
+def _known(filled: ResultTable, metric: str) -> list[TableEntry]:
     """The entries that have a mean."""
     entries = (cell[metric] for cells in filled.entries for cell in cells)
     return [entry for entry in entries if entry.mean is not None]
 
 
 def _names(axes: tuple[str, ...]) -> str:
-    return " and ".join(map(axis_title, axes))
+    return " and ".join(map(format_axis, axes))
 
 
-Lines = dict[str, list[tuple[float, dict[str, Entry]]]]
+Lines = dict[str, list[tuple[float, dict[str, TableEntry]]]]
 
 
-def _lines(filled: FilledTable) -> Lines | None:
-    """The table's cells by what they have in common but for the share of the labels: shares and cells. None where the table is
-    not one over shares of labels, or of more lines than can be told apart."""
+def _lines(filled: ResultTable) -> Lines | None:
+    """Fractions of the labels and table cells, by the values of the other axes. None for a table without fractions, or with more
+    lines than can be told apart."""
     axes = (*filled.rows, *filled.columns)
     if "fraction" not in axes or not set(filled.metrics) <= set(METRICS):
         return None
@@ -112,19 +121,19 @@ def _lines(filled: FilledTable) -> Lines | None:
         for column_head, cell in zip(filled.column_heads, cells, strict=True):
             at = dict(zip(axes, (*row_head, *column_head), strict=True))
             fraction = at.pop("fraction")
-            name = ", ".join(axis_value(axis, value) for axis, value in at.items()) or filled.title
+            name = ", ".join(format_axis_value(axis, value) for axis, value in at.items()) or filled.title
             found.setdefault(name, []).append((fraction, cell))
-    # What has no figure has no place in the legend.
-    found = {name: points for name, points in found.items() if any(_has_figures(cell) for _, cell in points)}
+    # A line without values is left out of the legend.
+    found = {name: points for name, points in found.items() if any(_has_values(cell) for _, cell in points)}
     shares = {fraction for points in found.values() for fraction, _ in points}
-    return found if len(shares) > 1 and len(found) <= _MOST_LINES else None
+    return found if len(shares) > 1 and len(found) <= _MAX_LINES else None
 
 
-def _has_figures(cell: dict[str, Entry]) -> bool:
+def _has_values(cell: dict[str, TableEntry]) -> bool:
     return any(entry.mean is not None for entry in cell.values())
 
 
-def _over_fractions(filled: FilledTable, metric: str, lines: Lines) -> Iterator[Html]:
+def _over_fractions(filled: ResultTable, metric: str, lines: Lines) -> Iterator[Html]:
     drawn = []
     for place, points in enumerate(lines.values()):
         entries = {share: cell[metric] for share, cell in points}
@@ -135,13 +144,5 @@ def _over_fractions(filled: FilledTable, metric: str, lines: Lines) -> Iterator[
             drawn.append(plots.Line(place, list(means), list(means.values()), *ends))
     if drawn:
         title = filled.metrics[metric]
-        alt = f"{_capital(title)} over the share of labels, of {'; '.join(lines)}; the figures are in the table"
+        alt = f"{_capital(title)} over the share of labels, of {'; '.join(lines)}; the values are in the table"
         yield figure(plots.over_fractions(drawn), _capital(title), alt=alt)
-
-
-def _legend(names: list[str]) -> Html:
-    items = []
-    for place, name in enumerate(names):
-        colour, dashes = plots.line_style(place)
-        items.append(element("li", element("span", class_="line", style=f"border-top: 3px {dashes} {colour}"), name))
-    return element("ul", *items, class_="legend")

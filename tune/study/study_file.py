@@ -1,4 +1,4 @@
-"""A study file: named shard sets, stages whose fields may be lists (axes of a grid), what is selected, and the tables it fills.
+"""Read a study file: named shard sets, stages whose fields may be lists (axes of a grid), selections, and the tables it fills.
 
     # What it reproduces, and what it costs: the leading comment is part of the report.
     name: demo
@@ -28,27 +28,26 @@
       data: {kidney: demo/shards/kidney}
       pretrain: {epochs: 1, batch_size: {64: 16, 128: 32}}
 
-**Axes.** A field given a list is an axis. Fields that are lists themselves (`mix`, `fraction`, `classes`, ...) are none:
-`fraction: [0.05, 0.5]` is one stage that judges both, and their axis is a list of lists. A cell is named by its stage and, where
-it has axes, by their values: kidney-batch_size-64-temperature-0.1. `data`, `probe_data` and what is before "=" in `mix` may be
-names of `data`.
+**Axes.** A field with a list of values is an axis. A field that is a list itself (`mix`, `fraction`, `classes`, ...) is not:
+`fraction: [0.05, 0.5]` is one stage that evaluates both, and its axis is a list of lists. A trial is named after its stage and
+the values of its axes, if any: kidney-batch_size-64-temperature-0.1. `data`, `probe_data` and the part of `mix` before "=" may be
+names from `data`.
 
-**Chains.** `init` and `backbone` may name an earlier stage, which stands for each of its cells: the stage is done once for each,
-and its cells inherit the axes. Where both have an axis of one name, only equal values are paired. One cell's full name stands for
-it alone, without its axes.
+**Chains.** `init` and `backbone` may name an earlier stage. The stage then runs once for each trial of that stage, and its trials
+inherit the axes. If both have an axis of the same name, only equal values are paired. The full name of a trial stands for that
+trial alone, without its axes.
 
-**Selections.** `select` chooses the best of an earlier stage's pretrainings, for each combination of the axes in `per`, by
-`loss`, `probe` or `top1`, when they are done. It may be `from` a stage that selects. What is not comparable is refused.
+**Selections.** `select` chooses the best pretraining of an earlier stage, for each combination of the axes in `per`, by `loss`,
+`probe` or `top1`, when all have finished. It may be `from` another selection. Pretrainings that do not compare are refused.
 
-**Published** figures are shares of 1 beside the place that they belong to; one axis may be a list, and the figures then are too.
+**Published** values are shares of 1, listed with their place in the table. One axis may be a list; the values are then lists too.
 
-**asha**: {by: probe, grace_epochs: 10, reduction: 3} ends pretrainings of a stage early that are behind.
+**asha**: {by: probe, grace_epochs: 10, reduction: 3} stops the pretrainings of a stage early that are behind.
 
 **resources**: what each trial of a kind gets, {pretrain: {workers: 0, gpus: 0.25, cpus: 2}}.
 
-**smoke** is the study in a size that shows in minutes that it runs: other `data`, and for each kind of stage other fields. Of an
-axis it gives the values that stay and what takes their place; those that it does not name are left out, if it names any. Runs
-are in STORAGE-smoke.
+**smoke** is a size of the study that shows in minutes that it runs: other `data`, and other fields for each kind of stage. For an
+axis it lists the values to keep and what replaces them; if it lists any, the others are left out. Runs are in STORAGE-smoke.
 """
 
 from collections.abc import Sequence
@@ -56,24 +55,35 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipelines.remote_folder import is_url
-from tune.comparability import incomparable
-from tune.grid_expansion import Choice, Field, Outside, Stage, expand, field_names, settle
-from tune.schema import BY, KINDS, Cell, EarlyStopping, Node, Published, Resources, Selection, Study, TableSpec
-from tune.smoke_study import read_smoke, shrunk
-from tune.table_specs import read_tables
-from tune.yaml_lines import Marked, read_marked
+from tune.study.comparability import why_incomparable
+from tune.study.grid_expansion import FieldValue, SelectSpec, StageSpec, StudySettings, build_config, expand, field_names
+from tune.study.schema import (
+    KINDS,
+    SELECTION_RULES,
+    EarlyStopping,
+    GraphNode,
+    Published,
+    Resources,
+    Selection,
+    Study,
+    TableSpec,
+    Trial,
+)
+from tune.study.smoke_size import read_smoke_size, shrink_stage
+from tune.study.table_specs import read_tables
+from tune.study.yaml_lines import YamlFile, read_yaml
 
-__all__ = ["Cell", "EarlyStopping", "Node", "Published", "Resources", "Selection", "Study", "TableSpec", "read_study"]
+__all__ = ["EarlyStopping", "GraphNode", "Published", "Resources", "Selection", "Study", "TableSpec", "Trial", "read_study"]
 
 _KEYS = ("name", "storage", "report", "data", "defaults", "stages", "tables", "resources", "asha", "smoke")
 
 
 def read_study(path: str | Path, *, smoke: bool = False) -> Study:
-    """Read and check a study file. smoke: in the size that its `smoke` gives.
+    """Read and check a study file. smoke: in its smoke size.
 
-    Raises ValueError, which begins with FILE:LINE, before anything is started.
+    Raises ValueError, with FILE:LINE in front, before anything is started.
     """
-    source = read_marked(path)
+    source = read_yaml(path)
     content = source.content
     if not isinstance(content, dict) or not isinstance(content.get("stages"), dict) or not content["stages"]:
         raise ValueError(f"{source.at()}: a study is a mapping with at least `stages`, itself a mapping of names to stages")
@@ -85,20 +95,20 @@ def read_study(path: str | Path, *, smoke: bool = False) -> Study:
             raise ValueError(f"{source.at(key)}: {key} is a word, not {content[key]!r}")
     resources = {kind: _resources(source, kind) for kind in KINDS}
     stages = [_read_stage(source, stage, resources) for stage in content["stages"]]
-    small = read_smoke(source, stages)
+    small = read_smoke_size(source, stages)
     if smoke and small is None:
         raise ValueError(f"{source.at()}: this study has no `smoke`, which says what is smaller in smoke size")
     if not smoke:
         small = None
     if small:  # one process for each trial, whatever the whole study takes
         resources = dict.fromkeys(KINDS, Resources())
-        stages = [shrunk(stage, small) if isinstance(stage, Stage) else stage for stage in stages]
+        stages = [shrink_stage(stage, small) if isinstance(stage, StageSpec) else stage for stage in stages]
     name = content.get("name", Path(path).stem)
     storage = content.get("storage", f"runs/{name}").rstrip("/") + ("-smoke" if smoke else "")
     report = _report(content.get("report"), name, storage, smoke)
     workers = {kind: each.workers for kind, each in resources.items()}
-    nodes = expand(stages, Outside(data | (small.data if small else {}), storage, workers))
-    cells = [node for node in nodes if isinstance(node, Cell)]
+    nodes = expand(stages, StudySettings(data | (small.data if small else {}), storage, workers))
+    trials = [node for node in nodes if isinstance(node, Trial)]
     about = source.about + (f"\n\n{small.describe(data)}" if small else "")
     return Study(
         name=name,
@@ -106,9 +116,9 @@ def read_study(path: str | Path, *, smoke: bool = False) -> Study:
         report=report,
         about=about.strip(),
         nodes=nodes,
-        tables=read_tables(source, cells, small),
+        tables=read_tables(source, trials, small),
         resources=resources,
-        early_stopping=_early_stopping(source, cells, stages, smoke),
+        early_stopping=_early_stopping(source, trials, stages, smoke),
         smoke=smoke,
     )
 
@@ -119,7 +129,7 @@ def _report(given: str | None, name: str, storage: str, smoke: bool) -> Path:
     return Path(given).with_stem(Path(given).stem + "-smoke") if smoke else Path(given)
 
 
-def _read_stage(source: Marked, key, resources: dict[str, Resources]) -> Stage | Choice:
+def _read_stage(source: YamlFile, key, resources: dict[str, Resources]) -> StageSpec | SelectSpec:
     body, at, name = source.content["stages"][key], source.at("stages", key), str(key)
     kinds = (*KINDS, "select")
     if not isinstance(body, dict) or len(body) != 1 or not all(k in kinds and isinstance(v or {}, dict) for k, v in body.items()):
@@ -132,43 +142,46 @@ def _read_stage(source: Marked, key, resources: dict[str, Resources]) -> Stage |
         return _read_choice(source, key, at, line)
     config_class = KINDS[kind]
     known = field_names(config_class) - {"name", "storage"}
-    fields: dict[str, Field] = {}
+    fields: dict[str, FieldValue] = {}
     # Its own ones first: a default that is added later must not reorder the names.
     for keys in (("stages", key, kind), ("defaults", kind)):
         source.only(known, *keys)
         for field, value in source.mapping(*keys).items():
-            fields.setdefault(field, Field(value, source.at(*keys, field)))
+            fields.setdefault(field, FieldValue(value, source.at(*keys, field)))
     workers = fields.pop("workers", None)  # a trial's, and so the same for all stages of a kind
     if workers and workers.value != resources[kind].workers:
         raise ValueError(
             f"{workers.at}: stage {name}: workers is {workers.value!r}, and {kind} trials have {resources[kind].workers}; give"
             f" `resources: {{{kind}: {{workers: N}}}}` alone"
         )
-    return Stage(name, kind, config_class, fields, at, line)
+    return StageSpec(name, kind, config_class, fields, at, line)
 
 
-def _read_choice(source: Marked, key, at: str, line: int) -> Choice:
+def _read_choice(source: YamlFile, key, at: str, line: int) -> SelectSpec:
     keys = ("stages", key, "select")
     source.only(("from", "by", "per"), *keys)
     given = source.mapping(*keys)
     for field in ("from", "by"):
         if field not in given:
             raise ValueError(
-                f"{at}: stage {key}: select needs `{field}`: select: {{from: STAGE, by: {'|'.join(BY)}, per: [AXIS, ...]}}"
+                f"{at}: stage {key}: select needs `{field}`: select: {{from: STAGE, by: {'|'.join(SELECTION_RULES)},"
+                " per: [AXIS, ...]}"
             )
-    if given["by"] not in BY:
-        raise ValueError(f"{source.at(*keys, 'by')}: stage {key}: selects by {given['by']!r}; choose {', '.join(BY)}")
+    if given["by"] not in SELECTION_RULES:
+        raise ValueError(
+            f"{source.at(*keys, 'by')}: stage {key}: selects by {given['by']!r}; choose {', '.join(SELECTION_RULES)}"
+        )
     per = given.get("per") or []
     per = per if isinstance(per, list) else [per]
     if any(not isinstance(axis, str) for axis in per) or len(set(per)) < len(per):
         raise ValueError(f"{source.at(*keys, 'per')}: stage {key}: per is {per!r}, and should be a list of axes, each once")
-    source_field = Field(str(given["from"]), source.at(*keys, "from"))
-    return Choice(str(key), source_field, given["by"], Field(per, source.at(*keys, "per")), at, line)
+    source_field = FieldValue(str(given["from"]), source.at(*keys, "from"))
+    return SelectSpec(str(key), source_field, given["by"], FieldValue(per, source.at(*keys, "per")), at, line)
 
 
-def _resources(source: Marked, kind: str) -> Resources:
+def _resources(source: YamlFile, kind: str) -> Resources:
     source.only(tuple(KINDS), "resources")
-    found = _settled(source, Resources, "resources", kind)
+    found = _read_config(source, Resources, "resources", kind)
     if "workers" not in source.mapping("resources", kind):
         usual = source.mapping("defaults", kind).get("workers", 0)
         if not isinstance(usual, int) or isinstance(usual, bool):
@@ -181,19 +194,21 @@ def _resources(source: Marked, kind: str) -> Resources:
     return found
 
 
-def _early_stopping(source: Marked, cells: Sequence[Cell], stages: Sequence[Stage | Choice], smoke: bool) -> EarlyStopping | None:
+def _early_stopping(
+    source: YamlFile, trials: Sequence[Trial], stages: Sequence[StageSpec | SelectSpec], smoke: bool
+) -> EarlyStopping | None:
     if source.content.get("asha") is None:
         return None
     at = source.at("asha")
-    found = _settled(source, EarlyStopping, "asha")
+    found = _read_config(source, EarlyStopping, "asha")
     if found.grace_epochs < 1 or found.reduction < 2:
         raise ValueError(f"{at}: asha: grace_epochs is 1 or more, reduction 2 or more")
     for stage in stages:
-        compete = [cell for cell in cells if cell.stage == stage.name and cell.kind == "pretrain"]
-        reason = incomparable(compete, found.by) if len(compete) > 1 else None
+        compete = [trial for trial in trials if trial.stage == stage.name and trial.kind == "pretrain"]
+        reason = why_incomparable(compete, found.by) if len(compete) > 1 else None
         if reason:
             raise ValueError(f"{at}: asha: stage {stage.name} would compare {reason}")
-        late = [cell.config.probe_every for cell in compete if cell.config.probe_every > found.grace_epochs]
+        late = [trial.config.probe_every for trial in compete if trial.config.probe_every > found.grace_epochs]
         if found.by == "probe" and len(compete) > 1 and late and not smoke:
             raise ValueError(
                 f"{at}: asha: grace_epochs {found.grace_epochs} ends before the first probe of stage {stage.name}, after"
@@ -202,7 +217,7 @@ def _early_stopping(source: Marked, cells: Sequence[Cell], stages: Sequence[Stag
     return found
 
 
-def _settled(source: Marked, config_class: type, *keys: str):
+def _read_config(source: YamlFile, config_class: type, *keys: str):
     source.only(field_names(config_class), *keys)
-    fields = {name: Field(value, source.at(*keys, name)) for name, value in source.mapping(*keys).items()}
-    return settle(config_class, fields, source.at(*keys))
+    fields = {name: FieldValue(value, source.at(*keys, name)) for name, value in source.mapping(*keys).items()}
+    return build_config(config_class, fields, source.at(*keys))

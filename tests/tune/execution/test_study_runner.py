@@ -13,10 +13,10 @@ from sharding.packing import build_shards
 from tests.helpers import encoded, write_tree
 from train.records.runs import Run, write_json
 from train.stages import evaluation, pretraining
-from tune import study_runner
-from tune.study_file import read_study
-from tune.study_plan import plan_lines
-from tune.study_runner import run_study
+from tune.execution import study_runner
+from tune.execution.dry_run import dry_run_lines
+from tune.execution.study_runner import run_study
+from tune.study.study_file import read_study
 
 STAGES = {"pretrain": pretraining.stage_of, "evaluate": evaluation.stage_of}
 
@@ -39,7 +39,7 @@ def _pretended(monkeypatch):
 
 def run_quietly(study, **settings):
     said = []
-    outcome = run_study(study, without_ray=True, say=said.append, **settings)
+    outcome = run_study(study, without_ray=True, log=said.append, **settings)
     return outcome, said
 
 
@@ -49,8 +49,8 @@ def test_each_stage_once_and_parents_first(study, monkeypatch):
     monkeypatch.setattr(study_runner, "run_stage", lambda kind, config: begun.append(config.name) or real(kind, config))
     outcome, said = run_quietly(study)
     assert not outcome.failed and outcome.ran == begun
-    assert sorted(begun) == sorted(cell.name for cell in study.cells) and len(begun) == 10
-    for cell in study.cells:
+    assert sorted(begun) == sorted(cell.name for cell in study.trials) and len(begun) == 10
+    for cell in study.trials:
         for parent in cell.parents:
             chosen = outcome.selected[parent]["chosen"] if parent in outcome.selected else parent
             assert begun.index(chosen) < begun.index(cell.name)
@@ -72,7 +72,7 @@ def test_what_was_chosen_is_the_best_by_its_rule(study):
 
 
 def test_the_same_stage_under_another_name_is_not_run_again(study):
-    cell = study.cells[0]
+    cell = study.trials[0]
     run = pretend("pretrain", dataclasses.replace(cell.config, name="by hand"))
     outcome, said = run_quietly(study)
     assert outcome.runs[cell.name].folder == run.folder and cell.name not in outcome.ran
@@ -88,7 +88,7 @@ def test_an_edited_study_runs_what_has_changed_and_keeps_what_was(study, study_f
     for name in second.ran:
         key = second.runs[name].record["key"]
         assert second.runs[name].name == f"{name}-{key[:8]}" and first.runs[name].finished
-    assert any("is of another stage and stays" in line for line in said)
+    assert any("belongs to another stage and is kept" in line for line in said)
 
 
 def test_a_failed_cell_takes_with_it_only_what_starts_from_it(study, study_file):
@@ -131,20 +131,20 @@ def test_force_runs_a_stage_and_what_starts_from_it(study):
     assert [line for line in said if line.startswith("set aside")] and len(list((first.runs["tuned-seed-1"].folder.parent
                                                                              / ".superseded").iterdir())) == 2  # fmt: skip
     everything, _ = run_quietly(study, force=["grid"])
-    assert sorted(everything.ran) == sorted(cell.name for cell in study.cells)
+    assert sorted(everything.ran) == sorted(cell.name for cell in study.trials)
     with pytest.raises(ValueError, match="--force gird: the study has no such stage; there are best, grid, linear, tuned"):
         run_quietly(study, force=["gird"])
 
 
 def test_a_plan_says_what_is_finished_and_how_long_the_rest_takes(study, study_file):
-    lines = plan_lines(study)
+    lines = dry_run_lines(study)
     assert lines[-1] == "0 of 12 finished; to do: 0 s of trials, and 10 of unknown time"
     assert any(line.startswith("to choose best-seed-1, of 2 by probe") for line in lines)
     assert not list(study_file.parent.glob("runs/*"))  # nothing is written
     run_quietly(study)
-    assert plan_lines(study)[-1] == "12 of 12 finished; to do: 0 s of trials"
+    assert dry_run_lines(study)[-1] == "12 of 12 finished; to do: 0 s of trials"
     study_file.write_text(study_file.read_text().replace("seed: [1, 2]", "seed: [1, 2, 3]"))
-    lines = plan_lines(read_study(study_file))
+    lines = dry_run_lines(read_study(study_file))
     new = [line for line in lines if line.startswith("to do") and "grid-" in line]
     assert len(new) == 2 and all("about" in line for line in new)
 
@@ -157,7 +157,7 @@ def test_a_probe_that_there_will_not_be_is_found_before_anything_starts(study_fi
     )
     study_file.write_text(text)
     study = read_study(study_file)
-    for run in (run_quietly, plan_lines):
+    for run in (run_quietly, dry_run_lines):
         with pytest.raises(
             ValueError, match=r"best-seed-1 selects by probe, and grid-\S+ would have no probe: \S+plain has no labels"
         ):

@@ -3,22 +3,22 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from tune.grid_expansion import axis_value
-from tune.schema import BY, Cell, Published, TableSpec
-from tune.smoke_study import Smoke
-from tune.yaml_lines import Marked
+from tune.study.grid_expansion import parse_axis_value, table_places
+from tune.study.schema import SELECTION_RULES, Published, TableSpec, Trial
+from tune.study.smoke_size import SmokeSize
+from tune.study.yaml_lines import YamlFile
 
 _KEYS = ("title", "stages", "rows", "columns", "values", "published")
 _SEEDS = ("seed",)  # an axis whose values a table may bring together: their mean and deviation are told
 
 
 class _Table(NamedTuple):
-    """A table's entry in the file, with the cells that fill it. keys: where it is."""
+    """A table's entry in the file, with the trials that fill it. keys: where it is."""
 
-    source: Marked
+    source: YamlFile
     keys: tuple
     entry: dict[str, Any]
-    cells: list[Cell]
+    trials: list[Trial]
 
     def at(self, *more) -> str:
         return f"{self.source.at(*self.keys, *more)}: tables"
@@ -33,34 +33,20 @@ class _Table(NamedTuple):
         return tuple(value)
 
 
-def read_tables(source: Marked, cells: Sequence[Cell], smoke: Smoke | None) -> tuple[TableSpec, ...]:
-    """The file's tables. smoke: in smoke size, by which the places of published figures are changed as the cells were.
+def read_tables(source: YamlFile, trials: Sequence[Trial], smoke: SmokeSize | None) -> tuple[TableSpec, ...]:
+    """The file's tables. smoke: in smoke size, by which the places of published figures are changed as the trials were.
 
-    Raises ValueError, with the line, for a table that these cells cannot fill.
+    Raises ValueError, with the line, for a table that these trials cannot fill.
     """
     entries = source.content.get("tables")
     if entries is None:
         return ()
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{source.at('tables')}: `tables` is a list of tables, each with {', '.join(_KEYS)}")
-    return tuple(_read_table(source, place, entry, cells, smoke) for place, entry in enumerate(entries))
+    return tuple(_read_table(source, place, entry, trials, smoke) for place, entry in enumerate(entries))
 
 
-def _places(cell: Cell) -> list[dict[str, Any]]:
-    """Where a cell's figures stand in a table: an evaluation's in one place for each share of the labels.
-
-    The share of the patches that its pretraining learnt from has a name of its own.
-    """
-    place = {"stage": cell.stage} | cell.axes
-    if cell.kind == "pretrain":
-        return [place]
-    of_patches = place.pop("fraction", None)
-    if isinstance(of_patches, int | float):
-        place["pretrain.fraction"] = of_patches
-    return [place | {"fraction": fraction} for fraction in cell.config.fraction]
-
-
-def _read_table(source, place, entry, cells, smoke) -> TableSpec:
+def _read_table(source, place, entry, trials, smoke) -> TableSpec:
     keys = ("tables", place)
     if not isinstance(entry, dict):
         raise ValueError(f"{source.at(*keys)}: a table is a mapping with {', '.join(_KEYS)}")
@@ -72,11 +58,11 @@ def _read_table(source, place, entry, cells, smoke) -> TableSpec:
     if lacking:
         raise ValueError(f"{table.at()}: a table needs {' and '.join(lacking)}")
     stages = table.names("stages")
-    known = dict.fromkeys(cell.stage for cell in cells)
+    known = dict.fromkeys(trial.stage for trial in trials)
     for name in stages:
         if name not in known:
             raise ValueError(f"{table.at('stages')}: {name} is no stage that runs; there are {', '.join(known)}")
-    table = table._replace(cells=[cell for cell in cells if cell.stage in stages])
+    table = table._replace(trials=[trial for trial in trials if trial.stage in stages])
     rows, columns, values = table.names("rows"), table.names("columns"), table.names("values")
     _check_values(table, values)
     _check_places(table, rows, columns)
@@ -91,13 +77,13 @@ def _evaluation_metrics() -> dict[str, Any]:
 
 
 def _check_values(table: _Table, values) -> None:
-    kinds = {cell.kind for cell in table.cells}
+    kinds = {trial.kind for trial in table.trials}
     if len(kinds) > 1:
         raise ValueError(f"{table.at('stages')}: pretrainings and evaluations have no figures in common; make two tables")
     if kinds == {"evaluate"}:
         known = tuple(_evaluation_metrics())
     else:
-        known = BY
+        known = SELECTION_RULES
     for name in values:
         if name not in known:
             raise ValueError(f"{table.at('values')}: there is no figure {name!r} of these stages; there are {', '.join(known)}")
@@ -108,7 +94,7 @@ def _check_places(table: _Table, rows, columns) -> None:
     twice = set(rows) & set(columns)
     if twice:
         raise ValueError(f"{table.at('columns')}: {', '.join(sorted(twice))} is of the rows already")
-    places = [place for cell in table.cells for place in _places(cell)]
+    places = [place for trial in table.trials for place in table_places(trial)]
     known = dict.fromkeys(name for place in places for name in place)
     for name in used:
         if name not in known:
@@ -124,11 +110,11 @@ def _check_places(table: _Table, rows, columns) -> None:
             )
 
 
-def _read_published(table: _Table, used, values, smoke: Smoke | None) -> Iterator[Published]:
+def _read_published(table: _Table, used, values, smoke: SmokeSize | None) -> Iterator[Published]:
     entries = table.entry.get("published") or []
     if not isinstance(entries, list):
         raise ValueError(f"{table.at('published')}: `published` is a list of mappings")
-    places = [place for cell in table.cells for place in _places(cell)]
+    places = [place for trial in table.trials for place in table_places(trial)]
     for number, entry in enumerate(entries):
         at = table.at("published", number)
         if not isinstance(entry, dict) or not set(entry) & set(values):
@@ -137,13 +123,13 @@ def _read_published(table: _Table, used, values, smoke: Smoke | None) -> Iterato
             if name not in used + values:
                 raise ValueError(f"{at}: {name!r} is neither an axis of the table ({', '.join(used)}) nor one of its values")
         given = {name: value for name, value in entry.items() if name in used}
-        for where, metric, figure in _spread(given, {name: entry[name] for name in entry if name in values}, at):
+        for where, metric, figure in _expand_lists(given, {name: entry[name] for name in entry if name in values}, at):
             if not isinstance(figure, int | float) or isinstance(figure, bool):
                 raise ValueError(f"{at}: {metric} is {figure!r}, and should be a number")
-            is_share = metric != "loss" if table.cells[0].kind == "pretrain" else _evaluation_metrics()[metric].is_share
+            is_share = metric != "loss" if table.trials[0].kind == "pretrain" else _evaluation_metrics()[metric].is_share
             if is_share and not 0 <= figure <= 1:
                 raise ValueError(f"{at}: {metric} is {figure}, and should be a share of 1")
-            settled = where if smoke is None else _in_smoke(where, smoke, table.cells[0].kind)
+            settled = where if smoke is None else _in_smoke(where, smoke, table.trials[0].kind)
             if settled is None:
                 continue
             found = {tuple(place.get(name) for name in used) for place in places if settled.items() <= place.items()}
@@ -154,7 +140,7 @@ def _read_published(table: _Table, used, values, smoke: Smoke | None) -> Iterato
                 yield Published(metric, settled, float(figure))
 
 
-def _spread(given: dict[str, Any], figures: dict[str, Any], at: str):
+def _expand_lists(given: dict[str, Any], figures: dict[str, Any], at: str):
     """Each place and figure of an entry in which one axis may be a list, and each figure then is one as long."""
     lists = [name for name, value in given.items() if isinstance(value, list)]
     if len(lists) > 1:
@@ -166,10 +152,10 @@ def _spread(given: dict[str, Any], figures: dict[str, Any], at: str):
             raise ValueError(f"{at}: {metric} is {values!r}, and should be a list of {len(along)}, as {lists[0]} is")
         for value, figure in zip(along, row, strict=True):
             place = given | ({lists[0]: value} if lists else {})
-            yield {name: axis_value(each) for name, each in place.items()}, metric, figure
+            yield {name: parse_axis_value(each) for name, each in place.items()}, metric, figure
 
 
-def _in_smoke(where: dict[str, Any], smoke: Smoke, kind: str) -> dict[str, Any] | None:
+def _in_smoke(where: dict[str, Any], smoke: SmokeSize, kind: str) -> dict[str, Any] | None:
     """The place that takes this one's, None where its value is left out. kind: of the table's stages."""
     settled = dict(where)
     for name, value in where.items():
@@ -177,7 +163,7 @@ def _in_smoke(where: dict[str, Any], smoke: Smoke, kind: str) -> dict[str, Any] 
         of_parents = {} if name == "fraction" else smoke.values["pretrain"].get(name.removeprefix("pretrain."), {})
         values = of_parents | own
         if value in values:
-            settled[name] = axis_value(values[value])
+            settled[name] = parse_axis_value(values[value])
         elif value in values.values():  # what stands there now stands for another
             return None
     return settled
