@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sharding.build_config import BuildConfig
 from sharding.manifest import decoded
 from sharding.sources.scan import Scan, source_names
 from sharding.splits.assign import parse_shares
@@ -37,19 +38,12 @@ class FieldRoles:
         return found
 
 
-def assign_roles(
-    scan: Scan,
-    *,
-    labelled: bool,
-    split: str | None,
-    group_by: str | None,
-    split_by: Literal["auto", "patch", "group"],
-    duplicates: Literal["together", "apart"],
-) -> FieldRoles:
+def assign_roles(scan: Scan, config: BuildConfig) -> FieldRoles:
     """What each field is used for. Without flags, fields named `group` and `split` are the group and the split.
 
     Raises ValueError when a requested field is missing, or is empty for a file.
     """
+    group_by, split, split_by, duplicates = config.group_by, config.split, config.split_by, config.duplicates
     if group_by is None and "group" in scan.fields:
         group_by = "group"
     if split is None and "split" in scan.fields:
@@ -79,7 +73,7 @@ def assign_roles(
         if by == "group" and len(shares) > 1:
             _check_all_have(scan, str(group_by), "correct the layout or the table, or give --split-by patch")
     extra = [field for field in scan.fields if field not in ("class", "group", "split")]
-    return FieldRoles(labelled, group_by, split, column, shares, by, duplicates, extra)
+    return FieldRoles(not config.unlabelled, group_by, split, column, shares, by, duplicates, extra)
 
 
 def _observed(scan: Scan, column: str) -> dict[str, float]:

@@ -79,14 +79,7 @@ def build_shards(sources: Sequence[str | Path], out: str | Path, *, workers: int
         scan = scan_sources(
             config.sources, layout=config.layout, table=config.table, where=config.where, labelled=not config.unlabelled
         )
-        roles = assign_roles(
-            scan,
-            labelled=not config.unlabelled,
-            split=config.split,
-            group_by=config.group_by,
-            split_by=config.split_by,
-            duplicates=config.duplicates,
-        )
+        roles = assign_roles(scan, config)
         arguments = recorded_arguments(config) | {"split": roles.split, "group_by": roles.group_by, "split_by": roles.by}
         name = printable(config.name or target.name)
 
@@ -244,8 +237,5 @@ def _counts(splits: np.ndarray, split_names: list[str], labels: np.ndarray, clas
 
 
 def _summary(out: Path, dataset: dict, notes: list[str], *, was_there: bool = False, added: int = 0) -> Summary:
-    packed, quarantined = dataset["patches"], dataset["quarantined"]
-    found = packed + quarantined
-    return Summary(
-        out, dataset["name"], found, packed, quarantined, dataset["shards"], dataset["counts"], notes, was_there, added
-    )
+    name, packed, quarantined, shards, counts = (dataset[key] for key in ("name", "patches", "quarantined", "shards", "counts"))
+    return Summary(out, name, packed + quarantined, packed, quarantined, shards, counts, notes, was_there, added)
