@@ -10,9 +10,9 @@ from harness import RunFailed
 from report import judge
 from starting import Config, kill, one_round, seconds_until, start
 from trials import TARGETS, TINY, main, spans, study_text, summarise, tiny_text
-from tune.study_file import read_study
 
 from train.records.runs import write_json
+from tune.study.study_file import read_study
 
 FIELDS = {"backbone": "test_resnet", "image_size": 32, "batch_size": 16, "epochs": 1, "probe_every": 0}
 
@@ -73,9 +73,9 @@ def test_the_studies_can_be_read(tmp_path):
     path = tmp_path / "study.yaml"
     path.write_text(study_text(FIELDS, "shards", tmp_path, trials=3, cpus=2, gpus=0.25))
     study = read_study(path)
-    assert len(study.cells) == 3 and study.resources["pretrain"].gpus == 0.25 and study.resources["pretrain"].cpus == 2
+    assert len(study.trials) == 3 and study.resources["pretrain"].gpus == 0.25 and study.resources["pretrain"].cpus == 2
     path.write_text(tiny_text("shards", tmp_path))
-    assert len(read_study(path).cells) == TINY
+    assert len(read_study(path).trials) == TINY
 
 
 def test_user_errors(tmp_path):
