@@ -7,9 +7,11 @@ ours would multiply with them.
 
 import asyncio
 import datetime
+import errno
 import functools
 import random
 import re
+import secrets
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -123,6 +125,25 @@ class RemoteFolder:
         if local:
             self._tried(name, "written", "mv", target, path)
 
+    def create(self, name: str, data: bytes) -> None:
+        """Write a file that is not there yet: of several processes that do so at once, exactly one succeeds.
+
+        That holds for file, and for s3 where the store heeds If-None-Match, as AWS does. Other drivers have
+        what their mode="create" does, and some only look first whether the file is there: two may succeed at the same moment.
+        Raises FileExistsError, and as `write` does.
+        """
+        path = f"{self._path}/{name}"
+        create = functools.partial(self._tried, name, "created")
+        if not getattr(self._fs, "local_file", False):
+            create("pipe_file", path, data, mode="create")
+            return
+        partial = "{}/.{}.{}.partial".format(*path.rsplit("/", 1), secrets.token_hex(4))
+        create("pipe_file", partial, data)
+        try:
+            create("link", partial, path)
+        finally:
+            self.remove(partial.removeprefix(f"{self._path}/"))
+
     def names(self, under: str = "") -> dict[str, Stored]:
         """The files of the folder, or of a folder in it, with all that are below; none where there is no such folder.
 
@@ -135,6 +156,17 @@ class RemoteFolder:
         # Drivers differ in whether paths begin with a slash.
         start = len(self._path.strip("/")) + 1
         return {path.strip("/")[start:]: Stored(info["size"], _written_ns(info)) for path, info in found.items() if info}
+
+    def entries(self) -> list[str]:
+        """The names of files and folders directly in the folder, as of one moment; none where there is no such folder.
+
+        Raises as `read` does.
+        """
+        try:
+            found = self._tried("", "listed", "ls", self._path, detail=False)
+        except NotThere:
+            return []
+        return [path.rstrip("/").rpartition("/")[2] for path in found]
 
     def remove(self, name: str) -> None:
         """Remove a file, if it is there. Raises as `read` does."""
@@ -173,11 +205,13 @@ class RemoteFolder:
                 status = _http_status(error)
                 if status == 416:  # range not satisfiable: it starts at the file's end or beyond
                     raise _BeyondTheEnd from error
+                if done == "created" and (isinstance(error, FileExistsError) or status == 412):  # a precondition failed
+                    raise FileExistsError(f"{place} is there already") from error
                 if isinstance(error, FileNotFoundError):
-                    hint = ": see whether the bucket is there" if done == "written" else ""
+                    hint = ": see whether the bucket is there" if done in ("written", "created") else ""
                     raise NotThere(f"{place} is not there ({_said(error)}){hint}") from error
-                if isinstance(error, NotImplementedError):
-                    raise ValueError(f"{place} cannot be {done}: the driver of this store cannot do that; use s3://") from error
+                if isinstance(error, NotImplementedError) or getattr(error, "errno", None) == errno.ENOSYS:
+                    raise ValueError(f"{place} cannot be {done}: this store or its driver cannot do that; use s3://") from error
                 if isinstance(error, PermissionError) or status in (401, 403) or "Credentials" in type(error).__name__:
                     raise ValueError(
                         f"{place} may not be {done} ({_said(error)}): give the driver credentials that may, by the "

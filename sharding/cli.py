@@ -6,6 +6,7 @@ them, flags override it, and field names are the YAML keys.
 
 import dataclasses
 import os
+import re
 import select
 import signal
 import sys
@@ -155,8 +156,9 @@ def _nobody_reads() -> bool:
 
 
 def describe(error: BaseException) -> str:
-    """One line for a person: the message, and the file for an operating system's error."""
+    """One line for a person: the message, and the file for an operating system's error. Without addresses in memory, which differ
+    between processes and say nothing."""
     if isinstance(error, OSError) and error.strerror:
         name = f"{error.filename}: " if error.filename else ""
         return f"{name}{error.strerror}"
-    return " ".join(str(error).split())
+    return re.sub(r" at 0x[0-9a-f]+(?=>)", "", " ".join(str(error).split()))

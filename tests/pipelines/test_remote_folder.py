@@ -53,6 +53,19 @@ def test_what_is_written_is_there(url, tmp_path):
         folder.read("run.json", 0, 1)
 
 
+def test_a_file_is_created_once(url):
+    folder = opened(url)
+    assert folder.entries() == []
+    folder.create("lock", b"one")
+    with pytest.raises(FileExistsError, match="lock is there already"):
+        folder.create("lock", b"two")
+    assert folder.read("lock", 0, 100) == b"one" and folder.entries() == ["lock"] and list(folder.names()) == ["lock"]
+    folder.write("checkpoints/step-3", b"")
+    folder.remove("lock")
+    assert folder.entries() == ["checkpoints"]
+    folder.create("lock", b"two")
+
+
 def test_a_local_file_that_is_not_there_is_no_fault_of_the_store(url, tmp_path):
     with pytest.raises(FileNotFoundError):
         opened(url).write("x", tmp_path / "none")
@@ -101,7 +114,7 @@ def test_what_fails_once_is_tried_again(monkeypatch):
     ("error", "words"),
     [
         (PermissionError("Access Denied"), r"x may not be written \(Access Denied\): give the driver credentials"),
-        (NotImplementedError(), "x cannot be written: the driver of this store cannot do that"),
+        (NotImplementedError(), "x cannot be written: this store or its driver cannot do that"),
     ],
 )
 def test_what_will_not_get_better_is_not_tried_again(monkeypatch, error, words):

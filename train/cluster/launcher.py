@@ -22,9 +22,9 @@ from train.cluster.resources import Share, share_of
 from train.config import worker_range
 from train.records.checkpoint_store import LOCK_TIMEOUT_S, CheckpointStore
 from train.records.provenance import RECORD_NAME
-from train.records.remote_run import Mirror, on_this_node
+from train.records.remote_run import Mirror, fetch_source
 from train.records.retry import await_folder
-from train.records.run_lock import await_lease
+from train.records.run_lock import StoreLock
 from train.records.runs import versions
 from train.trainer.loop import Job, fit
 from train.trainer.prometheus import meaning, readings, shown_name
@@ -68,7 +68,7 @@ def mirrored(job: Job) -> Iterator[None]:
         return
     mirror = Mirror(job.url)
     mirror.push(RECORD_NAME)
-    await_lease(mirror)
+    StoreLock(mirror.store, mirror.folder).wait()
     yield
     mirror.pull(whole=True)
 
@@ -262,7 +262,7 @@ def _work(config) -> None:
 
 def _with_local_init(job: Job) -> Job:
     """The job, with initial weights that lie on this node: those of a run at a URL are downloaded."""
-    return dataclasses.replace(job, init=on_this_node(job.init))
+    return dataclasses.replace(job, init=fetch_source(job.init))
 
 
 def _end_when_cut_off(head: str) -> None:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 from pipelines.remote_folder import RemoteFolder, is_url
 from pipelines.shard_cache import default_cache
+from sharding.cli import describe
 from sharding.manifest import fingerprint, read_dataset
 
 _OURS = ("sharding", "pipelines", "models", "train", "tune")
@@ -169,7 +170,7 @@ def gpus_seen() -> GpusSeen:
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
-        return GpusSeen([], " ".join(str(error).split()))
+        return GpusSeen([], describe(error))
     return GpusSeen([], None)
 
 
@@ -185,8 +186,11 @@ def decode(image: bytes) -> list[str]:
     from pipelines.views import draw_views
 
     recipe = get_recipe("eval")
-    with Image.open(io.BytesIO(image)) as opened:
-        sizes = np.array([[opened.height, opened.width]])
+    try:
+        with Image.open(io.BytesIO(image)) as opened:
+            sizes = np.array([[opened.height, opened.width]])
+    except OSError as error:  # its text has the address of the buffer
+        raise ValueError("the patch is no image that Pillow can read") from error
     drawn = draw_views(np.zeros(1, np.int64), seed=0, epoch=0, recipe=recipe, sizes=sizes)
     done = []
     for place in ["CPU", *range(torch.cuda.device_count())]:

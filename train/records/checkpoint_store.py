@@ -9,10 +9,11 @@ import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from train.records.checkpoints import CHECKPOINTS, Background, alone_in, keep_newest, newest_in
+from train.records.checkpoints import CHECKPOINTS, Background, keep_newest, newest_in
 from train.records.remote_run import Mirror
-from train.records.retry import PATIENCE, patiently
-from train.records.run_lock import Upkeep
+from train.records.retry import RETRY_TIMEOUT_S, retry_io
+from train.records.run_lock import exclusive_lock
+from train.records.uploader import RunUploader
 
 LOCK_TIMEOUT_S = 30.0  # a worker whose driver was killed may live on for so long
 _TRIES = 12  # of each request to the object store while a run is trained: about two minutes of pauses
@@ -34,7 +35,7 @@ class CheckpointStore:
         url: str | None = None,
         *,
         lock_timeout_s: float = LOCK_TIMEOUT_S,
-        retry_timeout_s: float = PATIENCE,
+        retry_timeout_s: float = RETRY_TIMEOUT_S,
     ):
         self._folder = folder
         self.retry_timeout_s = retry_timeout_s
@@ -42,7 +43,7 @@ class CheckpointStore:
         self._checkpoints = folder / CHECKPOINTS
         self._writer = Background()
         self._mirror = Mirror(url, tries=_TRIES) if url else None
-        self._upkeep: Upkeep | None = None
+        self._uploader: RunUploader | None = None
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -51,11 +52,11 @@ class CheckpointStore:
         Raises ValueError where another process still trains it after lock_timeout_s.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
-        with alone_in(self._folder, self._lock_timeout_s):
+        with exclusive_lock(self._folder, self._lock_timeout_s):
             if self._mirror is None:
                 yield
                 return
-            with Upkeep(self._mirror) as self._upkeep:
+            with RunUploader(self._mirror) as self._uploader:
                 yield
 
     def newest(self) -> str | None:
@@ -77,10 +78,10 @@ class CheckpointStore:
         """Wait until the newest checkpoint is written, at most so many seconds. Raises what kept it from being written, and
         what keeps the run from being uploaded."""
         self._writer.wait(timeout_s)
-        if self._upkeep:
-            self._upkeep.check()
+        if self._uploader:
+            self._uploader.raise_error()
 
     def _save_now(self, step: int, write: Callable[[Path], None]) -> None:
-        written = patiently(lambda: keep_newest(self._checkpoints, step, write), self._checkpoints, seconds=self.retry_timeout_s)
-        if self._upkeep:
-            self._upkeep.offer(written)
+        written = retry_io(lambda: keep_newest(self._checkpoints, step, write), self._checkpoints, timeout_s=self.retry_timeout_s)
+        if self._uploader:
+            self._uploader.submit(written)

@@ -1,13 +1,9 @@
 """Checkpoints that are written while training goes on: a copy of the state is taken, and a thread writes it."""
 
-import contextlib
-import errno
-import fcntl
 import os
 import shutil
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -111,27 +107,3 @@ def keep_newest(checkpoints: Path, step: int, write: Callable[[Path], None]) -> 
 def newest_in(checkpoints: Path) -> str | None:
     """The name of the newest one; None where there is none."""
     return max((path.name for path in checkpoints.glob("step-*")), default=None)
-
-
-@contextlib.contextmanager
-def alone_in(folder: Path, seconds: float) -> Iterator[None]:
-    """A block in which no other process trains this run: of two writers, each would undo what the other leaves.
-
-    One that was killed may take a moment to end. Raises ValueError where another is still there after so many seconds.
-    """
-    ends = time.monotonic() + seconds
-    with open(folder / ".lock", "w") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a network drive without locks: nobody can tell
-                    break
-                if time.monotonic() > ends:
-                    raise ValueError(
-                        f"{folder.name} is being trained by another process: wait for it or end it, or choose another --name"
-                    ) from None
-                time.sleep(0.1)
-            else:
-                break
-        yield

@@ -22,7 +22,7 @@ class Parent:
 
     @property
     def address(self) -> str:
-        """The source as every node finds it: of a run at a URL, that. See `train.records.remote_run.on_this_node`."""
+        """The source as every node finds it: of a run at a URL, that. See `train.records.remote_run.fetch_source`."""
         return self.run.url if self.run and self.run.url else self.source
 
 

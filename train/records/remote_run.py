@@ -4,12 +4,12 @@
       run.json  config.yaml  learnt_from.parquet                written by the driver, before training begins
       metrics.jsonl  tensorboard/  ...                          by rank 0, every 15 s and before each checkpoint
       checkpoints/step-000000120/checkpoint.pt                  by rank 0, in one piece each; the newest one counts
-      .lease                                                    whose run it is (train/records/run_lock.py)
+      .lease-12                                                 who trains the run (train/records/run_lock.py)
       result.json                                               by the driver, after all else: the run is finished
       cells/5%-seed42/  ...                                     runs of their own below it, each with all this
     ~/.cache/patchclr/runs/s3/bucket/runs/kidney/               on each node ($PATCHCLR_CACHE)
 
-An object store has no append, no rename and no locks. So all that works on a run works on files of its node, and here is what
+An object store has no append and no rename. So all that works on a run works on files of its node, and here is what
 brings them up to date in either direction. A local file is taken for the one at the URL if it has that one's size and time of
 writing, which both directions give it. Who trains the run on this node holds the kernel's lock on .lock; its files are then newer
 than those at the URL and nobody else touches them. Who brings others up to date holds .pull.
@@ -28,11 +28,11 @@ from typing import Any
 from pipelines.remote_folder import Interrupted, RemoteFolder, Stored, is_url
 from pipelines.shard_cache import default_cache
 from train.records.checkpoints import CHECKPOINT_NAME, CHECKPOINTS
+from train.records.run_lock import LOCK_NAME
 
 RESULT_NAME = "result.json"
 EVERY_SECONDS = 15.0  # between two looks at what has changed, on either side
 
-_LOCK_NAME = ".lock"  # of train.records.checkpoints.alone_in
 CELLS = "cells"  # a folder with runs below a run
 _NOT_ITS = (".", f"{CELLS}/", "ray/")  # runs of their own, and where Ray keeps its books on this node
 _LARGE = (".safetensors", ".pt", ".parquet", ".npy")
@@ -40,7 +40,7 @@ _MOST = 2**30  # bytes of a file that is fetched in one request, so that it is o
 _PART = 8 * 2**20  # bytes of one request for a large file
 
 
-def storage_here(storage: str) -> Path:
+def local_storage(storage: str) -> Path:
     """Where this node has the runs of a storage: the folder itself, or for a URL one in the cache."""
     if not is_url(storage):
         return Path(storage)
@@ -63,28 +63,16 @@ class Mirror:
             raise ValueError(f"--storage {storage}: give a folder at the store too, such as s3://bucket/runs")
         if name.startswith(".") or ".." in place.split("/"):
             raise ValueError(f"{url}: a run's name at a URL has no leading dot, and its storage no '..'")
-        self._store = RemoteFolder(url, tries=tries)
-        self.url, self.name = self._store.url, name
-        self.folder = (storage_here(storage) / name).absolute()
+        self.store = RemoteFolder(url, tries=tries)
+        self.url, self.name = self.store.url, name
+        self.folder = (local_storage(storage) / name).absolute()
         self._pushing = threading.Lock()
 
-    def read(self, name: str) -> bytes:
-        """A small file at the URL. Raises store.NotThere."""
-        return self._store.read(name, 0, _MOST)
-
-    def write(self, name: str, data: bytes) -> None:
-        """Put a small file at the URL that nobody has a copy of."""
-        self._store.write(name, data)
-
-    def remove(self, name: str) -> None:
-        """Remove a file at the URL, if it is there."""
-        self._store.remove(name)
-
-    def trained_here(self) -> bool:
+    def is_training_here(self) -> bool:
         """Whether a process of this node trains the run right now."""
         if not self.folder.exists():
             return False
-        with _lock_if_free(self.folder / _LOCK_NAME) as free:
+        with _lock_if_free(self.folder / LOCK_NAME) as free:
             return not free
 
     def pull(self, *, whole: bool, training: bool = False) -> None:
@@ -94,19 +82,19 @@ class Mirror:
         are not fetched, and of runs below it the small files. training: the caller trains the run. Where another process of this
         node does, nothing happens.
         """
-        if not training and self.trained_here():
+        if not training and self.is_training_here():
             return
-        if not self.folder.exists() and not self._store.names():
+        if not self.folder.exists() and not self.store.names():
             return
         with self._one_at_a_time():
-            everything = self._store.names()
+            everything = self.store.names()
             stored = _its_own(everything)
             changed = {name for name, each in stored.items() if not _same(self.folder / name, each)}
             fetched = [name for name in changed if "/" not in name and (whole or not name.endswith(_LARGE))]
             for name in fetched:
                 self._fetch(name, stored[name])
             # Who has begun to train meanwhile has brought everything up to date itself, and has gone on from there.
-            free = contextlib.nullcontext(True) if training else _lock_if_free(self.folder / _LOCK_NAME)
+            free = contextlib.nullcontext(True) if training else _lock_if_free(self.folder / LOCK_NAME)
             with free as mine:
                 if mine:
                     for name in self._files():
@@ -120,13 +108,13 @@ class Mirror:
     def push(self, *names: str) -> None:
         """Put this node's files at the URL, those given or all but checkpoints, where they differ; result.json last."""
         with self._pushing:
-            stored = self._store.names()
+            stored = self.store.names()
             given = names or [name for name in self._files() if not name.startswith(CHECKPOINTS)]
             changed = [name for name in given if not _same(self.folder / name, stored.get(name))]
             for name in sorted(changed, key=lambda name: name == RESULT_NAME):
                 with contextlib.suppress(FileNotFoundError):  # removed meanwhile
-                    self._store.write(name, self.folder / name)
-            stored = self._store.names() if changed else {}
+                    self.store.write(name, self.folder / name)
+            stored = self.store.names() if changed else {}
             for name in changed:
                 _mark(self.folder / name, stored.get(name))
 
@@ -152,12 +140,12 @@ class Mirror:
 
     def push_checkpoint(self, step: str, file: Path) -> None:
         """Upload a checkpoint, and then remove the older ones. It counts once it is wholly there."""
-        self._store.write(_checkpoint(step), file)
+        self.store.write(_checkpoint(step), file)
         stored = self._checkpoints()
         _mark(file, stored.get(_checkpoint(step)))
         for name in stored:
             if name < _checkpoint(step):
-                self._store.remove(name)
+                self.store.remove(name)
 
     @contextlib.contextmanager
     def followed(self) -> Iterator[None]:
@@ -176,7 +164,7 @@ class Mirror:
             yield
         finally:
             stop.set()
-            with self._store.interrupted():
+            with self.store.interrupted():
                 thread.join()
 
     @property
@@ -184,7 +172,7 @@ class Mirror:
         return self.folder / ".incoming"
 
     def _checkpoints(self) -> dict[str, Stored]:
-        found = self._store.names(CHECKPOINTS).items()
+        found = self.store.names(CHECKPOINTS).items()
         return {name: each for name, each in found if re.fullmatch(_checkpoint(r"step-\d+"), name)}
 
     def _files(self) -> list[str]:
@@ -198,7 +186,7 @@ class Mirror:
         with path.open("wb") as file:
             while file.tell() < stored.size:
                 # What is appended to is small, and is read at one moment.
-                data = self._store.read(name, file.tell(), file.tell() + (_PART if name.endswith(_LARGE) else _MOST))
+                data = self.store.read(name, file.tell(), file.tell() + (_PART if name.endswith(_LARGE) else _MOST))
                 if not data:
                     break
                 file.write(data)
@@ -223,12 +211,7 @@ class Mirror:
             ) from error
 
 
-def mirror_of(url: str | None) -> Mirror | None:
-    """The mirror of a run at a URL; None for a run that is in a folder alone."""
-    return Mirror(url) if url else None
-
-
-def on_this_node(source: str) -> str:
+def fetch_source(source: str) -> str:
     """What initial weights come from: of a run at a URL its folder on this node, brought up to date; all else stays as it is."""
     if not is_url(source):
         return source

@@ -1,4 +1,4 @@
-"""Storage that fails is waited for: a network drive that is away for a moment, a disk that is full until somebody makes room."""
+"""Retries for storage that fails: a network drive that is away for a moment, or a disk that is full until somebody makes room."""
 
 import time
 from collections.abc import Callable
@@ -7,17 +7,17 @@ from typing import TypeVar
 
 Result = TypeVar("Result")
 
-PATIENCE = 120.0  # seconds; what is asked of an object store (train/records/remote_run.py) is tried for as long
-_PAUSE = 1.0  # between two tries
+RETRY_TIMEOUT_S = 120.0  # requests to an object store (train/records/remote_run.py) are retried for as long
+_PAUSE_S = 1.0  # between two tries
 
 
-def patiently(work: Callable[[], Result], place: str | Path, *, seconds: float = PATIENCE) -> Result:
-    """Call what writes to a place, again and again until it can, for at most so many seconds.
+def retry_io(work: Callable[[], Result], place: str | Path, *, timeout_s: float = RETRY_TIMEOUT_S) -> Result:
+    """Call a function that writes to a place until it succeeds. Returns what it returns.
 
-    Raises ValueError that names the place where it still cannot, also for the RuntimeError with which torch's writer tells of a
-    full disk. The first failure is printed: a run that stands still says why.
+    Raises ValueError that names the place after the time-out, also for the RuntimeError with which torch reports a full disk. The
+    first failure is printed, so that a run that makes no progress says why.
     """
-    ends, told = time.monotonic() + seconds, False
+    ends, printed = time.monotonic() + timeout_s, False
     while True:
         try:
             return work()
@@ -28,19 +28,19 @@ def patiently(work: Callable[[], Result], place: str | Path, *, seconds: float =
                     f"{place}: could not be written ({reason}): see that there is room and that the folder can be written to;"
                     " the same command then goes on from the checkpoint before"
                 ) from error
-            if not told:
-                print(f"{place}: could not be written ({reason}); trying again for {seconds:.0f} s", flush=True)
-                told = True
-            time.sleep(min(_PAUSE, seconds))
+            if not printed:
+                print(f"{place}: could not be written ({reason}); trying again for {timeout_s:.0f} s", flush=True)
+                printed = True
+            time.sleep(min(_PAUSE_S, timeout_s))
 
 
-def await_folder(folder: Path, *, seconds: float = PATIENCE) -> None:
-    """Wait until the folder is there. Raises ValueError where it is not after so many seconds."""
-    ends = time.monotonic() + seconds
+def await_folder(folder: Path, *, timeout_s: float = RETRY_TIMEOUT_S) -> None:
+    """Wait until the folder is there. Raises ValueError where it is not after the time-out."""
+    ends = time.monotonic() + timeout_s
     while not _is_there(folder):
         if time.monotonic() > ends:
             raise ValueError(f"{folder} is not there: mount the storage on this node, at the same place as on the others")
-        time.sleep(min(_PAUSE, seconds))
+        time.sleep(min(_PAUSE_S, timeout_s))
 
 
 def _is_there(folder: Path) -> bool:

@@ -1,182 +1,178 @@
-"""Rank 0's side of a run at a URL: that nobody else trains it, and that what it leaves gets there while it trains."""
+"""Locks that let one process at a time train a run: the kernel's for a folder, and an object at the store for a run at a URL."""
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
 import platform
+import re
 import secrets
-import shutil
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipelines.remote_folder import NotThere
-from train.records.checkpoints import CHECKPOINT_NAME
-from train.records.remote_run import EVERY_SECONDS, Mirror
+from pipelines.remote_folder import NotThere, RemoteFolder
 
-LEASE_NAME = ".lease"
-LEASE_SECONDS = 60.0  # after which a lease that was not renewed has run out
-_LOOK_SECONDS = 1.0
-_RENEWALS = 2  # seen of another's lease: it is alive. A worker whose driver was killed may still renew it once
+LOCK_NAME = ".lock"  # in a run's folder
+LEASE_SECONDS = 60.0  # a lock at a store expires when it was not renewed for so long
+
+_POLL_SECONDS = 1.0
+# A process that renews another's lock so often while we wait is alive. A worker whose driver was killed may still renew it once.
+_RENEWALS = 2
+_CONTENT_BYTES = 2**20  # more than the lock's content ever has
 
 
-class Upkeep:
-    """A block in which this process trains a run at a URL, and what it leaves in its folder gets there.
+@contextlib.contextmanager
+def exclusive_lock(folder: Path, timeout_s: float) -> Iterator[None]:
+    """A block in which no other process trains the run in this folder: two writers would undo each other's work.
 
-    Two threads do that: one renews the lease and puts up what was written, every 15 s; one uploads checkpoints, always the
-    newest that there is. Training waits for neither. What fails is tried for about two minutes (mirror: with how many tries).
-    After that, files are tried again with the next look, and a checkpoint ends the run: `check` raises it.
-
-    The lease is a small object: who, and when last renewed. It keeps a second process from a run that is being trained anywhere.
-    It is no lock: two that begin in the same second may both take it. Each looks at it before it is renewed, so the one whose
-    lease was overwritten ends within 15 s, and until then both write the same checkpoints. A process that the store does not
-    hear of for a minute loses its lease to whoever asks for it, and ends when it finds out. The nodes' clocks must agree to
-    within half a minute.
-
-    Raises ValueError where another process renews its lease while this one waits for it to run out.
+    Raises ValueError where another process still holds the lock after the time-out.
     """
-
-    def __init__(self, mirror: Mirror):
-        self._mirror = mirror
-        self._me = secrets.token_hex(8)
-        self._news = threading.Condition()  # of the two below
-        self._offered: Path | None = None
-        self._ended = False
-        self._stop = threading.Event()
-        self._error: BaseException | None = None
-        self._threads = [
-            threading.Thread(target=self._guarded, args=(work,), name=f"mirror: {work.__name__}")
-            for work in (self._renew, self._upload)
-        ]
-
-    def __enter__(self):
-        await_lease(self._mirror)
-        self._take()
-        shutil.rmtree(self._links, ignore_errors=True)
-        self._mirror.pull(whole=False, training=True)
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, kind, *_):
-        self._stop.set()
-        with self._news:
-            self._ended = True
-            self._news.notify()
-        for thread in self._threads:
-            thread.join()
-        try:
-            if self._error is None:
-                self._mirror.push()
-                self._mirror.remove(LEASE_NAME)
-        except ValueError as error:
-            self._error = error
-        if kind is None:  # of two errors, the first one is told
-            self.check()
-
-    def offer(self, checkpoint: Path) -> None:
-        """Have the checkpoint in this folder, step-NUMBER, uploaded; one that still waits for that is passed over."""
-        self._links.mkdir(exist_ok=True)
-        # A second name: the folder's own is removed when the next one is there.
-        link = self._links / checkpoint.name
-        link.unlink(missing_ok=True)
-        os.link(checkpoint / CHECKPOINT_NAME, link)
-        with self._news:
-            passed_over, self._offered = self._offered, link
-            self._news.notify()
-        if passed_over:
-            passed_over.unlink()
-
-    def check(self) -> None:
-        """Raise what keeps the run from going on, if anything does."""
-        if self._error is not None:
-            raise self._error
-
-    @property
-    def _links(self) -> Path:
-        return self._mirror.folder / ".uploading"
-
-    def _guarded(self, work):
-        try:
-            work()
-        except BaseException as error:
-            self._error = self._error or error
-
-    def _renew(self):
-        while not self._stop.wait(EVERY_SECONDS):
-            try:
-                holder = _holder(self._mirror)
-                if holder is None or holder["id"] == self._me:
-                    self._take()
-                    self._mirror.push()
-                    continue
-            except ValueError:
-                continue  # the store fails for now; a checkpoint that cannot be uploaded says so
-            raise ValueError(
-                f"{self._mirror.url} is being trained by another process, on {holder['host']}, which took it over when this one"
-                " was not heard of: end one of them"
-            )
-
-    def _upload(self):
+    ends = time.monotonic() + timeout_s
+    with open(folder / LOCK_NAME, "w") as file:
         while True:
-            with self._news:
-                self._news.wait_for(lambda: self._offered or self._ended)
-                link, self._offered = self._offered, None
-            if link is None:
-                return
-            self._mirror.push()  # first: metrics.jsonl has to reach at least as far as the checkpoint
-            self._mirror.push_checkpoint(link.name, link)
-            link.unlink()
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a network drive without locks: no way to tell
+                    break
+                if time.monotonic() > ends:
+                    raise ValueError(
+                        f"{folder.name} is being trained by another process: wait for it or end it, or choose another --name"
+                    ) from None
+                time.sleep(0.1)
+            else:
+                break
+        yield
 
-    def _take(self):
-        lease = {"id": self._me, "host": platform.node(), "process": os.getpid(), "time": time.time()}
-        self._mirror.write(LEASE_NAME, json.dumps(lease | {"lock": _lock_file(self._mirror)}).encode())
+
+class LockLost(ValueError):
+    """Another process has taken over the lock of a run at a URL."""
 
 
-def await_lease(mirror: Mirror) -> None:
-    """Wait until nobody trains the run: until the lease has run out that somebody who was killed has left.
+class StoreLock:
+    """The lock of a run at a URL: an object there that says which process trains the run, and when it was last heard of.
 
-    Raises ValueError where it is renewed meanwhile.
+    Each version of it is an object of its own, `.lease-1`, `.lease-2` and so on; the highest counts. A process takes the lock,
+    renews it, and takes over one that has expired in the same way: it creates the next version, which the store lets exactly one
+    process do (see RemoteFolder.create, also for stores that cannot). The others see at once that they do not hold it, and a
+    holder that was suspended sees it when it renews. The nodes' clocks must agree to within half a minute.
+
+    store: the run at its URL; folder: the run's on this node. Methods raise ValueError, too, where the store fails.
     """
-    seen, ends, renewals = _holder(mirror), None, 0
-    while seen is not None:
-        # Of this very file the kernel tells who has it locked, and would not have let us come here.
-        if seen["lock"] == _lock_file(mirror):
-            return
-        if ends is None:
-            age = min(max(time.time() - seen["time"], 0.0), LEASE_SECONDS)
-            ends = time.monotonic() + LEASE_SECONDS - age
-            if age < LEASE_SECONDS:
-                print(
-                    f"{mirror.name}: {seen['host']} trained it {age:.0f} s ago; if that has died, this goes on in"
-                    f" {LEASE_SECONDS - age:.0f} s",
-                    flush=True,
-                )
-        if time.monotonic() >= ends:
-            return
-        time.sleep(_LOOK_SECONDS)
-        now = _holder(mirror)
-        if now is not None and now != seen:
-            renewals, ends = renewals + 1, time.monotonic() + LEASE_SECONDS
-            if renewals == _RENEWALS:
-                raise ValueError(
-                    f"{mirror.url} is being trained by another process, on {now['host']}: wait for it, or end it and wait"
-                    f" {LEASE_SECONDS:.0f} s, or choose another --name"
-                )
-        seen = now
+
+    def __init__(self, store: RemoteFolder, folder: Path):
+        self._store, self._folder, self._id = store, folder, secrets.token_hex(8)
+        self._version = 0
+        self._renewing = threading.Lock()
+
+    def acquire(self) -> None:
+        """Take the lock, once it is free or has expired. Raises ValueError as `wait` does."""
+        while not self._create(self.wait() + 1):
+            pass
+
+    def renew(self) -> None:
+        """Say that this process is alive. Raises LockLost where another one has taken over."""
+        with self._renewing:
+            if self._holds(self._version) and self._create(self._version + 1):
+                return
+        holder = self._newest()[1]
+        host = holder["host"] if holder else "another node"
+        raise LockLost(
+            f"{self._store.url} is being trained by another process, on {host}, which took it over when this one was not heard"
+            " of: end one of them"
+        )
+
+    def release(self) -> None:
+        """Give the lock up."""
+        for version in self._versions():
+            if version <= self._version:
+                self._store.remove(_name(version))
+
+    def wait(self) -> int:
+        """Wait until nobody trains the run: the lock was released, or has expired. Returns its version, 0 where there is none.
+
+        Raises ValueError where another process renews it meanwhile.
+        """
+        version, seen = self._newest()
+        ends, renewals = None, 0
+        while seen is not None:
+            # The kernel tells who has this very file locked, and would not have let us come here.
+            if seen["lock"] and seen["lock"] == _file_identity(self._folder / LOCK_NAME):
+                break
+            if ends is None:
+                age = min(max(time.time() - seen["time"], 0.0), LEASE_SECONDS)
+                ends = time.monotonic() + LEASE_SECONDS - age
+                if age < LEASE_SECONDS:
+                    print(
+                        f"{self._folder.name}: {seen['host']} trained it {age:.0f} s ago; if that process has died, this one"
+                        f" starts in {LEASE_SECONDS - age:.0f} s",
+                        flush=True,
+                    )
+            if time.monotonic() >= ends:
+                break
+            time.sleep(_POLL_SECONDS)
+            version, now = self._newest()
+            if now is not None and now != seen:
+                renewals, ends = renewals + 1, time.monotonic() + LEASE_SECONDS
+                if renewals == _RENEWALS:
+                    raise ValueError(
+                        f"{self._store.url} is being trained by another process, on {now['host']}: wait for it, or end it"
+                        f" and wait {LEASE_SECONDS:.0f} s, or choose another --name"
+                    )
+            seen = now
+        return version
+
+    def _create(self, version: int) -> bool:
+        """Create this version. Returns whether this process holds the lock with it."""
+        who = {"id": self._id, "host": platform.node(), "process": os.getpid(), "time": time.time()}
+        content = json.dumps(who | {"lock": _file_identity(self._folder / LOCK_NAME)}).encode()
+        try:
+            self._store.create(_name(version), content)
+        except FileExistsError:
+            if not self._holds(version):  # else an earlier try has arrived whose answer did not
+                return False
+        if max(self._versions(), default=0) != version:
+            # Others have come further since this process looked, and removed what was there. Only this process made this version.
+            self._store.remove(_name(version))
+            return False
+        self._version = version
+        if version >= 2:  # the one before stays: a listing that is made meanwhile shows one of the two
+            self._store.remove(_name(version - 2))
+        return True
+
+    def _holds(self, version: int) -> bool:
+        try:
+            return self._read(version)["id"] == self._id
+        except NotThere:
+            return False
+
+    def _newest(self) -> tuple[int, dict[str, Any] | None]:
+        """The version that counts, and its content; 0 and None where nobody holds the lock."""
+        while versions := self._versions():
+            with contextlib.suppress(NotThere):  # renewed or released meanwhile
+                return max(versions), self._read(max(versions))
+        return 0, None
+
+    def _versions(self) -> list[int]:
+        found = (re.fullmatch(r"\.lease(?:-(\d+))?", name) for name in self._store.entries())
+        return [int(match[1] or 0) for match in found if match]
+
+    def _read(self, version: int) -> dict[str, Any]:
+        return json.loads(self._store.read(_name(version), 0, _CONTENT_BYTES))
 
 
-def _holder(mirror: Mirror) -> dict[str, Any] | None:
+def _name(version: int) -> str:
+    return f".lease-{version}" if version else ".lease"  # which the first release wrote, without versions
+
+
+def _file_identity(path: Path) -> str | None:
+    """Which file of which running kernel this is; None where there is none."""
     try:
-        return json.loads(mirror.read(LEASE_NAME))
-    except NotThere:
-        return None
-
-
-def _lock_file(mirror: Mirror) -> str | None:
-    """Which file of which running kernel this node's lock is."""
-    try:
-        stat = (mirror.folder / ".lock").stat()
+        stat = path.stat()
     except FileNotFoundError:
         return None
     return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {stat.st_dev} {stat.st_ino}"

@@ -15,7 +15,7 @@ from train.config import EvaluateConfig
 from train.records.data import Input, SetInput, gib, open_set
 from train.records.init_weights import Parent, resolve_init
 from train.records.provenance import learnt_before, look_for
-from train.records.remote_run import storage_here
+from train.records.remote_run import local_storage
 from train.records.runs import Run, Stage, find_run, identity, open_run
 from train.reporting.gallery import leave_exhibits
 from train.reporting.report_writer import write_report
@@ -177,7 +177,7 @@ def _frozen(config, reader, known, data, start, chosen):
     backbone, init = built_backbone(start.architecture, start.image_size, start.parent.source, config.seed)
     what = FeaturePass(backbone, data.shards, data.fingerprint, "eval", start.image_size, gib(config.cache_gib))
     splits = _whole_splits(config, reader, known)
-    features = features_of(what, splits, len(reader), on, storage_here(config.storage) / ".features")
+    features = features_of(what, splits, len(reader), on, local_storage(config.storage) / ".features")
     cells = judge_frozen(config, features, known.labels, len(known.classes), chosen)
 
     def shown(cell: Cell):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pipelines.loader import ViewLoader
-from train.records.retry import PATIENCE, patiently
+from train.records.retry import RETRY_TIMEOUT_S, retry_io
 from train.records.runs import Run, write_json, write_text
 
 
@@ -30,7 +30,7 @@ class MetricsLogger:
         engine: dict[str, Any],
         on_row: Callable[[dict[str, float]], None] | None = None,
         *,
-        retry_timeout_s: float = PATIENCE,
+        retry_timeout_s: float = RETRY_TIMEOUT_S,
     ):
         path = run.folder / "metrics.jsonl"
 
@@ -40,7 +40,7 @@ class MetricsLogger:
             write_json(run.folder / "init.json", init_lines)
             write_json(run.folder / "engine.json", engine)
 
-        patiently(begin, run.folder, seconds=retry_timeout_s)
+        retry_io(begin, run.folder, timeout_s=retry_timeout_s)
         self._lines = Lines(path, retry_timeout_s)
         self._tensorboard = _TensorBoard(run, step)
         self._on_row = on_row
@@ -74,7 +74,7 @@ class Lines:
 
     def __init__(self, path: Path, retry_timeout_s: float):
         self._path, self._retry_timeout_s = path, retry_timeout_s
-        self._file = patiently(lambda: path.open("r+b", buffering=0), path, seconds=retry_timeout_s)
+        self._file = retry_io(lambda: path.open("r+b", buffering=0), path, timeout_s=retry_timeout_s)
         self._written = os.fstat(self._file.fileno()).st_size
         self._waiting = b""
         self._failing_since: float | None = None
@@ -103,7 +103,7 @@ class Lines:
     def close(self) -> None:
         """Write what waits, and close the file."""
         with self._file:
-            patiently(self._write, self._path, seconds=self._retry_timeout_s)
+            retry_io(self._write, self._path, timeout_s=self._retry_timeout_s)
 
     def _write(self):
         while self._waiting:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from train.records.checkpoint_store import CheckpointStore
 from train.records.checkpoints import CHECKPOINT_NAME
-from train.records.retry import patiently
+from train.records.retry import retry_io
 
 
 class Worker:
@@ -34,7 +34,7 @@ class Worker:
 
     def retry(self, write: Callable[[], None], place: Path) -> None:
         """Call what writes to a place, again while its storage fails. Raises ValueError where it fails for too long."""
-        patiently(write, place, seconds=self.store.retry_timeout_s)
+        retry_io(write, place, timeout_s=self.store.retry_timeout_s)
 
     def mean(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
         """The mean over ranks of each scalar."""

@@ -201,7 +201,7 @@ def test_decoding(small_set):
     has(check_decoding(Pretended(), None), "ok", "a drawn patch", "CPU")
     image = nodes.look_at_shards(str(small_set)).image
     has(check_decoding(Pretended(), image), "ok", "a patch of the set")
-    has(check_decoding(Pretended(), b"no image"), "FAILED", "a, b: ", "constraints.txt")
+    has(check_decoding(Pretended(), b"no image"), "FAILED", "a, b: the patch is no image that Pillow can read", "constraints.txt")
 
 
 def test_ports():

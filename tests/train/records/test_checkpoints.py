@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from tests.helpers import ROOT
-from train.records.checkpoints import CHECKPOINT_NAME, Background, alone_in, copied_state, keep_newest
-from train.records.retry import patiently
+from train.records.checkpoints import CHECKPOINT_NAME, Background, copied_state, keep_newest
+from train.records.retry import retry_io
+from train.records.run_lock import exclusive_lock
 
 CPU = torch.device("cpu")
 
@@ -99,7 +100,7 @@ def test_torch_s_own_error_of_a_full_disk_leaves_nothing_half_written(tmp_path):
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
         with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}: could not be written") as caught:
-            patiently(lambda: keep_newest(tmp_path, 1, write), tmp_path, seconds=0)
+            retry_io(lambda: keep_newest(tmp_path, 1, write), tmp_path, timeout_s=0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
@@ -121,16 +122,16 @@ def test_what_a_killed_run_was_writing_is_removed(tmp_path):
 
 
 def test_two_processes_do_not_train_one_run(tmp_path):
-    script = "import sys; from pathlib import Path; from train.records.checkpoints import alone_in\n"
-    script += "with alone_in(Path(sys.argv[1]), 0):\n"
+    script = "import sys; from pathlib import Path; from train.records.run_lock import exclusive_lock\n"
+    script += "with exclusive_lock(Path(sys.argv[1]), 0):\n"
     script += "    print('in', flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", script, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
     ) as other:
         assert other.stdout.readline() == "in\n"
-        with pytest.raises(ValueError, match=f"{tmp_path.name} is being trained by another process"), alone_in(tmp_path, 0):
+        with pytest.raises(ValueError, match=f"{tmp_path.name} is being trained by another process"), exclusive_lock(tmp_path, 0):
             pass
         other.kill()
         other.wait()
-    with alone_in(tmp_path, 0):  # whoever was killed holds nothing
+    with exclusive_lock(tmp_path, 0):  # whoever was killed holds nothing
         pass

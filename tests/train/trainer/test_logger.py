@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from train.records import retry
-from train.records.retry import await_folder, patiently
+from train.records.retry import await_folder, retry_io
 from train.records.runs import Run
 from train.trainer import logger
 from train.trainer.logger import Lines, MetricsLogger
@@ -83,7 +83,7 @@ def test_a_disk_that_stays_full_ends_the_run_in_one_sentence(tmp_path, monkeypat
     assert (tmp_path / "metrics.jsonl").read_text() == "1\n2\n3\n"
 
 
-def test_a_moment_without_failures_begins_the_patience_anew(tmp_path, monkeypatch):
+def test_a_moment_without_failures_begins_the_timeout_anew(tmp_path, monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(logger.time, "monotonic", lambda: clock[0])
     lines = Lines(touched(tmp_path / "metrics.jsonl"), 120.0)
@@ -144,13 +144,13 @@ def test_what_fails_is_tried_again_and_told_once(tmp_path, monkeypatch, capsys):
             raise failures.pop()
         return 3
 
-    assert patiently(work, tmp_path) == 3
+    assert retry_io(work, tmp_path) == 3
     assert capsys.readouterr().out == f"{tmp_path}: could not be written (PytorchStreamWriter failed); trying again for 120 s\n"
-    with pytest.raises(ZeroDivisionError):  # what no storage raises is no matter of patience
-        patiently(lambda: 1 // 0, tmp_path)
+    with pytest.raises(ZeroDivisionError):  # what no storage raises is not retried
+        retry_io(lambda: 1 // 0, tmp_path)
 
 
 def test_a_folder_that_does_not_come_is_one_sentence(tmp_path):
-    await_folder(tmp_path, seconds=0)
+    await_folder(tmp_path, timeout_s=0)
     with pytest.raises(ValueError, match=r"gone is not there: mount the storage on this node"):
-        await_folder(tmp_path / "gone", seconds=0)
+        await_folder(tmp_path / "gone", timeout_s=0)
