@@ -113,9 +113,8 @@ def test_a_build_killed_again_and_again_ends_the_same(breast, shards, tmp_path):
     kills = 0
     for files in (1, 2, 5, 8):
         build = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-        started = time.monotonic()
         while build.poll() is None and len(list(tmp_path.glob("killed/set.partial/*"))) < files:
-            assert time.monotonic() - started < 60
+            time.sleep(0.005)
         if build.poll() is None:
             os.killpg(build.pid, signal.SIGKILL)
             kills += 1
