@@ -16,7 +16,7 @@ LONGEST_LINE = 100
 LONGEST_SECTION = 45  # lines between two headings: about a screen
 FOLDERS = ("sharding", "pipelines", "models", "train", "tune", "benchmarks", "tests", "docs", "monitoring")
 GENERATED = ("reference.md",)  # by docs/make_reference.py: a section for each script
-LONG = ("benchmarks.md", "scaling.md", "results.md", "CONTRIBUTING.md")
+LONG = ("benchmarks.md", "scaling.md", "results.md")
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
