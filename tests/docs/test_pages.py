@@ -16,7 +16,6 @@ LONGEST_LINE = 100
 LONGEST_SECTION = 45  # lines between two headings: about a screen
 FOLDERS = ("sharding", "pipelines", "models", "train", "tune", "benchmarks", "tests", "docs", "monitoring")
 GENERATED = ("reference.md",)  # by docs/make_reference.py: a section for each script
-LONG = ("benchmarks.md", "scaling.md", "results.md")
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
@@ -89,7 +88,7 @@ def test_commands_have_only_flags_that_their_scripts_know(page):
             assert {word for word in words if word.startswith("--") and word != "--"} <= set(known), script
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in LONG], ids=lambda page: page.stem)
+@pages
 def test_lines_are_short(page):
     """Tables, links and code are as long as they must be."""
     lines = prose(page.read_text()).splitlines()
@@ -97,7 +96,7 @@ def test_lines_are_short(page):
     assert not long
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in GENERATED + LONG], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in GENERATED], ids=lambda page: page.stem)
 def test_every_screen_has_a_heading(page):
     text = prose(page.read_text())
     lengths = {section.split("\n")[0]: section.count("\n") for section in re.split(r"^#+ ", text, flags=re.M)}
