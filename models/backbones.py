@@ -1,21 +1,28 @@
 """Backbones by their timm names: images (B, 3, S, S) -> features (B, F)."""
 
+import contextlib
 import difflib
+import os
+from collections.abc import Iterator
 from typing import Any
 
+import huggingface_hub
 import timm
 import torch
+from timm.models import parse_model_name
+from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from torch import nn
 
 
 def build_backbone(name: str, image_size: int) -> nn.Module:
     """A timm model without its classifier and with fresh weights, drawn from torch's global generator.
 
-    name: a name of `timm.list_models()`, such as resnet18, inception_v3, vit_small_patch16_224.
-    image_size: the side of the square images it will be given, in pixels.
+    name: a name of `timm.list_models()`, such as resnet18 or vit_small_patch16_224; or `hf-hub:OWNER/MODEL` or `local-dir:FOLDER`
+    for a model whose architecture the file config.json there describes.
+    image_size: the side of the square input images, in pixels.
 
-    Returns a module (B, 3, S, S) -> (B, F) in training mode, with F as `.num_features` and S as `.image_size`. Nothing is
-    ever downloaded.
+    Returns a module (B, 3, S, S) -> (B, F) in training mode, with F as `.num_features` and S as `.image_size`. Weights are
+    never downloaded; of a model on the hub, config.json is.
 
     Raises ValueError for a name that timm does not know (with the nearest ones), and for a size that the model cannot take.
     """
@@ -26,25 +33,80 @@ def build_backbone(name: str, image_size: int) -> nn.Module:
 
 
 def create_timm_model(name: str, image_size: int | None, *, pretrained: bool) -> nn.Module:
-    """timm.create_model without classifier, at an image size (None: the model's own) if the model is made for one.
+    """timm.create_model without the classifier. image_size, in pixels, is passed on to models that are built for one size
+    (None: the model's own).
 
-    Raises ValueError for a name that timm does not know; what a failed download raises is the caller's to handle.
+    Raises ValueError for a name that timm does not know; the caller handles errors of downloading weights.
     """
-    if not timm.is_model(name):
-        raise ValueError(f"backbone {name!r} is not known to timm {timm.__version__}{_nearest(name)}")
-    arguments: dict[str, Any] = {}
+    # Position embeddings and windows fit one size. Convolutional models take any and refuse the argument.
+    arguments: dict[str, Any] = {"img_size": image_size} if _has_fixed_input_size(name) and image_size is not None else {}
     try:
-        config = timm.models.get_pretrained_cfg(name)
-        # Position embeddings and windows fit one size. Convolutional models take any and refuse the argument.
-        if image_size is not None and config is not None and config.fixed_input_size:
-            arguments["img_size"] = image_size
         return timm.create_model(name, pretrained=pretrained, num_classes=0, **arguments)
-    except RuntimeError as error:
-        if "pretrained tag" not in str(error):
-            raise
-        raise ValueError(f"backbone {name!r}: {error} Leave out what follows the dot, or see timm.list_pretrained()") from None
     except (AssertionError, TypeError, ValueError) as error:
         raise ValueError(f"backbone {name} cannot be built for images of {image_size} px: {error}") from error
+
+
+def _has_fixed_input_size(name: str) -> bool:
+    """Whether the model is built for one image size. Raises ValueError for a name that timm cannot resolve."""
+    try:
+        source, place = parse_model_name(name)
+    except ValueError as error:
+        raise ValueError(f"backbone {name!r}: {error}") from None
+    if source is None:
+        if not timm.is_model(name):
+            raise ValueError(f"backbone {name!r} is not known to timm {timm.__version__}{_nearest(name)}")
+        try:
+            registered = timm.models.get_pretrained_cfg(name)
+        except RuntimeError as error:
+            raise ValueError(
+                f"backbone {name!r}: {error} Leave out what follows the dot, or see timm.list_pretrained()"
+            ) from None
+        return registered is not None and registered.fixed_input_size
+    if source == "local-dir" and not os.path.isabs(place):
+        raise ValueError(
+            f"backbone {name!r}: give the folder's absolute path, since every worker opens it from a folder of its own"
+        )
+    try:
+        if source == "hf-hub":
+            with no_retries_when_offline():
+                config, architecture, _ = load_model_config_from_hf(place)
+        else:
+            config, architecture, _ = load_model_config_from_path(place)
+    except (OSError, KeyError, ValueError) as error:
+        advice = (
+            "check the name and the connection, or give a copy on disk as local-dir:FOLDER"
+            if source == "hf-hub"
+            else "give the folder of a model saved for timm (config.json and model.safetensors)"
+        )
+        raise ValueError(f"backbone {name!r}: its config.json cannot be read ({one_line(error)}): {advice}") from error
+    if not timm.is_model(architecture):
+        raise ValueError(f"backbone {name!r} is of architecture {architecture!r}, which timm {timm.__version__} does not know")
+    registered = timm.models.get_pretrained_cfg(architecture)
+    return config.get("fixed_input_size", False) or (registered is not None and registered.fixed_input_size)
+
+
+def one_line(error: BaseException) -> str:
+    """An error's first sentence, or its type where it has no text."""
+    return " ".join(str(error).split()).split(". ")[0] or type(error).__name__
+
+
+@contextlib.contextmanager
+def no_retries_when_offline() -> Iterator[None]:
+    """Switch Hugging Face's client to its cache if the hub does not answer one request.
+
+    On its own it requests each of several files six times, which takes a minute.
+    """
+    constants = huggingface_hub.constants
+    before = constants.HF_HUB_OFFLINE
+    if not before:
+        try:
+            huggingface_hub.utils.get_session().head(constants.ENDPOINT, timeout=5)
+        except Exception:  # whatever the HTTP library in use raises when nobody answers
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _features(backbone: nn.Module, name: str, image_size: int) -> int:

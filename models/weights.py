@@ -1,12 +1,10 @@
 """Weights in and out: files that timm and torchvision read, a model card beside them, and a hash to compare runs by."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub
@@ -15,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from models.backbones import create_timm_model
+from models.backbones import create_timm_model, no_retries_when_offline, one_line
 
 WEIGHTS_NAME = "backbone.safetensors"
 CARD_NAME = "model_card.json"
@@ -122,11 +120,10 @@ def imagenet_weights(name: str, image_size: int | None = None) -> dict[str, torc
     """
     way_out = "give a local file instead (--init PATH, a .safetensors or .pth of the same architecture) or --init scratch"
     try:
-        with _no_retries_when_offline():
+        with no_retries_when_offline():
             return create_timm_model(name, image_size, pretrained=True).state_dict()
     except (OSError, RuntimeError, huggingface_hub.errors.HfHubHTTPError) as error:
-        reason = " ".join(str(error).split()).split(". ")[0]
-        raise ValueError(f"the ImageNet weights of {name} cannot be had ({reason}): {way_out}") from error
+        raise ValueError(f"the ImageNet weights of {name} cannot be had ({one_line(error)}): {way_out}") from error
 
 
 def apply_init(backbone: nn.Module, name: str, init: str) -> list[str]:
@@ -214,19 +211,3 @@ def _write_atomically(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _no_retries_when_offline() -> Iterator[None]:
-    """Hugging Face's loader tries each of several files six times, for a minute: ask once whether it can be reached."""
-    constants = huggingface_hub.constants
-    before = constants.HF_HUB_OFFLINE
-    if not before:
-        try:
-            huggingface_hub.utils.get_session().head(constants.ENDPOINT, timeout=5)
-        except Exception:  # whatever the HTTP library in use raises when nobody answers
-            constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before

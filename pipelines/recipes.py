@@ -153,6 +153,28 @@ def get_recipe(name: str) -> Recipe:
     return RECIPES[name]
 
 
+# Fields that every description contains, because they existed before descriptions left out defaults. Do not add to them.
+_ALWAYS_DESCRIBED = {
+    Recipe: ["views", "crop", "keep_aspect", "flip", "vertical_flip", "turns", "stain", "jitter", "grey", "blur", "mean", "std"],
+    RandomCrop: ["area", "ratio"],
+    ColourJitter: ["brightness", "contrast", "saturation", "hue", "probability"],
+    StainJitter: ["strength"],
+    GaussianBlur: ["sigma", "kernel", "probability"],
+}
+
+
 def describe_recipe(recipe: Recipe) -> dict:
-    """The recipe as plain data, for run records and model cards."""
-    return dataclasses.asdict(recipe)
+    """The recipe as plain data, for run records, model cards and the keys of cached features.
+
+    A field that is added later appears only where it differs from its default. So a new operation changes neither the
+    description nor the keys of recipes without it, and a default must never change.
+    """
+    return _describe(recipe)
+
+
+def _describe(value):
+    if not dataclasses.is_dataclass(value):
+        return value
+    fields = {field: getattr(value, field.name) for field in dataclasses.fields(value)}
+    always = _ALWAYS_DESCRIBED.get(type(value), [])
+    return {field.name: _describe(own) for field, own in fields.items() if field.name in always or own != field.default}

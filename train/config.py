@@ -9,6 +9,7 @@ from typing import Literal
 
 from jsonargparse.typing import restricted_string_type
 
+from pipelines.recipes import RECIPES
 from sharding.cli import option, required
 from train.trainer.methods import METHODS, method_summaries
 
@@ -38,6 +39,7 @@ _AUTO_PRECISION = _PRECISION + "; auto is bf16 where the GPUs have it, else fp32
 _OPTIMIZER = "lars as in SimCLR, adam, adamw or sgd (momentum 0.9)"
 _SCHEDULE = "the learning rate after warm-up: half a cosine down to 0, or constant (with --warmup-epochs 0: throughout)"
 _WARMUP = "epochs of linear warm-up, at most a tenth of all; then --schedule"
+_BACKBONE = "a timm model name, hf-hub:OWNER/MODEL or local-dir:FOLDER; --init imagenet loads the weights that belong to it"
 _IMAGE_SIZE = "side of a view, pixels"
 _BATCH = "patches per step over all workers"
 
@@ -49,12 +51,12 @@ class PretrainConfig:
     data: str = required(_DATA, identity=False)
     name: str = required(_NAME, identity=False)
     method: str = option("simclr", f"what is learnt. {method_summaries()}", choices=METHODS)
-    recipe: Literal["simclr", "simclr-mild", "simclr-blur", "pathology", "rotnet", "rotnet-jitter"] | None = option(
+    recipe: str | None = option(
         None,
-        "augmentation; default: the method's own. For simclr: the paper's, milder (small patches), with blur, or with stain"
-        " jitter and turns",
+        "how patches are augmented (pipelines/recipes.py describes each); default: the method's own recipe",
+        choices=RECIPES,
     )
-    backbone: str = option("resnet18", "any timm model name")
+    backbone: str = option("resnet18", _BACKBONE)
     init: str = option("scratch", "scratch, imagenet, an earlier run's name or folder, or a weights file", identity=False)
     split: str = option("train", "the split to learn from")
     fraction: float = option(1.0, "share of that split to use, 0 to 1 (5 %% lies inside 25 %%)")
@@ -119,7 +121,7 @@ class EvaluateConfig:
     data: str = required(_DATA, identity=False)
     backbone: str = option(
         "resnet18",
-        "a run's name or folder, a weights file, scratch, imagenet, or (for --mode supervised) a timm model name",
+        "a run's name or folder, a weights file, scratch, imagenet, or (for --mode supervised) a backbone as for pretrain.py",
         identity=False,
     )
     mode: Literal["linear", "knn", "finetune", "supervised"] = option(

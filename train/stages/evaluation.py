@@ -1,5 +1,6 @@
 """The evaluation stages: linear protocol, nearest neighbours, fine-tuning, supervised baseline."""
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -153,7 +154,8 @@ def _size(config, card):
 
 
 def _default_name(config, start):
-    origin = start.parent.run.name if start.parent.run else start.architecture
+    # A name such as hf-hub:OWNER/MODEL is not one folder.
+    origin = start.parent.run.name if start.parent.run else re.sub(r"[^\w.+-]+", "-", start.architecture)
     seeds = f"seed{config.seed}" if config.seeds == 1 else f"seeds{config.seed}-{config.seed + config.seeds - 1}"
     return f"{origin}-{config.mode}-{'+'.join(f'{each:g}' for each in config.fraction)}-{seeds}"
 
