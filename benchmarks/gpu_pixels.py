@@ -12,7 +12,8 @@ from PIL import Image, ImageOps
 from pipelines.loader import ViewLoader
 from pipelines.recipes import IMAGENET_MEAN, IMAGENET_STD, get_recipe
 from pipelines.shard_reader import ShardReader
-from pipelines.view_kernels import colour_batch, colour_rows, colour_step
+from pipelines.view_kernels import parameter_rows, resized_view_step
+from pipelines.view_kernels_torch import resized_view_batch
 from pipelines.views import draw_views
 
 SEED = 42
@@ -107,11 +108,11 @@ def colour_difference(encoded: list[np.ndarray], side: int, device: str) -> dict
     images_BHWC = np.stack([np.asarray(by_pillow(one).resize((side, side))) for one in encoded])
     sizes = np.full((len(encoded), 2), side)
     drawn = draw_views(np.arange(len(encoded)), seed=SEED, epoch=0, recipe=recipe, sizes=sizes)
-    rows = np.ascontiguousarray(colour_rows(drawn, recipe)[:, 0])
+    rows = np.ascontiguousarray(parameter_rows(drawn, recipe)[:, 0])
     on_cpu = np.empty((len(encoded), 3, side, side), np.float32)
     for out, image, row in zip(on_cpu, images_BHWC, rows, strict=True):
-        colour_step(out, image, row)
-    on_device = colour_batch(torch.from_numpy(images_BHWC).to(device), rows).cpu()
+        resized_view_step(out, image, row)
+    on_device = resized_view_batch(torch.from_numpy(images_BHWC).to(device), rows).cpu()
     return difference(levels(on_device[None]), levels(torch.from_numpy(on_cpu)[None]))
 
 

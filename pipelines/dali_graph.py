@@ -1,13 +1,13 @@
-"""The DALI graph: encoded bytes and drawn parameters in, views out. It holds no random state and no position.
+"""The DALI graph: encoded images and drawn parameters in, views out. It holds no random state and no position.
 
-On the CPU DALI decodes, and the exact step that is ours (`colour`) makes the views of its pixels inside the graph. It writes them
-where the consumer finds them: to copy them from DALI's memory into fresh memory took longer than to make them. On a GPU DALI cuts
-out and resizes too, and the same step in torch follows.
+On the CPU, DALI decodes and then calls our kernels (`view_kernels`), which write each view straight into the tensor that the
+consumer gets: copying views out of DALI's memory took longer than making them. On a GPU, DALI decodes, crops and resizes, and
+`view_kernels_torch` does the rest.
 
-Its resize alone would not do. Of a box it mixes in the pixels around it; of a box that is cut out it repeats those at the border
-when it makes it smaller, up to 15 levels off, where torchvision leaves out what lies beyond. So zeros are put around the box,
-which add nothing, and the sums are divided by the weights that fell inside. And it hands on float32: rounded to whole levels,
-views would be up to 6 levels off behind a strong jitter.
+DALI's resize needs help to match torchvision, which ignores what lies outside the box. Resizing with a region of interest mixes
+in the pixels around the box; resizing a cropped box repeats its border when it shrinks, which is up to 15 levels off. So the box
+is padded with zeros, and the result is divided by the weights that fell inside. The result stays float32: rounding to whole
+levels would put views up to 6 levels off after a strong jitter.
 """
 
 import functools
@@ -23,7 +23,8 @@ from PIL import Image
 
 from pipelines.buffer_pool import BatchMemory
 from pipelines.recipes import Recipe
-from pipelines.view_kernels import box_sizes, colour_batch, colour_rows, inside_weights, reach, view_step_at
+from pipelines.view_kernels import parameter_rows, view_step_at
+from pipelines.view_kernels_torch import box_sizes, inside_weights, resize_margin, resized_view_batch
 from pipelines.views import ViewParameters, draw_views
 
 AHEAD = 2  # batches in the graph at once: one being made while the other is being used
@@ -44,7 +45,7 @@ def _view_operator():
     """What DALI runs for each patch. Made once: for every operator DALI compiles anew what it is given, which takes 1.5 s for a
     call of the step's address, and 3 s for the step itself.
 
-    rows: (V, 37), see `colour`; place: address of the patch's first view, bytes from one view to the next, side of a view.
+    rows: (V, 37), see `view_kernels`; place: address of the patch's first view, bytes from one view to the next, side of a view.
     """
     from nvidia.dali.plugin.numba import NumbaFunction  # a host with a GPU may do without Numba's part
 
@@ -139,7 +140,7 @@ class DaliGraph:
         self._pipeline.schedule_run()
 
     def _feed(self, encoded, parameters):
-        feed, rows = self._pipeline.feed_input, colour_rows(parameters, self.recipe)
+        feed, rows = self._pipeline.feed_input, parameter_rows(parameters, self.recipe)
         feed("encoded", encoded)
         views = None
         if self.step == "numba":
@@ -151,7 +152,7 @@ class DaliGraph:
         else:
             for view in range(self.recipe.views):
                 top_left, size = parameters.box[:, view, :2], parameters.box[:, view, 2:]
-                margin = reach(size, self.image_size)
+                margin = resize_margin(size, self.image_size)
                 feed(f"start{view}", np.ascontiguousarray(top_left))
                 feed(f"end{view}", top_left + size)
                 feed(f"wide_start{view}", -margin)
@@ -178,7 +179,7 @@ class DaliGraph:
     def _finished(self, sums, rows_BR):
         sums_BSS3 = torch.from_dlpack(sums.as_tensor())  # DALI's own memory, which the first operation reads from
         down_BS, across_BS = inside_weights(box_sizes(rows_BR), self.image_size, sums_BSS3.device)
-        return colour_batch(sums_BSS3 / down_BS[:, :, None, None] / across_BS[:, None, :, None], rows_BR)
+        return resized_view_batch(sums_BSS3 / down_BS[:, :, None, None] / across_BS[:, None, :, None], rows_BR)
 
     @property
     def pending(self) -> int:

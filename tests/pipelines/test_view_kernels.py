@@ -12,7 +12,8 @@ from torchvision.transforms.v2 import functional as F
 
 from pipelines.recipes import RECIPES, GaussianBlur, RandomCrop, Recipe, StainJitter, simclr
 from pipelines.torchvision_reference import reference_view
-from pipelines.view_kernels import colour_batch, colour_rows, colour_step, view_step
+from pipelines.view_kernels import parameter_rows, resized_view_step, view_step
+from pipelines.view_kernels_torch import resized_view_batch
 from pipelines.views import OPERATIONS, ViewParameters, draw_views
 
 SIDE = 24
@@ -67,22 +68,22 @@ def expected(images_BHWC, drawn, recipe, side=None) -> np.ndarray:
 
 
 def numba_step(images_BHWC, drawn, recipe) -> np.ndarray:
-    rows, out = colour_rows(drawn, recipe)[:, 0], np.full(images_BHWC.transpose(0, 3, 1, 2).shape, np.nan, np.float32)
+    rows, out = parameter_rows(drawn, recipe)[:, 0], np.full(images_BHWC.transpose(0, 3, 1, 2).shape, np.nan, np.float32)
     for i, image in enumerate(images_BHWC):
-        colour_step(out[i], image, rows[i])
+        resized_view_step(out[i], image, rows[i])
     return out
 
 
 def numba_views(images_BHWC, drawn, recipe, side=None) -> np.ndarray:
     side = side or images_BHWC.shape[1]
-    rows, out = colour_rows(drawn, recipe), np.full((len(images_BHWC), 1, 3, side, side), np.nan, np.float32)
+    rows, out = parameter_rows(drawn, recipe), np.full((len(images_BHWC), 1, 3, side, side), np.nan, np.float32)
     for i, image in enumerate(images_BHWC):
         view_step(out[i, 0], image, rows[i, 0])
     return out[:, 0]
 
 
 def torch_step(images_BHWC, drawn, recipe) -> np.ndarray:
-    return colour_batch(torch.from_numpy(images_BHWC), colour_rows(drawn, recipe)[:, 0]).numpy()
+    return resized_view_batch(torch.from_numpy(images_BHWC), parameter_rows(drawn, recipe)[:, 0]).numpy()
 
 
 def levels(found, wanted, recipe) -> float:
@@ -170,7 +171,7 @@ def test_numba_step_takes_images_that_are_not_square():
     image = np.random.default_rng(2).integers(0, 256, (5, 17, 3), np.uint8)
     drawn = parameters([((1, 3, 0, 2), (1.3, 0.6, 1.4, -0.1), False)])
     out = np.full((3, 5, 17), np.nan, np.float32)
-    colour_step(out, image, colour_rows(drawn, PLAIN)[0, 0])
+    resized_view_step(out, image, parameter_rows(drawn, PLAIN)[0, 0])
     x = torch.from_numpy(image).permute(2, 0, 1).float() / 255
     x = F.adjust_saturation(F.adjust_brightness(F.adjust_hue(F.adjust_contrast(x, 0.6), -0.1), 1.3), 1.4)
     assert levels(out, x.numpy(), PLAIN) <= LEVELS
@@ -267,6 +268,6 @@ def test_views_of_one_image_are_made_of_it_in_their_order():
     image = np.random.default_rng(0).integers(0, 256, (50, 40, 3), np.uint8)
     drawn = draw_views(np.arange(1), seed=1, epoch=0, recipe=recipe, sizes=np.array([[50, 40]]))
     out = np.full((4, 3, 32, 32), np.nan, np.float32)
-    for k, row in enumerate(colour_rows(drawn, recipe)[0]):
+    for k, row in enumerate(parameter_rows(drawn, recipe)[0]):
         view_step(out[k], image, row)
         np.testing.assert_array_equal(out[k], np.rot90(out[0], k, axes=(1, 2)))
