@@ -30,6 +30,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 }
 _OPTIONS["s3a"], _OPTIONS["https"] = _OPTIONS["s3"], _OPTIONS["http"]
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds
+MAX_JSON_BYTES = 2**30  # of a dataset.json or run.json, which is read in one request
 _KEPT = ": what was fetched is kept"
 _SLOWEST = 2**20  # bytes per second: what is written slower than that counts as no answer
 # When a file was written, by whatever name a driver has for it.

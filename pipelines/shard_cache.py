@@ -29,13 +29,11 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from pipelines.remote_folder import Interrupted, NotThere, RemoteFolder, is_url
+from pipelines.remote_folder import MAX_JSON_BYTES, Interrupted, NotThere, RemoteFolder, is_url
 from sharding.manifest import read_dataset
 
-_MOST = 2**30  # bytes of a dataset.json, which is fetched in one request: they take 200 for each shard
-_PART = (
-    8 * 2**20
-)  # bytes of one request for any other file: what is fetched anew after a failure, and what a thread holds in memory
+# Bytes of one request for any other file: what a failure costs, and what each thread holds in memory.
+_REQUEST_BYTES = 8 * 2**20
 
 
 def is_remote(shards: object) -> bool:
@@ -145,7 +143,7 @@ class RemoteSet:
     def _open(self) -> tuple[Path, dict[str, str]]:
         """The set's folder in the cache, and the sha256 of its files."""
         try:
-            data = self._remote.read("dataset.json", 0, _MOST)
+            data = self._remote.read("dataset.json", 0, MAX_JSON_BYTES)
         except NotThere as error:
             raise ValueError(f"{self.url} is not a shard set: {error}; give the folder that sharding/build.py wrote") from error
         place = re.sub(r"[^\w.-]", "_", self.url.rpartition("/")[2]) + "-" + hashlib.sha256(data).hexdigest()[:16]
@@ -237,12 +235,12 @@ class RemoteSet:
                 digest = hashlib.file_digest(file, "sha256")  # what a process left that was killed, or lost its store
                 while digest.hexdigest() != expected:
                     start = file.tell()
-                    data = self._remote.read(name, start, start + _PART)
+                    data = self._remote.read(name, start, start + _REQUEST_BYTES)
                     with self._room(len(data)):
                         file.write(data)
                         file.flush()
                     digest.update(data)
-                    if len(data) < _PART:
+                    if len(data) < _REQUEST_BYTES:
                         break
                 if digest.hexdigest() == expected:
                     os.fsync(file.fileno())
@@ -260,7 +258,7 @@ class RemoteSet:
 
     def _why_wrong(self, name: str, what: str) -> str:
         place = f"{self.url}/{name}"
-        now = self._remote.read("dataset.json", 0, _MOST)
+        now = self._remote.read("dataset.json", 0, MAX_JSON_BYTES)
         if now != (self.folder / "dataset.json").read_bytes():
             return f"{place}: {what}, because the set was changed while it was in use; start again to use the set as it is now"
         return f"{place}: {what}; upload it again, or build the set again"

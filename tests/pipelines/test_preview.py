@@ -14,20 +14,12 @@ from PIL import Image, ImageDraw
 
 from pipelines.loader import ViewLoader
 from pipelines.mixture import Mixture, Part
-from pipelines.preview import (
-    PreviewConfig,
-    ShownSet,
-    Training,
-    describe_patch,
-    describe_view,
-    main,
-    read_training,
-    step_sheet,
-    view_sheet,
-)
+from pipelines.preview import PreviewConfig, main
 from pipelines.recipes import describe_recipe, get_recipe
 from pipelines.shard_reader import ShardReader
 from pipelines.torchvision_reference import reference_views
+from pipelines.training_input import InputSet, TrainingInput, read_training_input
+from pipelines.view_sheet import describe_patch, describe_view, step_sheet, view_sheet
 from pipelines.views import OPERATIONS, draw_views
 from sharding.manifest import fingerprint
 from sharding.selection import select
@@ -130,7 +122,7 @@ def test_title_stands_above_and_is_never_cut(shard_set, texts):
 
 
 def test_captions_end_at_their_cell(shard_set, texts, monkeypatch):
-    monkeypatch.setattr("pipelines.preview.class_names", lambda _: ["x" * 300] * 3)
+    monkeypatch.setattr("pipelines.view_sheet.class_names", lambda _: ["x" * 300] * 3)
     sheet = np.asarray(view_sheet(ShardReader(shard_set), np.arange(1), recipe=get_recipe("eval"), image_size=192, seed=1))
     assert texts[1].endswith("xxx...")
     below = sheet[GAP + 192 + 12 :]  # under the first line, where the view has nothing to say
@@ -168,11 +160,11 @@ def test_description_of_a_patch(shard_set, drawn_set):
 # Steps
 
 
-def training_on(*sets, **changes) -> Training:
+def training_on(*sets, **changes) -> TrainingInput:
     """A small one; sets: (folder, weight)."""
-    plain = Training(
+    plain = TrainingInput(
         name="a run",
-        sets=[ShownSet(str(folder), weight, fingerprint(folder)) for folder, weight in sets],
+        sets=[InputSet(str(folder), weight, fingerprint(folder)) for folder, weight in sets],
         selection={"split": "train", "fraction": 0.9, "seed": 5},
         recipe="simclr",
         image_size=16,
@@ -184,7 +176,7 @@ def training_on(*sets, **changes) -> Training:
     return dataclasses.replace(plain, **changes)
 
 
-def batches_of(training: Training):
+def batches_of(training: TrainingInput):
     """What a training reads, epoch after epoch from its start, with the loader as the training has it."""
     readers = [ShardReader(each.shards) for each in training.sets]
     ids = [select(reader.manifest, **training.selection) for reader in readers]
@@ -299,7 +291,7 @@ def test_set_at_a_url_leaves_nothing_open(shard_set, tmp_path, monkeypatch):
     monkeypatch.setenv("PATCHCLR_CACHE", str(tmp_path))
     before, mapped = set(threading.enumerate()), open_files(shard_set)  # other tests may have readers of it
     local, remote = (
-        step_sheet(training_on(sets=[ShownSet(shards, 1.0, fingerprint(shard_set))]), 3, patches=4)
+        step_sheet(training_on(sets=[InputSet(shards, 1.0, fingerprint(shard_set))]), 3, patches=4)
         for shards in (str(shard_set), f"file://{shard_set}")
     )
     np.testing.assert_array_equal(np.asarray(local), np.asarray(remote))
@@ -347,7 +339,7 @@ def test_rows_of_a_real_training_are_what_is_shown(shard_set, drawn_set, tmp_pat
         )
     rows = run.metrics()
     assert [row["step"] for row in rows] == list(range(1, len(seen) + 1)) and len(seen) == 8
-    training = read_training(run.folder)
+    training = read_training_input(run.folder)
     for row in (rows[0], rows[3], rows[4], rows[7]):
         sheet = step_sheet(training, row["step"], patches=3)
         assert_shows(sheet, seen[row["step"] - 1][:, :3], SIMCLR, above=TITLE)
@@ -386,7 +378,7 @@ def write_run(tmp_path, shard_set, drawn_set):
 def test_record_is_read_back(write_run, shard_set, drawn_set):
     run = write_run()
     expected = training_on((shard_set, 1.0), (drawn_set, 2.0), name=str(run), shuffle_window=1, epochs=7)
-    assert read_training(run) == expected
+    assert read_training_input(run) == expected
 
 
 def test_run_is_shown_as_its_record_says(write_run, tmp_path, shard_set, drawn_set):
@@ -427,24 +419,24 @@ def test_flag_that_contradicts_the_record_is_refused(write_run, tmp_path, flag):
 def test_recipe_that_was_changed_is_refused(write_run):
     run = write_run(recipe_fields=describe_recipe(dataclasses.replace(SIMCLR, flip=0.25, grey=0.1)))
     with pytest.raises(ValueError, match=r"recipe 'simclr' was another one when it ran \(flip, grey\); .* commit 0123456789$"):
-        read_training(run)
+        read_training_input(run)
 
 
 def test_recipe_that_is_gone_is_refused(write_run):
     run = write_run(recipe="simclr-2")
     with pytest.raises(ValueError, match="recipe 'simclr-2' is gone; use the code that made it"):
-        read_training(run)
+        read_training_input(run)
 
 
 def test_operation_that_came_later_changes_no_recipe(write_run):
     """It is off by default. One that went since does."""
     fields = describe_recipe(SIMCLR)
     del fields["stain"], fields["vertical_flip"]
-    assert read_training(write_run(recipe_fields=fields)).recipe == "simclr"
+    assert read_training_input(write_run(recipe_fields=fields)).recipe == "simclr"
     with pytest.raises(ValueError, match=r"\(grey\)"):  # which is on now
-        read_training(write_run(recipe_fields={name: value for name, value in fields.items() if name != "grey"}))
+        read_training_input(write_run(recipe_fields={name: value for name, value in fields.items() if name != "grey"}))
     with pytest.raises(ValueError, match=r"\(solarise\)"):
-        read_training(write_run(recipe_fields=fields | {"solarise": 0.2}))
+        read_training_input(write_run(recipe_fields=fields | {"solarise": 0.2}))
 
 
 @pytest.mark.parametrize(
@@ -460,13 +452,13 @@ def test_operation_that_came_later_changes_no_recipe(write_run):
 def test_records_that_cannot_be_shown(tmp_path, text, words):
     (tmp_path / "run.json").write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=words):
-        read_training(tmp_path)
+        read_training_input(tmp_path)
 
 
 def test_folder_that_is_no_run(tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere", __file__):
         with pytest.raises(ValueError, match=r"run\.json: no such file; give the folder of a run"):
-            read_training(folder)
+            read_training_input(folder)
 
 
 # The script
@@ -487,7 +479,7 @@ def test_script_shows_a_step_of_a_run(write_run, tmp_path):
     run = write_run()
     done = call_script("pipelines/preview.py", "--run", "runs/kidney", "--step", 2, "--out", "views.png", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "views.png\n", "")
-    expected = step_sheet(dataclasses.replace(read_training(run), name="runs/kidney"), 2, patches=8)
+    expected = step_sheet(dataclasses.replace(read_training_input(run), name="runs/kidney"), 2, patches=8)
     with Image.open(tmp_path / "views.png") as picture:
         np.testing.assert_array_equal(np.asarray(picture), np.asarray(expected))
 
@@ -509,9 +501,9 @@ def test_steps_of_a_set_are_by_default_those_of_pretraining(small_set, tmp_path)
     from train.config import PretrainConfig
 
     plain = PretrainConfig(data=str(small_set), name="x")
-    training = Training(
+    training = TrainingInput(
         name=str(small_set),
-        sets=[ShownSet(str(small_set), 1.0, None)],
+        sets=[InputSet(str(small_set), 1.0, None)],
         selection={"split": plain.split, "fraction": plain.fraction, "seed": plain.seed},
         recipe="simclr",  # the default method's own
         image_size=16,

@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines import shard_cache as remote_module
+from pipelines import shard_cache
 from pipelines.loader import ViewLoader
 from pipelines.recipes import RECIPES
 from pipelines.shard_cache import RemoteSet, is_remote
@@ -127,7 +127,7 @@ class Server:
 
 @pytest.fixture(autouse=True)
 def _small_parts_and_no_one_s_cache(monkeypatch, no_one_s_stores):
-    monkeypatch.setattr(remote_module, "_PART", PART)
+    monkeypatch.setattr(shard_cache, "_REQUEST_BYTES", PART)
 
 
 @pytest.fixture(scope="session")
@@ -228,7 +228,7 @@ def test_files_of_any_number_of_whole_parts(parts, server, cache, files, monkeyp
     name = SHARDS[0]
     part = int(len(files[name]) / parts)
     assert parts == 2.5 or len(files[name]) == parts * part
-    monkeypatch.setattr(remote_module, "_PART", part)
+    monkeypatch.setattr(shard_cache, "_REQUEST_BYTES", part)
     with opened(server.url, cache) as remote:
         assert remote.local(name).read_bytes() == files[name]
     assert server.asked(name) == list(range(0, len(files[name]), part))
@@ -406,9 +406,9 @@ def test_a_shard_that_dataset_json_does_not_know(server, cache):
 
 CLIENT = """
 import sys
-from pipelines import shard_cache as remote
-remote._PART = int(sys.argv[3])
-opened = remote.RemoteSet(sys.argv[1], sys.argv[2])
+from pipelines import shard_cache
+shard_cache._REQUEST_BYTES = int(sys.argv[3])
+opened = shard_cache.RemoteSet(sys.argv[1], sys.argv[2])
 print("opened", flush=True)
 for name in sys.argv[4:]:
     print(opened.local(name).stat().st_size, flush=True)

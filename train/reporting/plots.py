@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from pipelines.loader import ViewLoader
-from pipelines.preview import describe_patch, describe_view, view_pixels
 from pipelines.recipes import get_recipe
 from pipelines.torchvision_reference import decode
+from pipelines.view_sheet import describe_patch, describe_view, view_pixels
 from train.records.data import open_set
 from train.scoring.metrics import BINS
 

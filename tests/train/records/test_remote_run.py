@@ -22,8 +22,8 @@ from safetensors.numpy import load_file
 
 from pipelines import remote_folder
 from pipelines.loader import ViewLoader
-from pipelines.preview import read_training
 from pipelines.remote_folder import RemoteFolder
+from pipelines.training_input import read_training_input
 from tests.helpers import ROOT, assert_refused, run_python
 from tests.train.records.lock_race import contend
 from train import report
@@ -704,10 +704,10 @@ def test_what_was_made_on_one_node_is_used_on_another(settings, quick_views, tmp
     with another_node(monkeypatch, tmp_path, "fifth"):
         report.main(ReportConfig([linear.url, "kidney"], out=str(tmp_path / "both.html"), storage=str(settings["storage"])))
         assert (tmp_path / "both.html").exists()
-        seen = read_training(first.url)
-        assert (seen.batch_size, seen.epochs) == (20, 1) and seen.sets == read_training(folder.folder).sets
+        seen = read_training_input(first.url)
+        assert (seen.batch_size, seen.epochs) == (20, 1) and seen.sets == read_training_input(folder.folder).sets
         with pytest.raises(ValueError, match=f"{first.url}-2/run.json: no such file"):
-            read_training(f"{first.url}-2")
+            read_training_input(f"{first.url}-2")
 
 
 def test_a_finetuning_that_was_cut_off_goes_on_elsewhere(settings, quick_views, tmp_path, monkeypatch):
