@@ -1,4 +1,4 @@
-"""What sits on a backbone: the projection that pretraining throws away, and the classifiers that judge it.
+"""Heads on a backbone: the projection head of pretraining, and classifiers.
 
 Shapes: B patches, F features of the backbone, D projection width, K classes.
 """
@@ -19,7 +19,7 @@ class ProjectionHead(nn.Sequential):
 
     Source: Chen et al. 2020, "A simple framework for contrastive learning of visual representations", section 2.1 and
     appendix B.9; Chen et al. 2020, "Big self-supervised models are strong semi-supervised learners", section 2, and
-    github.com/google-research/simclr, where the biases and batch norms of the deeper head are to be seen.
+    github.com/google-research/simclr, which shows the biases and batch norms of the deeper head.
     """
 
     def __init__(self, features: int, projection_dim: int, layers: int = 2):

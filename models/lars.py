@@ -1,4 +1,4 @@
-"""LARS as SimCLR's published code has it, and the parameter groups that it (or AdamW, or SGD) is given."""
+"""LARS as in SimCLR's published code, and parameter groups for it and other optimisers."""
 
 from collections.abc import Callable, Iterable
 
@@ -53,7 +53,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
-        """Take one step. closure: computes the loss anew with gradients; its loss is returned."""
+        """Take one step. closure: recomputes the loss with gradients; its loss is returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -62,7 +62,7 @@ class LARS(torch.optim.Optimizer):
             weights = [w for w in group["params"] if w.grad is not None]
             if not weights:
                 continue
-            # Many tensors in one call each: a step must not wait for hundreds of small kernels, nor for a value on the host.
+            # One call for many tensors: no hundreds of small kernels, and no synchronisation with the host.
             gradients = torch._foreach_add([w.grad for w in weights], weights, alpha=group["weight_decay"])
             if group["adapt"]:
                 lengths = torch.stack(torch._foreach_norm(weights))

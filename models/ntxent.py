@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-# Similarities held at a time: 64 MiB in float32. On a CPU, more are hardly faster.
+# Similarities in memory at a time: 64 MiB in float32. On a CPU, more is hardly faster.
 _SIMILARITIES = 2**24
 
 
@@ -59,7 +59,7 @@ def _gather_anchors(u_MD: torch.Tensor, group: dist.ProcessGroup | None) -> tupl
     """All ranks' anchors (N, D) in rank order, and the row where this rank's own begin."""
     if group is None or group.size() == 1:
         return u_MD, 0
-    # Ranks that disagree on B would hang or mix up rows. Checked on the device: no wait for it within the step.
+    # Ranks with different B would hang or mix up rows. Checked on the device, without synchronisation.
     own = torch.full((1,), len(u_MD), device=u_MD.device)
     sizes_W = torch.empty(group.size(), dtype=own.dtype, device=own.device)
     dist.all_gather_into_tensor(sizes_W, own, group=group)
@@ -70,8 +70,8 @@ def _gather_anchors(u_MD: torch.Tensor, group: dist.ProcessGroup | None) -> tupl
 class _GatherRows(torch.autograd.Function):
     """All ranks' rows in rank order. Backward: the sum over ranks of what each sends back to this rank's rows.
 
-    The sum matters: a rank's embedding is a negative in the losses of all the others. A backward that takes only this rank's
-    slice, as torch.distributed's plain all_gather suggests, gives another direction, not just another length.
+    The sum matters: a rank's embedding is a negative in the losses of all other ranks. A backward that takes only this rank's
+    slice gives a gradient of another direction, not just another length.
     """
 
     @staticmethod
@@ -91,9 +91,8 @@ class _GatherRows(torch.autograd.Function):
 class _MeanCrossEntropy(torch.autograd.Function):
     """Mean over own anchors of the cross entropy that picks the other view out of all anchors but itself.
 
-    The forward takes C anchors at a time and, with their similarities at hand, adds up the gradient at once. Only the
-    gradient, as large as the embeddings, waits for the backward, which scales it. So neither C x N similarities are kept
-    nor are they computed a second time.
+    The forward takes C anchors at a time and accumulates the gradient from their similarities at once. Only the gradient, as
+    large as the embeddings, is saved for the backward, which scales it. So the similarities are neither kept nor computed twice.
     """
 
     @staticmethod
@@ -101,7 +100,7 @@ class _MeanCrossEntropy(torch.autograd.Function):
         anchors, columns = len(u_MD), len(u_ND)
         chunk = chunk or max(1, _SIMILARITIES // columns)
         positive_M = (torch.arange(anchors, device=u_MD.device) + anchors // 2) % anchors
-        # Embeddings over the temperature, so that no pass over the similarities is spent on dividing.
+        # Divides the embeddings rather than the similarities, which saves a pass over the latter.
         r_MD = u_MD / temperature
         own, others = torch.empty_like(u_MD), torch.zeros_like(u_ND)
         buffer = u_MD.new_empty(min(chunk, anchors) * columns)
@@ -111,19 +110,19 @@ class _MeanCrossEntropy(torch.autograd.Function):
             s_CN = buffer[: (rows.stop - start) * columns].view(-1, columns)
             torch.mm(r_MD[rows], u_ND.T, out=s_CN)
             positive_C1 = (positive_M[rows] + offset)[:, None]
-            s_CN.diagonal(offset + start).fill_(-torch.inf)  # an anchor is no negative of itself
+            s_CN.diagonal(offset + start).fill_(-torch.inf)  # an anchor is not its own negative
             positive_similarity_C = s_CN.gather(1, positive_C1)[:, 0]
             top_C1 = s_CN.amax(1, keepdim=True)
             e_CN = s_CN.sub_(top_C1).exp_()
             sum_C1 = e_CN.sum(1, keepdim=True)
             loss_M[rows] = (top_C1 + sum_C1.log())[:, 0] - positive_similarity_C
             if with_gradient:
-                # d loss_i / d s_ik is the softmax, less 1 at the positive; the latter is added for all rows below.
+                # d loss_i / d s_ik is the softmax, minus 1 at the positive, which is subtracted below for all rows.
                 torch.mm(e_CN, u_ND, out=own[rows]).div_(sum_C1)
                 others.addmm_(e_CN.T, u_MD[rows] / sum_C1)
         if with_gradient:
             own -= u_MD[positive_M]
-            others[offset : offset + anchors] -= u_MD[positive_M]  # being each other's positive is mutual
+            others[offset : offset + anchors] -= u_MD[positive_M]  # positives are mutual
             scale = 1 / (temperature * anchors)
             ctx.save_for_backward(own.mul_(scale), others.mul_(scale))
         return loss_M.mean()

@@ -1,4 +1,4 @@
-"""Weights in and out: files that timm and torchvision read, a model card beside them, and a hash to compare runs by."""
+"""Saving and loading weights: files that timm and torchvision read, a model card beside them, and a hash to compare runs."""
 
 import dataclasses
 import hashlib
@@ -18,22 +18,22 @@ from models.backbones import create_timm_model, no_retries_when_offline, one_lin
 WEIGHTS_NAME = "backbone.safetensors"
 CARD_NAME = "model_card.json"
 
-# What wrappers (DDP, torch.compile, other trainers) put in front of a backbone's own names.
+# Prefixes that wrappers (DDP, torch.compile, other trainers) add to parameter names.
 _PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.")
-# Where other trainers' checkpoints keep the weights.
+# Entries under which other trainers' checkpoints keep the weights.
 _ENTRIES = ("state_dict", "model_state_dict", "model", "backbone")
 _HEADS = ("fc.", "head.", "classifier.", "classif.", "last_linear.")
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadReport:
-    """What a file gave to a backbone; every field but the first lists names."""
+    """What was loaded from a file; every field but the first lists tensor names."""
 
     path: str
     loaded: tuple[str, ...]
-    head: tuple[str, ...]  # the file's classifier, which a backbone has no use for
-    unused: tuple[str, ...]  # anything else in the file that the backbone does not have
-    missing: tuple[str, ...]  # buffers that the file lacks and that keep their initial values
+    head: tuple[str, ...]  # the file's classifier, which a backbone does not have
+    unused: tuple[str, ...]  # other tensors that the backbone does not have
+    missing: tuple[str, ...]  # buffers that are not in the file and keep their initial values
 
     def lines(self) -> list[str]:
         """Sentences for the console."""
@@ -49,7 +49,7 @@ class LoadReport:
 
 
 def save_backbone(backbone: nn.Module, folder_or_path: str | os.PathLike, card: dict) -> Path:
-    """Write the weights and, beside them, the model card; each appears whole or not at all.
+    """Write the weights and, beside them, the model card, each atomically.
 
     backbone: as from `build_backbone`, also compiled or wrapped by DDP. folder_or_path: a folder, made if need be, for
     `backbone.safetensors` and `model_card.json`; or a path that ends in .safetensors. card: anything that JSON can hold.
@@ -61,27 +61,26 @@ def save_backbone(backbone: nn.Module, folder_or_path: str | os.PathLike, card: 
     if path.suffix != ".safetensors":
         path = path / WEIGHTS_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Cloned: safetensors refuses tensors that share memory or are laid out channels-last.
+    # Cloned, since safetensors refuses tensors that share memory or are channels-last.
     tensors = {
         _strip(name, prefixes=_PREFIXES[:2]): tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in backbone.state_dict().items()
     }
-    # The card first: weights that are there have a card.
+    # The card first, so that weights always have one.
     _write_atomically(path.with_name(CARD_NAME), json.dumps(card, indent=2, ensure_ascii=False).encode() + b"\n")
     _write_atomically(path, safetensors.torch.save(tensors, {"format": "pt"}))
     return path
 
 
 def load_backbone_weights(backbone: nn.Module, path: str | os.PathLike) -> LoadReport:
-    """Put a file's weights into a backbone, in place.
+    """Load a file's weights into a backbone, in place.
 
     path: a .safetensors file, a folder that holds `backbone.safetensors` (a run), or a state dict saved by torch.save
     (.pt, .pth, ..., bare or under `state_dict`, `model_state_dict`, `model` or `backbone`; nothing else is unpickled).
-    The prefixes `module.`, `_orig_mod.`, `backbone.` and `encoder.` are taken off the file's names.
+    The prefixes `module.`, `_orig_mod.`, `backbone.` and `encoder.` are removed from the file's names.
 
-    Returns a report of what was and wasn't loaded. Raises ValueError, with the backbone untouched, when the file cannot be
-    read, when it matches nothing, when a shape differs, and when a parameter of the backbone is not in it (another
-    architecture: the rest would silently stay random).
+    Returns a report. Raises ValueError and leaves the backbone unchanged if the file cannot be read, matches nothing, has a
+    tensor of another shape, or lacks a parameter of the backbone (which would silently stay random).
     """
     path = Path(path)
     own = backbone.state_dict()
@@ -115,8 +114,8 @@ def load_backbone_weights(backbone: nn.Module, path: str | os.PathLike) -> LoadR
 def imagenet_weights(name: str, image_size: int | None = None) -> dict[str, torch.Tensor]:
     """timm's pretrained weights of a backbone, without the classifier, fitted to an image size (None: the model's own).
 
-    They are downloaded on first use and kept in Hugging Face's cache. Without a connection the cache is asked at once.
-    Raises ValueError when there are none or they cannot be had.
+    Downloaded on first use and kept in Hugging Face's cache, which is used at once when offline.
+    Raises ValueError if there are none or they cannot be downloaded.
     """
     way_out = "give a local file instead (--init PATH, a .safetensors or .pth of the same architecture) or --init scratch"
     try:
@@ -127,12 +126,12 @@ def imagenet_weights(name: str, image_size: int | None = None) -> dict[str, torc
 
 
 def apply_init(backbone: nn.Module, name: str, init: str) -> list[str]:
-    """Give a fresh backbone its first weights, in place. Returns lines that say what was done, for the console.
+    """Initialise a new backbone's weights, in place. Returns lines for the console that say what was done.
 
-    name: the backbone's timm name. init: `scratch` (left as built), `imagenet` (timm's weights), or the path of a file or
-    run as for `load_backbone_weights`.
+    name: the backbone's timm name. init: `scratch` (as built), `imagenet` (timm's weights), or the path of a file or run as for
+    `load_backbone_weights`.
 
-    Raises ValueError when the weights cannot be had or do not fit.
+    Raises ValueError if the weights are not available or do not fit.
     """
     if init == "scratch":
         return [f"{name}: random weights"]
@@ -186,7 +185,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _strip(name: str, *, keep=(), prefixes: tuple[str, ...] = _PREFIXES) -> str:
-    """The name without wrappers' prefixes, as far as it is not a name in keep: some models have an `encoder.` of their own."""
+    """The name without wrappers' prefixes, unless it is in keep: some models have an `encoder.` of their own."""
     while name not in keep:
         prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
         if prefix is None:

@@ -1,4 +1,4 @@
-"""Memory for batches on the CPU, used anew once nobody holds a batch any more."""
+"""A pool of buffers for batches on the CPU. A buffer returns to the pool when its batch is garbage-collected."""
 
 import math
 import weakref
@@ -9,12 +9,11 @@ import torch
 
 
 class BatchMemory:
-    """Hands out tensors over pieces of memory that it keeps.
+    """Tensors over reused buffers.
 
-    The system gives out large pieces page by page, each at its first use, and for a batch of views that takes longer than
-    to make the pixels that go there.
+    The kernel allocates large buffers page by page at first use, which for a batch of views takes longer than computing it.
 
-    numbers: of the largest batch; keep: how many pieces wait for the next batches at most.
+    numbers: float32 elements of the largest batch; keep: most buffers that wait for reuse.
     """
 
     def __init__(self, numbers: int, *, keep: int):
@@ -22,7 +21,7 @@ class BatchMemory:
         self._free: deque[np.ndarray] = deque(maxlen=keep)
 
     def take(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """An uninitialised float32 tensor. Its memory comes back when it and all tensors that share it are gone."""
+        """An uninitialised float32 tensor. Its buffer is reused when it and all tensors that share it are gone."""
         size = math.prod(shape)
         assert size <= self._numbers, (shape, self._numbers)
         try:

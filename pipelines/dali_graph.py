@@ -42,12 +42,12 @@ def _one_number(outs, ins):
 
 @functools.cache
 def _view_operator():
-    """What DALI runs for each patch. Made once: for every operator DALI compiles anew what it is given, which takes 1.5 s for a
-    call of the step's address, and 3 s for the step itself.
+    """The operator that DALI runs for each patch. Created once, since DALI compiles each operator's function: 1.5 s for a call by
+    address, 3 s for the kernels themselves.
 
-    rows: (V, 37), see `view_kernels`; place: address of the patch's first view, bytes from one view to the next, side of a view.
+    rows: (V, COLUMNS), see `view_kernels`; place: address of the patch's first view, bytes from one view to the next, S.
     """
-    from nvidia.dali.plugin.numba import NumbaFunction  # a host with a GPU may do without Numba's part
+    from nvidia.dali.plugin.numba import NumbaFunction  # not needed on a GPU
 
     step_at = view_step_at()
 
@@ -71,15 +71,15 @@ class DaliGraph:
     """Batches of views by DALI: `put` the bytes and parameters of a batch, `get` its views, in the same order.
 
     device: "cpu", or "cuda" (decoding by nvJPEG and all augmentation on torch's current GPU).
-    step: "numba" (CPU) or "torch" (both): whose step makes the views. A CPU can so be asked what a GPU will be; it is slow.
+    step: which kernels make the views, "numba" (CPU) or "torch" (both; on a CPU it is slow and shows what a GPU computes).
     """
 
     def __init__(self, *, recipe: Recipe, batch_size: int, image_size: int, device: str, threads: int, step: str | None = None):
         self.recipe, self.image_size, self.device = recipe, image_size, device
         self.step = step or ("numba" if device == "cpu" else "torch")
         assert self.step == "torch" or (self.step == "numba" and device == "cpu"), (step, device)
-        self._under_way: deque[tuple[np.ndarray, torch.Tensor | None]] = deque()  # rows, and on the CPU where the views go
-        # One piece is with the consumer, and when it asks for more, it may still hold that.
+        self._in_flight: deque[tuple[np.ndarray, torch.Tensor | None]] = deque()  # rows, and on the CPU the views' tensor
+        # The consumer may still hold one batch when it asks for the next.
         self._memory = BatchMemory(recipe.views * batch_size * 3 * image_size**2, keep=AHEAD + 1)
         self._pipeline = Pipeline(
             batch_size=batch_size,
@@ -122,7 +122,7 @@ class DaliGraph:
         )
 
     def _warm_up(self):
-        """Take the first AHEAD batches out of the way: DALI starts so many at once, more than a short epoch may have."""
+        """Run AHEAD dummy batches: DALI starts this many at once, more than a short epoch may have."""
         buffer = io.BytesIO()
         Image.new("RGB", (16, 16)).save(buffer, "JPEG")
         dot = [np.frombuffer(buffer.getvalue(), np.uint8)]
@@ -134,8 +134,8 @@ class DaliGraph:
             self.get()
 
     def put(self, encoded: list[np.ndarray], parameters: ViewParameters) -> None:
-        """Start on a batch of B patches and what was drawn for them. At most AHEAD batches may be under way."""
-        assert len(self._under_way) < AHEAD, len(self._under_way)
+        """Start a batch of B patches with their parameters. At most AHEAD batches may be in flight."""
+        assert len(self._in_flight) < AHEAD, len(self._in_flight)
         self._feed(encoded, parameters)
         self._pipeline.schedule_run()
 
@@ -159,16 +159,16 @@ class DaliGraph:
                 feed(f"wide_end{view}", size + margin)
                 feed(f"roi_start{view}", margin.astype(np.float32))
                 feed(f"roi_end{view}", (size + margin).astype(np.float32))
-        self._under_way.append((rows, views))
+        self._in_flight.append((rows, views))
 
     def get(self) -> torch.Tensor:
-        """Wait for the oldest batch: (V, B, 3, S, S) float32 on the device, which nobody else writes to while it is held.
+        """Wait for the oldest batch: (V, B, 3, S, S) float32 on the device, whose memory is not reused while it is referenced.
 
-        Raises RuntimeError when DALI cannot decode a patch; the graph is of no use after that: close it.
+        Raises RuntimeError if DALI cannot decode a patch; the graph is then unusable and must be closed.
         """
-        # On a GPU nobody waits: torch's stream goes on when DALI's is done, and DALI has its memory back when torch's is.
+        # On a GPU the host does not wait: torch's stream waits for DALI's, and DALI reuses its memory after torch's stream.
         outputs = self._pipeline.share_outputs(torch.cuda.current_stream() if self.device == "cuda" else None)
-        rows, views = self._under_way.popleft()
+        rows, views = self._in_flight.popleft()
         try:
             if views is not None:
                 return views
@@ -183,14 +183,14 @@ class DaliGraph:
 
     @property
     def pending(self) -> int:
-        """Batches that were put and not yet got."""
-        return len(self._under_way)
+        """Number of batches in flight."""
+        return len(self._in_flight)
 
     def close(self) -> None:
-        """End DALI's threads. Batches under way are given up, and only then the memory that they are written to."""
-        self._pipeline._shutdown()  # as when it is deleted, which is some time later: DALI's objects refer to each other
-        self._under_way.clear()
+        """End DALI's threads, dropping batches in flight; only then free the memory that they are written to."""
+        self._pipeline._shutdown()  # what deletion does, but DALI's reference cycles delay that
+        self._in_flight.clear()
 
     def __del__(self):
-        if "_pipeline" in vars(self):  # it was made
+        if "_pipeline" in vars(self):  # __init__ succeeded
             self.close()

@@ -1,4 +1,4 @@
-"""The loader: shard set, selection, recipe and seed -> batches of views, resumable at any step on any world size."""
+"""The data loader: shard set, ids, recipe and seed -> batches of views, resumable at any step with any world size."""
 
 import os
 import warnings
@@ -13,7 +13,7 @@ import torch
 
 from pipelines.mixture import Mixture
 from pipelines.recipes import Recipe
-from pipelines.sampler import Order, epoch_order, in_order_of_need, rank_slice, steps_per_epoch
+from pipelines.sampler import Order, by_first_use, epoch_order, rank_slice, steps_per_epoch
 from pipelines.shard_reader import ShardReader
 from pipelines.torchvision_reference import reference_views
 from pipelines.views import ViewParameters, draw_views
@@ -36,27 +36,27 @@ class Batch:
 
 
 class ViewLoader:
-    """Iterating gives the rest of the current epoch, then stands at the start of the next one.
+    """Iterating yields the rest of the current epoch; the loader then stands at the start of the next.
 
-    The whole state is (epoch, step): pixels and order are functions of (seed, epoch, ids), so a loader with another batch
-    size, thread count or world size reads the same views, and a restart at (epoch, step) reads what would have come.
+    Its whole state is (epoch, step): pixels and order are functions of (seed, epoch, ids). So views do not depend on batch size,
+    thread count or world size, and a restart at (epoch, step) continues exactly.
 
-    shards: folder of a shard set, an open ShardReader, or a Mixture of several; ids: (n,) patch ids to read (see
-    sharding.selection; of a mixture its `ids`).
-    batch_size: of the global batch; rank r of world_size reads its part of each.
-    shuffle: a new order per epoch, or the order of the ids; window: shuffle within so many shards at a time, for a set that
-    is larger than the memory that caches its files (see order.epoch_order), None: all patches together.
-    drop_last: leave out an incomplete last batch. Without, every rank has a batch at every step, perhaps of no patches, so
-    that what ranks do together at each step does not wait for one that has nothing.
-    verify: hold each patch's bytes against the manifest's checksum when it is first read (64 bytes of memory per patch of
-    the set); otherwise that is done only for patches that cannot be decoded.
+    shards: folder or URL of a shard set, an open ShardReader, or a Mixture; ids: (n,) patch ids to read (see
+    sharding.selection; for a mixture, its `ids`).
+    batch_size: the global batch; rank r of world_size reads its part of each.
+    shuffle: a new order per epoch, else the order of the ids; window: shuffle within this many shards at a time, for sets larger
+    than the page cache (see sampler.epoch_order); None shuffles all patches together.
+    drop_last: drop an incomplete last batch. Otherwise every rank gets a batch at every step, possibly empty, so that collective
+    operations do not hang.
+    verify: compare each patch's bytes with the manifest's checksum at first read (64 bytes of memory per patch of the set);
+    otherwise only patches that cannot be decoded are checked.
     backend: "dali", or "torchvision" for the slow reference with the same draws. device: "cpu" or "cuda", torch's current GPU.
-    dtype: of the views, which are made in float32 and rounded at the end; channels_last: in memory, the channels of a pixel lie
-    beside each other (as in torch.channels_last, also behind `views.flatten(0, 1)`).
-    On a GPU it warns once, on rank 0, of patches that the CPU has to decode (PNG and the rarer kinds of JPEG).
-    Raises ValueError for no ids, ids that the set does not have, a batch that does not divide by the ranks or is larger
+    dtype: of the views, converted from float32 at the end; channels_last: memory layout of the views (torch.channels_last, also
+    after `views.flatten(0, 1)`).
+    On a GPU, rank 0 warns once of patches that the CPU has to decode (PNG and rarer kinds of JPEG).
+    Raises ValueError without ids, for ids that the set does not have, for a batch that the ranks do not divide or that is larger
     than the selection, and, while iterating, for a shard that changed or cannot be decoded.
-    A context manager, or ended by `close`.
+    A context manager; or call `close`.
     """
 
     def __init__(
@@ -103,10 +103,7 @@ class ViewLoader:
         self.close()
 
     def close(self) -> None:
-        """End DALI's threads and give its memory back; unmap the shards, where no reader was given.
-
-        A loader that is closed opens all that anew when it is iterated again.
-        """
+        """End DALI's threads, free its memory, and unmap the shards unless a reader was given. Iterating again reopens all."""
         if self._graph is not None:
             self._graph.close()
             self._graph = None
@@ -140,20 +137,20 @@ class ViewLoader:
 
     @property
     def wait_seconds(self) -> float:
-        """How long the consumer has waited for batches so far; on a GPU, how long the device has."""
+        """Seconds that the consumer, or on a GPU the device, has waited for batches so far."""
         return self._wait.seconds
 
     def state_dict(self) -> dict:
-        """Where the consumer stands: the next batch is (epoch, step)."""
+        """The consumer's position: the next batch is (epoch, step)."""
         return {"epoch": self.epoch, "step": self.step}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from there; iterate anew afterwards."""
+        """Set the position; start a new iteration afterwards."""
         assert 0 <= state["step"] <= len(self), (state, len(self))
         self.epoch, self.step = state["epoch"], state["step"]
 
     def parameters(self, ids: np.ndarray, epochs: np.ndarray | None = None) -> ViewParameters:
-        """What is drawn for these patches in the current epoch, or, where the order says so, in each one's own."""
+        """The view parameters of these patches in the current epoch, or in `epochs` (n,), one for each patch."""
         keys, sizes = self.reader.draw_keys(ids), self.reader.sizes[ids]
         different = np.unique(epochs) if epochs is not None and len(epochs) else [self.epoch]
         if len(different) == 1:
@@ -168,15 +165,15 @@ class ViewLoader:
         return ViewParameters(*(np.concatenate(column)[back] for column in columns))
 
     def batch_ids(self, step: int) -> np.ndarray:
-        """The patches of this rank at a step of the current epoch."""
+        """This rank's patches at a step of the current epoch."""
         return rank_slice(self._order().ids, step, self.batch_size, rank=self.rank, world_size=self.world_size)
 
     def shards_of(self, steps: range) -> np.ndarray:
-        """The shards that global batches of the current epoch are read from, in the order in which they are first needed."""
+        """The shards that these global batches of the current epoch read, in order of first use."""
         return self._shards_of(self._order(), steps)
 
     def _shards_of(self, order: Order, steps: range) -> np.ndarray:
-        return in_order_of_need(self.reader.shards[order.ids[steps.start * self.batch_size : steps.stop * self.batch_size]])
+        return by_first_use(self.reader.shards[order.ids[steps.start * self.batch_size : steps.stop * self.batch_size]])
 
     def _order(self) -> Order:
         if self.shuffle and isinstance(self.reader, Mixture):
@@ -190,17 +187,17 @@ class ViewLoader:
     def __iter__(self) -> Iterator[Batch]:
         order, steps = self._order(), range(self.step, len(self))
         make = self._dali_views if self.backend == "dali" else self._reference_views
-        for step, (ids, views) in zip(steps, make(self._parts(order, steps)), strict=True):
-            # Set before the batch is handed out: a checkpoint taken while it is in use says what comes next.
+        for step, (ids, views) in zip(steps, make(self._rank_batches(order, steps)), strict=True):
+            # Set before the batch is yielded, so that a checkpoint during its use points to the next one.
             self.step = step + 1
             yield Batch(views, torch.from_numpy(ids), torch.from_numpy(self.reader.labels[ids]))
         self.epoch, self.step = self.epoch + 1, 0
 
-    def _parts(self, order: Order, steps: range) -> Iterator[Order]:
-        """This rank's part of each step. On the way, the reader is told which shards are read next."""
+    def _rank_batches(self, order: Order, steps: range) -> Iterator[Order]:
+        """This rank's part of each step. Announces upcoming shards to the reader on the way."""
         every = len(steps)
         if self.window is not None:
-            # Steps that a window lasts, about. The reader is told of two windows, so that one is there while one is fetched.
+            # About the number of steps in a window. Two windows are announced: one in use, one being downloaded.
             every = max(1, self.window * len(order.ids) // (int(self.reader.shards.max()) + 1) // self.batch_size)
         for step in steps:
             if (step - steps.start) % every == 0:
@@ -214,10 +211,10 @@ class ViewLoader:
             self._verified[ids] = True
         return encoded
 
-    def _no_views(self) -> torch.Tensor:
+    def _empty_views(self) -> torch.Tensor:
         return torch.empty((self.recipe.views, 0, 3, self.image_size, self.image_size), device=self.device)
 
-    def _as_asked(self, views_VBCSS: torch.Tensor) -> torch.Tensor:
+    def _convert(self, views_VBCSS: torch.Tensor) -> torch.Tensor:
         views_VBCSS = views_VBCSS.to(self.device, self.dtype)
         if self.channels_last:
             views_VBCSS = views_VBCSS.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
@@ -226,56 +223,56 @@ class ViewLoader:
     def _reference_views(self, parts: Iterable[Order]) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         for ids, epochs in parts:
             with self._wait.waiting():
-                views = self._no_views()
+                views = self._empty_views()
                 if len(ids):
                     parameters = self.parameters(ids, epochs)
                     views = reference_views(self._read(ids), parameters, recipe=self.recipe, image_size=self.image_size)
-                views = self._as_asked(views)
+                views = self._convert(views)
             yield ids, views
 
     def _dali_views(self, parts: Iterable[Order]) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         from pipelines.dali_graph import AHEAD
 
-        graph = self._ready_graph()
+        graph = self._idle_graph()
         parts = iter(parts)
-        under_way: deque[np.ndarray] = deque()
+        in_flight: deque[np.ndarray] = deque()
         while True:
             with self._wait.waiting():
-                while len(under_way) < AHEAD and (part := next(parts, None)) is not None:
+                while len(in_flight) < AHEAD and (part := next(parts, None)) is not None:
                     if len(part.ids):
                         graph.put(self._read(part.ids), self.parameters(*part))
-                    under_way.append(part.ids)
-                if not under_way:
+                    in_flight.append(part.ids)
+                if not in_flight:
                     return
-                views = self._as_asked(self._get(graph, under_way))
-            yield under_way.popleft(), views
+                views = self._convert(self._next_views(graph, in_flight))
+            yield in_flight.popleft(), views
 
-    def _get(self, graph, under_way: deque[np.ndarray]) -> torch.Tensor:
-        if not len(under_way[0]):
-            return self._no_views()
+    def _next_views(self, graph, in_flight: deque[np.ndarray]) -> torch.Tensor:
+        if not len(in_flight[0]):
+            return self._empty_views()
         try:
             return graph.get()
         except RuntimeError as error:
             graph.close()
             self._graph = None
-            self.reader.check(np.concatenate(under_way))
+            self.reader.check(np.concatenate(in_flight))
             raise ValueError(
-                f"{self.reader.folder}: DALI cannot make views of the batch with patches {under_way[0][:4].tolist()} ...,"
+                f"{self.reader.folder}: DALI cannot make views of the batch with patches {in_flight[0][:4].tolist()} ...,"
                 f" though its bytes are as the manifest says: {error}"
             ) from error
 
-    def _ready_graph(self):
-        """The graph, with nothing under way in it."""
+    def _idle_graph(self):
+        """The graph, with no batch in flight."""
         from pipelines.dali_graph import DaliGraph
 
         try:
-            while self._graph and self._graph.pending:  # of an iteration that was left early
+            while self._graph and self._graph.pending:  # left by an unfinished iteration
                 self._graph.get()
-        except RuntimeError:  # a patch that cannot be decoded: said when it is read again
+        except RuntimeError:  # a patch cannot be decoded: raised when it is read again
             self._graph.close()
             self._graph = None
         if self._graph is None:
-            self._warn_of_the_cpu()
+            self._warn_of_cpu_decoding()
             self._graph = DaliGraph(
                 recipe=self.recipe,
                 batch_size=-(-self.batch_size // self.world_size),
@@ -285,8 +282,8 @@ class ViewLoader:
             )
         return self._graph
 
-    def _warn_of_the_cpu(self) -> None:
-        """Say once which patches a GPU leaves to the CPU."""
+    def _warn_of_cpu_decoding(self) -> None:
+        """Warn once of patches that a GPU cannot decode."""
         if self.device == "cpu" or self.rank or self._warned:
             return
         self._warned = True

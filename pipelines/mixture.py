@@ -1,4 +1,4 @@
-"""Several shard sets read as one: every epoch draws from each of them by its weight."""
+"""Several shard sets read as one; each epoch takes patches from every set in proportion to its weight."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,12 +12,12 @@ from pipelines.sampler import Order, epoch_order
 from pipelines.shard_reader import ShardReader
 from sharding.manifest import class_names
 
-# Where a set's number stands in a patch's draw key. Set 0's keys are its ids, so its draws are those of the set alone.
+# Position of the set's number in a draw key. Set 0's keys are its ids, so its draws are those of the set alone.
 _SET_BITS = 48
 
 
 class Part(NamedTuple):
-    """One set of a mixture: its folder or open reader, ids (n,) of the patches to read, and its weight beside the others'."""
+    """One set of a mixture: its folder or open reader, ids (n,) of the patches to read, and its relative weight."""
 
     shards: str | Path | ShardReader
     ids: np.ndarray
@@ -25,12 +25,12 @@ class Part(NamedTuple):
 
 
 class Mixture:
-    """What ViewLoader reads instead of a ShardReader: patch i of set k has the id (patches of the sets before it) + i.
+    """A drop-in for ShardReader in ViewLoader: patch i of set k has the id (patches of the sets before k) + i.
 
-    ids: (n,) of all parts' patches, which is what the loader is given; an epoch has as many patches.
-    labels: (n,) int64 by id, -1 for all where the sets' classes are not the same; sizes, shards: as ShardReader's, by id,
-    with the shards numbered through.
-    Raises ValueError for no parts, a weight that is not above 0, and ids that a set does not have.
+    ids: (n,) of all parts' patches, to give to the loader; an epoch has n patches.
+    labels: (n,) int64 by id, all -1 if the sets' classes differ; sizes, shards: as ShardReader's, with the shards numbered
+    consecutively.
+    Raises ValueError without parts, for a weight that is not above 0, and for ids that a set does not have.
     """
 
     def __init__(self, parts: Sequence[Part]):
@@ -59,22 +59,22 @@ class Mixture:
         classes = [class_names(reader.folder) for reader in self.readers]
         if all(names == classes[0] for names in classes):
             self.labels = np.concatenate([reader.labels for reader in self.readers])
-        else:  # a class's number means something else in each of them
+        else:  # class numbers have different meanings
             self.labels = np.full(len(self), -1, np.int64)
 
     def __len__(self):
         return int(self._starts[-1])
 
     def epoch_order(self, ids: np.ndarray, *, seed: int, epoch: int, window: int | None = None) -> Order:
-        """An epoch of as many patches as there are ids, from each set its share, evenly mixed.
+        """An epoch of len(ids) patches, evenly mixed, with each set's share by weight.
 
-        A set goes through its ids in one pass after the other, each in its own order (see order.epoch_order, and there of
-        the window, which is each set's own), and goes on in the next epoch where it stopped. Its passes count the epochs
-        that views are drawn for, so a small set that comes several times in an epoch comes with new views.
-        Raises ValueError where a set's weight is too small for a single patch, or none of its patches is among ids.
+        Each set makes passes over its ids, each pass in an order of its own (see sampler.epoch_order; the window applies to each
+        set), and continues in the next epoch where it stopped. Views are drawn for the pass, so a small set that repeats within
+        an epoch gets new views.
+        Raises ValueError if a set's weight is too small for one patch, or none of its patches is among ids.
         """
         sets = self._set_of(ids)
-        counts = shares(len(ids), self.weights)
+        counts = apportion(len(ids), self.weights)
         drawn = []
         for number, (reader, count) in enumerate(zip(self.readers, counts, strict=True)):
             chosen = ids[sets == number]
@@ -90,11 +90,11 @@ class Mixture:
             here = slice(start - int(passes[0]) * len(keys), None)
             found = np.concatenate(orders)[here][:count] - (number << _SET_BITS) + self._starts[number]
             drawn.append(Order(found, np.repeat(passes, len(keys))[here][:count]))
-        mixed = interleaved(counts)
+        mixed = interleave(counts)
         return Order(*(np.concatenate(columns)[mixed] for columns in zip(*drawn, strict=True)))
 
     def draw_keys(self, ids: np.ndarray) -> np.ndarray:
-        """What a patch's random numbers are keyed by: its id in its own set, with the set's number above it."""
+        """The keys of the patches' random numbers: the id in its own set, with the set's number in the high bits."""
         sets = self._set_of(ids)
         return ids - self._starts[sets] + (sets << _SET_BITS)
 
@@ -130,16 +130,16 @@ class Mixture:
         return np.searchsorted(self._starts, ids, side="right") - 1
 
     def _by_set(self, ids: np.ndarray) -> Iterator[tuple[ShardReader, np.ndarray, np.ndarray]]:
-        """Of each set that these ids are of: its reader, their rows, and their ids in the set."""
+        """For each set among these ids: its reader, the rows of its ids, and the ids within the set."""
         sets = self._set_of(ids)
         for number in np.unique(sets):
             rows = np.flatnonzero(sets == number)
             yield self.readers[number], rows, ids[rows] - self._starts[number]
 
 
-def shares(patches: int, weights: Sequence[float]) -> list[int]:
-    """How many of the patches each set gives, by largest remainder; equal remainders go to the first."""
-    exact = [Fraction(weight) for weight in weights]  # so that no rounding decides
+def apportion(patches: int, weights: Sequence[float]) -> list[int]:
+    """Each set's number of patches, by the largest-remainder method; ties go to the first."""
+    exact = [Fraction(weight) for weight in weights]  # without rounding errors
     quotas = [patches * weight / sum(exact) for weight in exact]
     counts = [int(quota) for quota in quotas]
     by_remainder = sorted(range(len(weights)), key=lambda k: (counts[k] - quotas[k], k))
@@ -148,15 +148,15 @@ def shares(patches: int, weights: Sequence[float]) -> list[int]:
     return counts
 
 
-def interleaved(counts: Sequence[int]) -> np.ndarray:
-    """The places of sets' patches, listed one set after the other, in an even mixture: (sum of counts,) int64.
+def interleave(counts: Sequence[int]) -> np.ndarray:
+    """Indices that mix concatenated sets evenly: (sum of counts,) int64.
 
-    The i-th of n patches of a set stands at (i + 1/2) / n of the way, so every stretch has each set's share, give or take a few.
+    The i-th of n patches of a set goes to (i + 1/2) / n of the way, so each stretch has nearly each set's share.
     """
     places = np.concatenate([(np.arange(count) + 0.5) / count for count in counts if count])
     return np.argsort(places, kind="stable")
 
 
 def _starts(lengths: Sequence[int]) -> np.ndarray:
-    """(sets + 1,) int64: where each begins when they follow each other, and where the last ends."""
+    """(sets + 1,) int64: start of each set in their concatenation, and its end."""
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)

@@ -1,6 +1,6 @@
-"""What may be random in a view, as data: a recipe is a frozen dataclass, and its name is what a user types.
+"""Augmentation recipes as data: frozen dataclasses, listed in RECIPES by the names that users type.
 
-A new augmentation operation is a field here, its draws in `views`, and its pixels in `colour`.
+A new operation is a field here, its draws in `views`, and its pixels in `view_kernels` and `view_kernels_torch`.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # Optical density in red, green and blue of haematoxylin, eosin and DAB (Ruifrok & Johnston 2001; scikit-image's rgb_from_hed).
 RGB_FROM_HED = ((0.65, 0.70, 0.29), (0.07, 0.99, 0.11), (0.27, 0.57, 0.78))
-# One level: what is darker than that is noise, and its logarithm would turn the other colours of its pixel.
+# One level: darker values are noise, whose logarithm would shift the other colours of the pixel.
 DARKEST = 1 / 255
 
 
@@ -39,7 +39,7 @@ class ColourJitter:
 
 @dataclass(frozen=True)
 class StainJitter:
-    """Other amounts of haematoxylin, eosin and DAB (Tellez et al. 2018, "Whole-slide mitosis detection in H&E breast histology").
+    """Jitter of haematoxylin, eosin and DAB (Tellez et al. 2018, "Whole-slide mitosis detection in H&E breast histology").
 
     Each stain's optical density is multiplied by a factor uniform in [1 - strength, 1 + strength], and a number uniform in
     [-strength, strength] is added. The density is -log10 of the transmitted share of light (Ruifrok & Johnston 2001).
@@ -61,15 +61,15 @@ class GaussianBlur:
 
 
 def kernel_size(side: int, percent: int) -> int:
-    """Taps of the blur of a view of so many pixels: odd, and never so many that its reflected border exceeds the view."""
+    """Taps of the blur for a view's side in pixels: odd, and few enough that the reflected border fits the view."""
     return side * percent // 100 // 2 * 2 + 1
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a patch becomes views. Without `crop` the box is fixed: the centred square, or all of it (`keep_aspect` False).
+    """How a patch becomes views. Without `crop` the box is fixed: the centred square, or the whole patch (`keep_aspect` False).
 
-    The operations come in the order of the fields: the box is resized, mirrored left and right (`flip`), then top and bottom,
+    Operations apply in the order of the fields: the box is resized, mirrored left and right (`flip`), then top and bottom,
     turned counter-clockwise, stained, its colours jittered, made grey, blurred, normalised.
     turns: by a random number of quarter turns ("random"); or "by view": all views have one box and one flip, and view k is
     turned by k quarter turns (Gidaris et al. 2018, RotNet).
@@ -100,7 +100,7 @@ class Recipe:
 
     @property
     def view_labels(self) -> tuple[int, ...] | None:
-        """What is to be told of each view: its number of quarter turns where these go by view, else nothing."""
+        """Each view's label for a rotation task: its number of quarter turns if `turns` is "by view", else None."""
         return tuple(view % 4 for view in range(self.views)) if self.turns == "by view" else None
 
 

@@ -1,8 +1,7 @@
-"""A folder at a URL: its files, read in parts and written whole through any fsspec driver, however slow or faulty the store.
+"""A folder at a URL, through any fsspec driver: read files in ranges, write them whole, list and remove them.
 
-One policy for all stores: every request has a time-out, and one that failed is made again after a pause that doubles, because
-a store that is overloaded recovers only when its clients wait. So the drivers' own retries are turned off where they have any;
-ours would multiply with them.
+All stores share one retry policy: each request has a time-out, and failed requests are repeated with exponential back-off, since
+an overloaded store recovers only when its clients wait. The drivers' own retries are turned off, as they would multiply ours.
 """
 
 import asyncio
@@ -22,7 +21,7 @@ from urllib.parse import urlsplit
 
 import fsspec
 
-# Of each driver: no retries of its own, and the bytes as they are stored, which is what the checksums are of.
+# For each driver: no retries of its own, and bytes as stored, since checksums are of those.
 _OPTIONS: dict[str, dict[str, Any]] = {
     "s3": {"config_kwargs": {"retries": {"total_max_attempts": 1}}},
     "http": {"headers": {"Accept-Encoding": "identity"}},
@@ -32,17 +31,17 @@ _OPTIONS["s3a"], _OPTIONS["https"] = _OPTIONS["s3"], _OPTIONS["http"]
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds
 MAX_JSON_BYTES = 2**30  # of a dataset.json or run.json, which is read in one request
 _KEPT = ": what was fetched is kept"
-_SLOWEST = 2**20  # bytes per second: what is written slower than that counts as no answer
-# When a file was written, by whatever name a driver has for it.
+_SLOWEST = 2**20  # bytes per second: slower writes time out
+# Names that drivers give to the time when a file was written.
 _TIMES = ("LastModified", "last_modified", "mtime", "updated", "modified", "created")
 
 
 class Interrupted(Exception):
-    """What was asked of the store is not wanted any more."""
+    """The request was cancelled by `interrupted`."""
 
 
 class NotThere(ValueError):
-    """A file that the store does not have."""
+    """The store has no such file."""
 
 
 class _BeyondTheEnd(Exception):
@@ -50,19 +49,19 @@ class _BeyondTheEnd(Exception):
 
 
 class Stored(NamedTuple):
-    """A file at the store: its size in bytes, and when it was written, in nanoseconds since 1970; None where no one says."""
+    """A stored file: its size in bytes, and when it was written, in nanoseconds since 1970 (None if the driver does not say)."""
 
     size: int
     written_ns: int | None
 
 
 class RemoteFolder:
-    """The files of a folder at a URL. Safe for threads, which may ask for several at once.
+    """The files of a folder at a URL. Thread-safe.
 
-    url: scheme://..., without a password or query; credentials are the driver's business (AWS_*, ~/.aws, ...) and are not kept.
-    tries: of each request; timeout: seconds of each, where the driver is asynchronous (s3, http, gcs, abfs; file and memory are
-    not); sleep: called with the seconds of each pause, by default one that can be interrupted.
-    Raises ValueError for a URL that no installed driver reads, or that has a password or a query in it.
+    url: scheme://..., without a password or query; the driver finds its credentials itself (AWS_*, ~/.aws, ...).
+    tries: per request; timeout: seconds per request, for asynchronous drivers (s3, http, gcs, abfs; not file and memory);
+    sleep: called with the seconds of each pause; by default an interruptible wait.
+    Raises ValueError for a URL that no installed driver reads, and for one with a password or a query.
     """
 
     def __init__(self, url: str, *, tries: int = 6, timeout: float = 60.0, sleep: Callable[[float], Any] | None = None):
@@ -71,14 +70,14 @@ class RemoteFolder:
         if urlsplit(url).password is not None:
             raise ValueError(
                 f"the address {scheme}://... has a password in it, which would be written into every record of the run: leave it "
-                "out, and give the driver its credentials by the environment"
+                "out, and set the driver's credentials in the environment"
             )
         if "?" in url:
             raise ValueError(f"{url.partition('?')[0]}: give the address of the set's folder, without ? and what follows")
         self.url, self.tries, self.timeout = url.rstrip("/"), tries, timeout
         try:
-            # A driver of our own: a cached one has the credentials of whoever asked first.
-            # A listing is asked for anew each time: others write there too.
+            # A driver instance of our own, since a cached one keeps the first caller's credentials. No cached listings, since
+            # others write there too.
             settings = {"skip_instance_cache": True, "use_listings_cache": False} | _OPTIONS.get(scheme, {})
             self._fs, path = fsspec.url_to_fs(self.url, **settings)
         except ImportError as error:
@@ -88,35 +87,35 @@ class RemoteFolder:
                 f"{self.url}: no driver reads {scheme}:// ({error}): use s3://, https:// or a local folder"
             ) from error
         if hasattr(self._fs, "retries"):
-            self._fs.retries = 1  # s3fs tries again on top of its library, which the options are for
+            self._fs.retries = 1  # s3fs retries on top of its library's retries, which the options turn off
         self._path = path.rstrip("/")
         self._interrupt = threading.Event()
         self._sleep = sleep or self._interrupt.wait
         self._running: set[Future] = set()
 
     def read(self, name: str, start: int, stop: int) -> bytes:
-        """Bytes start to stop of a file, fewer where it ends before (none at its end).
+        """Bytes start to stop of a file; fewer if it ends before, none beyond its end.
 
-        A server that knows no ranges sends all; then everything from start on is returned.
-        Raises NotThere; ValueError, naming the file and the last error, where the file may not be read or every try failed;
-        Interrupted, see below.
+        A server without range support sends the whole file, of which everything from start on is returned.
+        Raises NotThere; ValueError with the file and the last error if access is denied or every try failed; Interrupted, see
+        `interrupted`.
         """
         try:
-            data = self._tried(name, "read", "cat_file", f"{self._path}/{name}", start=start, end=stop)
+            data = self._retry(name, "read", "cat_file", f"{self._path}/{name}", start=start, end=stop)
         except _BeyondTheEnd:
             return b""
         return data[start:] if len(data) > stop - start else data
 
     def write(self, name: str, source: bytes | Path) -> None:
-        """Put bytes, or a local file as it is now, in place of what has this name: all of it or, whatever happens, nothing.
+        """Store bytes or a local file under this name, atomically: the old content stays if anything fails.
 
-        The store has to put whole objects, as s3, gcs and abfs do; file:// is made to. Raises as `read` does; FileNotFoundError
-        for a local file that is not there.
+        Needs a store that puts whole objects, as s3, gcs and abfs do; for file://, a rename does it. Raises as `read` does, and
+        FileNotFoundError for a missing local file.
         """
         path = f"{self._path}/{name}"
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
-        put = functools.partial(self._tried, name, "written", timeout=self.timeout + size / _SLOWEST)
-        # A plain copy into a folder can be seen half done.
+        put = functools.partial(self._retry, name, "written", timeout=self.timeout + size / _SLOWEST)
+        # Readers could see a half-written local copy.
         local = getattr(self._fs, "local_file", False)
         target = "{}/.{}.partial".format(*path.rsplit("/", 1)) if local else path
         if isinstance(source, bytes):
@@ -124,7 +123,7 @@ class RemoteFolder:
         else:
             put("put_file", str(source), target)
         if local:
-            self._tried(name, "written", "mv", target, path)
+            self._retry(name, "written", "mv", target, path)
 
     def create(self, name: str, data: bytes) -> None:
         """Write a file that is not there yet: of several processes that do so at once, exactly one succeeds.
@@ -134,7 +133,7 @@ class RemoteFolder:
         Raises FileExistsError, and as `write` does.
         """
         path = f"{self._path}/{name}"
-        create = functools.partial(self._tried, name, "created")
+        create = functools.partial(self._retry, name, "created")
         if not getattr(self._fs, "local_file", False):
             create("pipe_file", path, data, mode="create")
             return
@@ -146,12 +145,12 @@ class RemoteFolder:
             self.remove(partial.removeprefix(f"{self._path}/"))
 
     def names(self, under: str = "") -> dict[str, Stored]:
-        """The files of the folder, or of a folder in it, with all that are below; none where there is no such folder.
+        """All files of the folder, or of a folder in it, recursively; none if there is no such folder.
 
         Raises as `read` does.
         """
         try:
-            found = self._tried(under, "listed", "find", f"{self._path}/{under}".rstrip("/"), detail=True)
+            found = self._retry(under, "listed", "find", f"{self._path}/{under}".rstrip("/"), detail=True)
         except NotThere:
             return {}
         # Drivers differ in whether paths begin with a slash.
@@ -164,7 +163,7 @@ class RemoteFolder:
         Raises as `read` does.
         """
         try:
-            found = self._tried("", "listed", "ls", self._path, detail=False)
+            found = self._retry("", "listed", "ls", self._path, detail=False)
         except NotThere:
             return []
         return [path.rstrip("/").rpartition("/")[2] for path in found]
@@ -172,13 +171,13 @@ class RemoteFolder:
     def remove(self, name: str) -> None:
         """Remove a file, if it is there. Raises as `read` does."""
         try:
-            self._tried(name, "removed", "rm_file", f"{self._path}/{name}")
+            self._retry(name, "removed", "rm_file", f"{self._path}/{name}")
         except NotThere:
             return
 
     @contextmanager
     def interrupted(self) -> Iterator[None]:
-        """Meanwhile, every request ends with Interrupted, also those that are under way."""
+        """Within this context every request raises Interrupted, including those in progress."""
         self._interrupt.set()
         try:
             for request in list(self._running):
@@ -188,18 +187,18 @@ class RemoteFolder:
             self._interrupt.clear()
 
     def _pause(self, attempt: int) -> None:
-        """Half a second, then twice as long each time, less a random part so that a cluster's ranks do not come back at once."""
+        """Exponential back-off from half a second, with jitter so that a cluster's ranks do not return at once."""
         longest = min(_FIRST_PAUSE * 2**attempt, _LONGEST_PAUSE)
-        self._sleep(longest * random.SystemRandom().uniform(0.5, 1.0))  # not a result's randomness: no seed, no stream
+        self._sleep(longest * random.SystemRandom().uniform(0.5, 1.0))  # does not affect results, so no seeded stream
         if self._interrupt.is_set():
             raise Interrupted
 
-    def _tried(self, name: str, done: str, method: str, *args: Any, timeout: float | None = None, **settings: Any) -> Any:
-        """What the driver's method returns, tried as often as the policy has it. done: what was wanted of the file, in a word."""
+    def _retry(self, name: str, done: str, method: str, *args: Any, timeout: float | None = None, **settings: Any) -> Any:
+        """Call the driver's method under the retry policy. done: what should happen to the file, as a participle for messages."""
         place = f"{self.url}/{name}".rstrip("/")
         for attempt in range(self.tries):
             try:
-                return self._request(method, *args, timeout=timeout or self.timeout, **settings)
+                return self._send(method, *args, timeout=timeout or self.timeout, **settings)
             except Exception as error:  # drivers have exceptions of many kinds
                 if self._interrupt.is_set():
                     raise Interrupted from error
@@ -210,23 +209,23 @@ class RemoteFolder:
                     raise FileExistsError(f"{place} is there already") from error
                 if isinstance(error, FileNotFoundError):
                     hint = ": see whether the bucket is there" if done in ("written", "created") else ""
-                    raise NotThere(f"{place} is not there ({_said(error)}){hint}") from error
+                    raise NotThere(f"{place} is not there ({_error_text(error)}){hint}") from error
                 if isinstance(error, NotImplementedError) or getattr(error, "errno", None) == errno.ENOSYS:
                     raise ValueError(f"{place} cannot be {done}: this store or its driver cannot do that; use s3://") from error
                 if isinstance(error, PermissionError) or status in (401, 403) or "Credentials" in type(error).__name__:
                     raise ValueError(
-                        f"{place} may not be {done} ({_said(error)}): give the driver credentials that may, by the "
+                        f"{place} may not be {done} ({_error_text(error)}): give the driver credentials that may, by the "
                         "environment or its own files (for s3://, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)"
                     ) from error
                 if attempt + 1 == self.tries:
                     raise ValueError(
-                        f"{place} cannot be {done}: {self.tries} tries failed, the last with {_said(error)}; see whether "
+                        f"{place} cannot be {done}: {self.tries} tries failed, the last with {_error_text(error)}; see whether "
                         f"the store is up and reachable from here, and start again{_KEPT if done == 'read' else ''}"
                     ) from error
                 self._pause(attempt)
         raise AssertionError
 
-    def _request(self, method: str, *args: Any, timeout: float, **settings: Any) -> Any:
+    def _send(self, method: str, *args: Any, timeout: float, **settings: Any) -> Any:
         if not self._fs.async_impl:
             return getattr(self._fs, method)(*args, **settings)
         request = asyncio.run_coroutine_threadsafe(getattr(self._fs, f"_{method}")(*args, **settings), self._fs.loop)
@@ -243,12 +242,12 @@ class RemoteFolder:
 
 
 def is_url(text: object) -> bool:
-    """Is it a text that begins with a scheme, such as s3://?"""
+    """Whether it is a string that begins with a scheme, such as s3://."""
     return isinstance(text, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) is not None
 
 
 def _http_status(error: BaseException) -> int | None:
-    """The HTTP status behind a driver's error: aiohttp's own, or that of the botocore error which s3fs translated."""
+    """The HTTP status of a driver's error: aiohttp's, or that of the botocore error that s3fs translated."""
     response = getattr(error.__cause__, "response", None)
     if isinstance(response, dict):
         return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -256,7 +255,7 @@ def _http_status(error: BaseException) -> int | None:
 
 
 def _written_ns(info: dict[str, Any]) -> int | None:
-    """When a file was written, from what a driver says of it: a datetime, seconds, or a text as of ISO 8601."""
+    """When a file was written, from a driver's datetime, seconds or ISO 8601 string."""
     time = next((info[name] for name in _TIMES if info.get(name) is not None), None)
     if isinstance(time, str):
         time = datetime.datetime.fromisoformat(time)
@@ -265,6 +264,6 @@ def _written_ns(info: dict[str, Any]) -> int | None:
     return None if time is None else round(time * 10**9)
 
 
-def _said(error: BaseException) -> str:
-    """What an error says, in one line, and its kind where it says nothing."""
+def _error_text(error: BaseException) -> str:
+    """An error's message in one line; its type if the message is empty."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""The order of an epoch, and who reads what of it: pure functions of (seed, epoch, selection)."""
+"""The order of an epoch, and each rank's part of it: pure functions of (seed, epoch, selection)."""
 
 from typing import NamedTuple
 
@@ -8,9 +8,9 @@ from sharding.philox import shuffle_keys, uniforms
 
 
 class Order(NamedTuple):
-    """What is read, in order. ids: (n,) int64; epochs: (n,) int64, the epoch that each patch's views are drawn for.
+    """Patches in reading order. ids: (n,) int64; epochs: (n,) int64, the epoch that each patch's views are drawn for.
 
-    For one set all epochs are the same. Of a mixture, each set counts its own passes.
+    Within a single set all epochs are equal. In a mixture, each set counts its own passes.
     """
 
     ids: np.ndarray
@@ -19,7 +19,7 @@ class Order(NamedTuple):
     def part(self, step: int, batch_size: int, *, rank: int, world_size: int) -> "Order":
         """Rank r's part of global batch `step`, by rank_slice.
 
-        Copied: a batch that is kept holds no whole epoch, and is its caller's to change.
+        A copy, so that a batch does not keep the whole epoch in memory.
         """
         return Order(*(rank_slice(column, step, batch_size, rank=rank, world_size=world_size).copy() for column in self))
 
@@ -27,11 +27,11 @@ class Order(NamedTuple):
 def epoch_order(
     ids: np.ndarray, *, seed: int, epoch: int, shards: np.ndarray | None = None, window: int | None = None
 ) -> np.ndarray:
-    """The ids in the order of that epoch: (n,) int64. Depends on the set of ids, not on how they were listed.
+    """The ids in the order of that epoch: (n,) int64. Does not depend on the order in which the ids are given.
 
-    window: None shuffles all ids together. W is for a set that is larger than the memory that caches its files: the shards
-    are shuffled, cut into runs of W (the last may be shorter), and the patches shuffled within each run, so that W shards
-    are read from at a time. A window of all shards is the same order as none. shards: (n,) the shard of each id, for a window.
+    window: None shuffles all ids together. W, for sets larger than the page cache, shuffles the shards, cuts them into runs of W
+    (the last may be shorter) and shuffles the patches within each run, so that W shards are read from at a time. A window of all
+    shards gives the same order as None. shards: (n,) the shard of each id, needed with a window.
     """
     ids = np.asarray(ids, np.int64)
     if window is None:
@@ -40,24 +40,24 @@ def epoch_order(
     assert shards is not None and len(shards) == len(ids) and window >= 1, window
     by_id = np.argsort(ids, kind="stable")
     ids, runs = ids[by_id], _shard_places(np.asarray(shards)[by_id], seed=seed, epoch=epoch) // window
-    runs = runs.astype(np.min_scalar_type(runs.max(initial=0)))  # one byte is sorted in half the time of eight
+    runs = runs.astype(np.min_scalar_type(runs.max(initial=0)))  # sorting one byte takes half the time of eight
     return ids[np.lexsort((shuffle_keys(ids, seed=seed, stream="order", epoch=epoch), runs))]
 
 
 def _shard_places(shards: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
-    """(n,) int64: where each one's shard stands among the shuffled shards."""
+    """(n,) int64: position of each patch's shard among the shuffled shards."""
     present, index = np.unique(shards, return_inverse=True)
-    # View 1 of the stream: patches' places are drawn in view 0, and patch 3 and shard 3 must not share their draws.
+    # View 1 of the stream, since patches draw from view 0: patch 3 and shard 3 must not share draws.
     draws = uniforms(present, 2, seed=seed, stream="order", epoch=epoch, view=1)
     places = np.empty(len(present), np.int64)
     places[np.lexsort((draws[:, 1], draws[:, 0]))] = np.arange(len(present))
     return places[index]
 
 
-def in_order_of_need(shards: np.ndarray) -> np.ndarray:
-    """The different ones among these shard numbers, in the order in which they first occur."""
+def by_first_use(shards: np.ndarray) -> np.ndarray:
+    """The distinct shard numbers in order of first occurrence."""
     first = np.full(int(shards.max(initial=-1)) + 1, -1, np.int64)
-    first[shards[::-1]] = np.arange(len(shards))[::-1]  # the last that is written stays, and is the first that occurs
+    first[shards[::-1]] = np.arange(len(shards))[::-1]  # the last write, of the first occurrence, stays
     present = np.flatnonzero(first >= 0)
     return present[np.argsort(first[present])]
 
@@ -68,10 +68,10 @@ def steps_per_epoch(patches: int, batch_size: int, *, drop_last: bool) -> int:
 
 
 def rank_slice(order: np.ndarray, step: int, batch_size: int, *, rank: int, world_size: int) -> np.ndarray:
-    """Rank r's part of global batch `step`: contiguous parts that differ by at most one patch, in rank order.
+    """Rank r's part of global batch `step`: contiguous parts in rank order, whose sizes differ by at most one patch.
 
-    So the ranks' parts joined are the same global batch whatever the world size, and no patch is read twice. An incomplete
-    last batch may have nothing for some ranks.
+    The ranks' parts together are the same global batch for every world size. Of an incomplete last batch, some ranks may get
+    nothing.
     """
     batch = order[step * batch_size : (step + 1) * batch_size]
     start, stop = len(batch) * rank // world_size, len(batch) * (rank + 1) // world_size

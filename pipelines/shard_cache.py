@@ -1,14 +1,17 @@
-"""A shard set at a URL, through a cache on this node's disk: each shard is fetched once per node, when it is first needed.
+"""A shard set at a URL, cached on this node's disk: each shard is downloaded once per node, when it is first needed.
 
-    ~/.cache/patchclr/                      $PATCHCLR_CACHE, or what is given
-      breast-1f0c9be0a35b7c42/              by the content of dataset.json: a set that was changed is another set
+    ~/.cache/patchclr/                      or $PATCHCLR_CACHE, or the `cache` argument
+      breast-1f0c9be0a35b7c42/              named by a hash of dataset.json: a changed set is another set
         dataset.json  manifest.parquet
-        shard-000000.tar                    whole: its sha256 was that of dataset.json before it got this name
-        shard-000001.tar.part               being fetched, or what a killed process left, which the next one takes up
+        shard-000000.tar                    complete: its sha256 was checked before it got this name
+        shard-000001.tar.part               a download in progress, or interrupted; the next process continues it
 
-All between processes is done by the kernel's locks (flock), which end with their holder. Who fetches a file has its .part
-locked; the others wait for that lock and then find the file. Who uses a file has a shared lock on it, and only files without one
-are removed to make room.
+Processes coordinate by the kernel's file locks (flock), which end with their holder. A process that downloads a file holds an
+exclusive lock on its .part; others wait for that lock and then find the file. A process that uses a file holds a shared lock on
+it; only files without a lock are evicted.
+
+fsspec's own caches (filecache, blockcache) would not do: they check no digests, do not share one size limit between processes,
+and may evict a file that another process reads.
 """
 
 import fcntl
@@ -37,7 +40,7 @@ _REQUEST_BYTES = 8 * 2**20
 
 
 def is_remote(shards: object) -> bool:
-    """Is it the URL of a shard set (s3://bucket/kidney, https://..., file://...), and not a folder or an open reader?"""
+    """Whether it is the URL of a shard set (s3://bucket/kidney, https://..., file://...), not a folder or an open reader."""
     return is_url(shards)
 
 
@@ -47,14 +50,14 @@ def default_cache() -> Path:
 
 
 class RemoteSet:
-    """The local mirror of a shard set at a URL.
+    """A local copy of a shard set at a URL, filled on demand.
 
-    folder: has dataset.json and manifest.parquet from the start, so whatever reads a set's description reads it there; a shard
-    is in it once `local` has returned it. A set that is changed at its URL while this one is open stays the same here.
-    limit_bytes: of all that the cache holds; the files used longest ago make room. None: nothing is ever removed.
-    parallel: shards fetched at once by `prefetch`. tries, timeout, sleep: see RemoteFolder.
-    Raises ValueError for a URL where no shard set can be read, for a cache that cannot be written, and for a limit below
-    the manifest and the largest shard. May be used by several threads; end it with `close`.
+    folder: contains dataset.json and manifest.parquet from the start, and each shard once `local` has returned it. Changes at the
+    URL do not affect an open set.
+    limit_bytes: size limit of the whole cache; the least recently used files are evicted. None: nothing is evicted.
+    parallel: concurrent downloads of `prefetch`. tries, timeout, sleep: see RemoteFolder.
+    Raises ValueError if no shard set can be read at the URL, if the cache cannot be written, and if the limit is too small for
+    the manifest and the largest shard. Thread-safe; end it with `close`.
     """
 
     def __init__(
@@ -92,14 +95,14 @@ class RemoteSet:
         self.close()
 
     def local(self, name: str) -> Path:
-        """The path of a file of the set, which stays there until `release`; fetched first if need be, and then it blocks.
+        """The path of a file of the set, which stays there until `release`. Blocks while the file is downloaded.
 
-        Raises ValueError, naming the file, where it cannot be fetched, is not what dataset.json says, or does not fit.
+        Raises ValueError, naming the file, if it cannot be downloaded, differs from dataset.json's digest, or does not fit.
         """
         with self._lock:
             used = name in self._used
         if not used:
-            handle = self._hold(name, wait=True)
+            handle = self._open_locked(name, wait=True)
             assert handle is not None
             with self._lock:
                 if self._used.setdefault(name, handle) != handle:  # another thread was faster
@@ -107,30 +110,27 @@ class RemoteSet:
         return self.folder / name
 
     def release(self, name: str) -> None:
-        """It is not in use here any more and may make room for others. What is still mapped of it stays readable."""
+        """Allow the file's eviction. Existing memory maps of it stay readable."""
         with self._lock:
             handle = self._used.pop(name, None)
         if handle is not None:
             os.close(handle)
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """Fetch these in the background, in this order; what an earlier call asked for and is not begun is forgotten.
+        """Download these files in the background, in this order, in place of what earlier calls asked for and is not begun.
 
-        They are not in use until `local` returns them: with a limit, ask for no more than fits beside those that are.
-        A failure ends the prefetching and is not said here: `local` meets it again, and only if the file is needed.
+        They may be evicted until `local` returns them: under a limit, ask for no more than fits beside the files in use.
+        A failure ends the prefetching silently; `local` raises it if the file is needed.
         """
         with self._lock:
             self._wanted = deque(name for name in names if not (self.folder / name).exists())
             for _ in range(min(self.parallel, len(self._wanted)) - len(self._threads)):
-                thread = threading.Thread(target=self._work, name="prefetch of shards", daemon=True)
+                thread = threading.Thread(target=self._prefetch_worker, name="prefetch of shards", daemon=True)
                 self._threads.add(thread)
                 thread.start()
 
     def close(self) -> None:
-        """End what is being fetched, and give up what is in use: nothing half-fetched and no thread of ours is left.
-
-        What is asked for later is fetched as before.
-        """
+        """Cancel downloads, remove their partial files, end all threads and release all files. The set can be used again."""
         with self._lock:
             self._wanted.clear()
             threads, used = list(self._threads), list(self._used)
@@ -141,14 +141,14 @@ class RemoteSet:
             self.release(name)
 
     def _open(self) -> tuple[Path, dict[str, str]]:
-        """The set's folder in the cache, and the sha256 of its files."""
+        """The set's folder in the cache, and the sha256 of each file."""
         try:
             data = self._remote.read("dataset.json", 0, MAX_JSON_BYTES)
         except NotThere as error:
             raise ValueError(f"{self.url} is not a shard set: {error}; give the folder that sharding/build.py wrote") from error
         place = re.sub(r"[^\w.-]", "_", self.url.rpartition("/")[2]) + "-" + hashlib.sha256(data).hexdigest()[:16]
         folder = self.cache / place
-        with self._writing():
+        with self._disk_errors_explained():
             self.cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self.cache, prefix=".new-") as new:
                 Path(new, "dataset.json").write_bytes(data)
@@ -174,8 +174,8 @@ class RemoteSet:
                 f"more than {needed:,} bytes, and better to several shards"
             )
 
-    def _work(self) -> None:
-        """A thread of `prefetch`: ends when nothing is wanted any more."""
+    def _prefetch_worker(self) -> None:
+        """A thread of `prefetch`; ends when the queue is empty."""
         while True:
             with self._lock:
                 if not self._wanted:
@@ -183,60 +183,61 @@ class RemoteSet:
                     return
                 name = self._wanted.popleft()
             try:
-                handle = self._hold(name, wait=False)
+                handle = self._open_locked(name, wait=False)
             except (ValueError, Interrupted):
                 with self._lock:
-                    self._wanted.clear()  # a store that fails is not helped by more requests
+                    self._wanted.clear()  # more requests do not help a failing store
             else:
                 if handle is not None:
                     os.close(handle)
 
-    def _hold(self, name: str, *, wait: bool) -> int | None:
-        """A descriptor of the whole file, with a shared lock. None where another is fetching it and wait is False."""
+    def _open_locked(self, name: str, *, wait: bool) -> int | None:
+        """A descriptor of the complete file, with a shared lock. None if another process is downloading it and wait is False."""
         if name not in self._digests:
             raise ValueError(f"{self.url}: {name} is not in dataset.json; build and upload the set again")
         path, part = self.folder / name, self.folder / f"{name}.part"
-        with self._writing():
+        with self._disk_errors_explained():
             while True:
                 with suppress(FileNotFoundError):
                     handle = os.open(path, os.O_RDONLY)
                     fcntl.flock(handle, fcntl.LOCK_SH)
-                    if _is_at(handle, path):
+                    if _is_same_file(handle, path):
                         with suppress(PermissionError):  # of another user's file
-                            # Used now; the kernel's own clock is coarser. The other time stays: readers hold it against changes.
+                            # The access time is for eviction; the kernel's clock is coarser. The modification time must stay:
+                            # readers detect changes by it.
                             os.utime(handle, ns=(time.time_ns(), os.fstat(handle).st_mtime_ns))
                         return handle
-                    os.close(handle)  # removed to make room between our open and our lock
+                    os.close(handle)  # evicted between our open and our lock
                 with open(part, "a+b") as file:
                     try:
                         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     except BlockingIOError:
                         if not wait:
                             return None
-                        # Until it is fetched, or who does that has died. Not for an exclusive lock: when the file is whole,
-                        # it is at once in use, and may be so for days.
+                        # Waits until the download ends or its process dies. A shared lock, since a complete file is in use
+                        # at once, perhaps for days.
                         fcntl.flock(file, fcntl.LOCK_SH)
                         continue
-                    if not _is_at(file.fileno(), part):
-                        continue  # who had the lock has finished it, or removed it
+                    if not _is_same_file(file.fileno(), part):
+                        continue  # the lock's last holder completed or removed it
                     if path.exists():
-                        part.unlink()  # it was finished between our look and our lock, and we began another
+                        part.unlink()  # completed between our check and our lock, and we created another
                         continue
                     self._fetch(name, file, part)
-                    with self._room(0):  # nobody counts the files meanwhile
+                    with self._make_room(0):  # no process counts the files meanwhile
                         part.rename(path)
 
     def _fetch(self, name: str, file: BufferedRandom, part: Path) -> None:
-        """Fill the .part, whose lock we have, until its bytes are those of dataset.json; the size need not be known for that."""
+        """Download into the .part, whose lock we hold, until its digest is that of dataset.json."""
         expected = self._digests[name]
         try:
-            for _ in range(2):  # wrong bytes are fetched once more
+            for _ in range(2):  # wrong bytes are downloaded once more
                 file.seek(0)
-                digest = hashlib.file_digest(file, "sha256")  # what a process left that was killed, or lost its store
+                digest = hashlib.file_digest(file, "sha256")  # of what an interrupted download left
                 while digest.hexdigest() != expected:
                     start = file.tell()
                     data = self._remote.read(name, start, start + _REQUEST_BYTES)
-                    with self._room(len(data)):
+                    with self._make_room(len(data)):
                         file.write(data)
                         file.flush()
                     digest.update(data)
@@ -246,17 +247,19 @@ class RemoteSet:
                     os.fsync(file.fileno())
                     return
                 file.truncate(0)
-            raise ValueError(self._why_wrong(name, "its bytes are not those that dataset.json describes, and were wrong twice"))
+            raise ValueError(
+                self._explain_mismatch(name, "its bytes are not those that dataset.json describes, and were wrong twice")
+            )
         except NotThere:
             part.unlink()
-            raise ValueError(self._why_wrong(name, "it is in dataset.json but not there")) from None
+            raise ValueError(self._explain_mismatch(name, "it is in dataset.json but not there")) from None
         except (OSError, Interrupted):
-            part.unlink(missing_ok=True)  # on a full disk, every byte counts
+            part.unlink(missing_ok=True)  # frees a full disk
             with suppress(OSError):  # what the buffer still holds does not fit either
                 file.close()
             raise
 
-    def _why_wrong(self, name: str, what: str) -> str:
+    def _explain_mismatch(self, name: str, what: str) -> str:
         place = f"{self.url}/{name}"
         now = self._remote.read("dataset.json", 0, MAX_JSON_BYTES)
         if now != (self.folder / "dataset.json").read_bytes():
@@ -264,8 +267,8 @@ class RemoteSet:
         return f"{place}: {what}; upload it again, or build the set again"
 
     @contextmanager
-    def _room(self, needed: int) -> Iterator[None]:
-        """Keep the cache within its limit while `needed` bytes are added to it; one process at a time does that."""
+    def _make_room(self, needed: int) -> Iterator[None]:
+        """Evict files so that `needed` bytes fit within the limit. One process at a time is in this context."""
         if self.limit_bytes is None:
             yield
             return
@@ -273,7 +276,7 @@ class RemoteSet:
             fcntl.flock(lock, fcntl.LOCK_EX)
             found = []
             for path in self.cache.glob("*/*"):
-                with suppress(FileNotFoundError):  # of a process without a limit, which does not take this lock
+                with suppress(FileNotFoundError):  # removed by a process without a limit, which takes no lock
                     stat = path.stat()
                     if path.name != "dataset.json" and S_ISREG(
                         stat.st_mode
@@ -291,19 +294,19 @@ class RemoteSet:
             yield
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Errors of the store are ValueErrors already: an OSError is one of the cache's disk."""
+    def _disk_errors_explained(self) -> Iterator[None]:
+        """Turn an OSError into a ValueError about the cache's disk; errors of the store are ValueErrors already."""
         try:
             yield
         except OSError as error:
             raise ValueError(
-                f"the cache {self.cache} cannot be written ({error.strerror}): make room or mend it there, set PATCHCLR_CACHE to "
+                f"the cache {self.cache} cannot be written ({error.strerror}): free or repair that disk, set PATCHCLR_CACHE to "
                 "a folder on a local disk with room, or give the cache a limit"
             ) from error
 
 
-def _is_at(handle: int, path: Path) -> bool:
-    """Is the open file still the one at this path?"""
+def _is_same_file(handle: int, path: Path) -> bool:
+    """Whether the open file is still the one at this path."""
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:
@@ -311,11 +314,11 @@ def _is_at(handle: int, path: Path) -> bool:
 
 
 def _remove(path: Path) -> bool:
-    """Remove a file of the cache, unless some process uses or fetches it or it is another user's."""
+    """Remove a file of the cache unless a process has it locked or it belongs to another user. Returns whether it is gone."""
     try:
         with open(path, "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(file.fileno(), path):
+            if _is_same_file(file.fileno(), path):
                 path.unlink()
             return True
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Patch id -> encoded bytes: the tars of a shard set, mapped into memory once and never copied."""
+"""Patch id -> encoded bytes, from the memory-mapped tars of a shard set, without copies."""
 
 import functools
 import hashlib
@@ -16,11 +16,11 @@ from pipelines.shard_cache import RemoteSet, is_remote
 from sharding.decoders import decoder_path
 from sharding.manifest import read_manifest, shard_file
 
-_OTHER_FILES = 256  # that a process may have open beside its shards
+_OTHER_FILES = 256  # file descriptors that a process needs beside its shards
 
 
 class _Mapped(NamedTuple):
-    """A shard in memory, and its file as it was then. data: (bytes,) uint8."""
+    """A mapped shard, (bytes,) uint8, and the state of its file at that time."""
 
     data: np.ndarray
     path: Path
@@ -30,17 +30,17 @@ class _Mapped(NamedTuple):
 class ShardReader:
     """Random access to the patches of a shard set.
 
-    shards: its folder, its URL, or a RemoteSet, which stays its owner's to close. folder: where the set lies, or is cached.
-    labels: (n,) int64, -1 where unlabelled; sizes: (n, 2) int32 height and width in pixels; shards: (n,) int32; all by patch
-    id. manifest: all that is known of the patches, which takes some 300 bytes for each and is read when it is first asked for.
-    Saves nothing and holds no position: `read` is a pure function of the ids.
+    shards: its folder, its URL, or a RemoteSet, which the caller closes. folder: where the set is stored or cached.
+    By patch id: labels (n,) int64, -1 for unlabelled; sizes (n, 2) int32, height and width in pixels; shards (n,) int32.
+    manifest: all columns, about 300 bytes per patch, read at first use.
+    Stateless: `read` is a pure function of the ids.
     """
 
     def __init__(self, shards: str | Path | RemoteSet):
         self._owns_remote = is_remote(shards)
         self.remote = RemoteSet(str(shards)) if self._owns_remote else shards if isinstance(shards, RemoteSet) else None
         self.folder = self.remote.folder if self.remote else Path(shards)  # type: ignore[arg-type]
-        # What every batch needs, and no more: a set may have ten million patches.
+        # Only the columns that every batch needs: a set may have ten million patches.
         table = read_manifest(self.folder, columns=["shard", "offset", "size", "label", "height", "width"])
         self.shards, self._offset, self._size = (table[name].to_numpy() for name in ("shard", "offset", "size"))
         self.labels = table["label"].to_numpy().astype(np.int64)
@@ -56,13 +56,13 @@ class ShardReader:
         return len(self.shards)
 
     def draw_keys(self, ids: np.ndarray) -> np.ndarray:
-        """What a patch's random numbers are keyed by: its id."""
+        """The keys of the patches' random numbers: their ids."""
         return ids
 
     def expect(self, shards: np.ndarray) -> None:
-        """These shards are read next, in this order; the others that are mapped are given up.
+        """Announce the shards that are read next, in this order, and unmap all others.
 
-        Of a remote set they are fetched in the background, and those given up may make room for them.
+        Of a remote set, they are downloaded in the background, and unmapped ones may be evicted.
         """
         for shard in self._mapped.keys() - set(shards.tolist()):
             del self._mapped[shard]
@@ -72,7 +72,7 @@ class ShardReader:
             self.remote.prefetch([shard_file(shard) for shard in shards.tolist()])
 
     def decoders(self, ids: np.ndarray) -> Counter[str]:
-        """How many of these patches each decoder takes where there is a GPU (see sharding.decoders)."""
+        """How many of these patches each decoder handles on a machine with a GPU (see sharding.decoders)."""
         kinds = read_manifest(self.folder, columns=["format", "coding"]).take(pa.array(ids))
         counted = kinds.group_by(["format", "coding"]).aggregate([([], "count_all")]).to_pylist()
         found: Counter[str] = Counter()
@@ -81,7 +81,7 @@ class ShardReader:
         return found
 
     def close(self) -> None:
-        """Unmap the shards, which are mapped anew when they are read again, and end a remote set that was opened by its URL."""
+        """Unmap the shards and close a remote set that was opened by its URL. Reading again maps them again."""
         self._mapped.clear()
         if self.remote and self._owns_remote:
             self.remote.close()
@@ -89,19 +89,19 @@ class ShardReader:
     def read(self, ids: np.ndarray) -> list[np.ndarray]:
         """The encoded images of these ids, as uint8 slices of the mapped tars.
 
-        Raises ValueError when a shard is missing, too short, or was changed since it was first read, naming it and a patch.
+        Raises ValueError, naming the shard and a patch, if a shard is missing, too short, or changed since it was first read.
         """
         ids = np.asarray(ids, np.int64)
         shards, first = np.unique(self.shards[ids], return_index=True)
         for shard, i in zip(shards.tolist(), ids[first].tolist(), strict=True):
-            self._look(shard, i)
-        return [self._slice(i) for i in ids.tolist()]
+            self._check_unchanged(shard, i)
+        return [self._patch_bytes(i) for i in ids.tolist()]
 
     def check(self, ids: np.ndarray) -> None:
-        """Hold the bytes of these ids against the manifest. Raises ValueError at the first difference, naming the patch."""
+        """Verify the bytes of these ids by the manifest's checksums. Raises ValueError naming the first patch that differs."""
         for i in map(int, ids):
-            self._look(int(self.shards[i]), i)
-            if hashlib.sha256(self._slice(i).data).hexdigest() != self._sha256[i].as_py():
+            self._check_unchanged(int(self.shards[i]), i)
+            if hashlib.sha256(self._patch_bytes(i).data).hexdigest() != self._sha256[i].as_py():
                 raise ValueError(
                     f"{self._path(int(self.shards[i]))}: the bytes of patch {self._key(i)} are not the"
                     " ones that the manifest describes; the shard was changed or damaged since: copy or build it again"
@@ -112,17 +112,17 @@ class ShardReader:
         return read_manifest(self.folder, columns=["sha256"])["sha256"]
 
     def _key(self, i: int) -> str:
-        """The patch's name, read for an error's message."""
+        """The patch's key, for error messages."""
         return read_manifest(self.folder, columns=["key"])["key"][i].as_py()
 
     def _path(self, shard: int) -> Path:
         return self.folder / shard_file(shard)
 
-    def _look(self, shard: int, i: int) -> None:
-        """Hold a mapped shard's file against what it was, before patch i of it is read.
+    def _check_unchanged(self, shard: int, i: int) -> None:
+        """Raise ValueError if a mapped shard's file was changed or removed, before patch i is read from it.
 
-        To read from a mapping whose file was cut short ends the process (SIGBUS). A file that was put in the shard's place
-        is another one, and the mapped one stays as it is.
+        Reading from the map of a truncated file would kill the process (SIGBUS). A file that replaced the shard's has another
+        inode, and the map is unaffected.
         """
         if shard not in self._mapped:
             return
@@ -139,9 +139,9 @@ class ShardReader:
                 " copy or build it again, and start again"
             )
 
-    def _slice(self, i: int) -> np.ndarray:
+    def _patch_bytes(self, i: int) -> np.ndarray:
         shard, start = int(self.shards[i]), int(self._offset[i])
-        data = self._mapped[shard].data if shard in self._mapped else self._map(shard, i)
+        data = self._mapped[shard].data if shard in self._mapped else self._map_shard(shard, i)
         stop = start + int(self._size[i])
         if stop > len(data):
             raise ValueError(
@@ -150,7 +150,7 @@ class ShardReader:
             )
         return data[start:stop]
 
-    def _map(self, shard: int, i: int) -> np.ndarray:
+    def _map_shard(self, shard: int, i: int) -> np.ndarray:
         path = self.remote.local(shard_file(shard)) if self.remote else self._path(shard)
         try:
             with open(path, "rb") as file:
@@ -160,14 +160,14 @@ class ShardReader:
                 f"{path}: this shard is in the manifest but not in the folder, and patch {self._key(i)} is in it;"
                 " copy or build the set again"
             ) from None
-        except ValueError:  # what mmap says of an empty file
+        except ValueError:  # mmap's error for an empty file
             raise ValueError(f"{path}: this shard is empty; copy or build the set again") from None
         self._mapped[shard] = _Mapped(np.frombuffer(mapped, np.uint8), path, stat)
         return self._mapped[shard].data
 
 
 def _allow_open_files(shards: int) -> None:
-    """Every mapped shard has a file open, and a remote one has two; a process may have 1,024 where nobody says otherwise."""
+    """Raise the limit of open files, by default 1,024: each mapped shard has one open file, a remote one two."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 2 * shards + _OTHER_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:

@@ -1,4 +1,4 @@
-"""The reference: the same views by Pillow and torchvision, from the same draws. Slow, plain, and what parity is held to."""
+"""The reference: the same views by Pillow and torchvision, from the same draws. Slow; parity is tested against it."""
 
 import io
 
@@ -37,8 +37,7 @@ def reference_view(
 ) -> torch.Tensor:
     """One view of one patch by torchvision: (3, S, S) float32.
 
-    dtype: between the operations. In float32 nothing is rounded; torch.uint8 is what torchvision does to images as they come,
-    rounding to whole levels each time.
+    dtype: between operations. float32 rounds nothing; torch.uint8 rounds to whole levels after each, as torchvision does.
     """
     top, left, height, width = (int(v) for v in parameters.box[patch, view])
     size = [image_size, image_size]

@@ -1,7 +1,7 @@
-"""The random part of a view: a pure function of (seed, epoch, patch id, view number), drawn on the host in one sweep.
+"""The random parameters of views: a pure function of (seed, epoch, patch id, view number), drawn on the host for a whole batch.
 
-Every operation owns fixed slots of a view's row of uniform numbers, so an operation that is added or switched off leaves
-the draws of the others as they were.
+Each operation owns fixed slots in a view's row of uniform numbers, so adding an operation or switching it off does not change the
+draws of the others.
 """
 
 import itertools
@@ -29,12 +29,12 @@ _ORDERS = np.array(list(itertools.permutations(range(4))), np.int8)
 
 @dataclass(frozen=True)
 class ViewParameters:
-    """What was drawn, one row per patch and view: B patches, V views.
+    """The drawn parameters, one row per patch and view: B patches, V views.
 
     box: (B, V, 4) int32, pixels of the stored image: top, left, height, width.
     flip: (B, V) bool, mirror left and right; vertical: (B, V) bool, mirror top and bottom.
     turns: (B, V) int8, quarter turns counter-clockwise, 0 to 3, after the flips.
-    stain: (B, V, 2, 3) float32, factor and summand of the density of haematoxylin, eosin and DAB; 1 and 0 where nothing changes.
+    stain: (B, V, 2, 3) float32, factor and summand of the density of haematoxylin, eosin and DAB; 1 and 0 for no change.
     order: (B, V, 4) int8, indices into OPERATIONS in the order of application, all -1 where no jitter is applied.
     factors: (B, V, 4) float32, by OPERATIONS (hue: share of the circle); grey: (B, V) bool.
     sigma: (B, V) float32, of the blur in pixels of the view, 0 where there is none.
@@ -106,7 +106,7 @@ def _draw_view(u, view, *, recipe, sizes):
 
 
 def _random_box(u, crop, sizes):
-    """torchvision's RandomResizedCrop.get_params, for all patches at once: the first of ten boxes that fits, else centred."""
+    """torchvision's RandomResizedCrop.get_params for a batch: the first of ten boxes that fits, else a centred one."""
     height, width = sizes[:, :1].astype(np.float64), sizes[:, 1:].astype(np.float64)
     area = height * width * (crop.area[0] + u[:, _AREA] * (crop.area[1] - crop.area[0]))
     low, high = np.log(crop.ratio)

@@ -1,4 +1,4 @@
-"""How long a consumer waited for data: on a GPU, how long the device did, which the host does not see."""
+"""Time spent waiting for data: the host's, or on a GPU the device's."""
 
 import time
 from collections import deque
@@ -9,21 +9,20 @@ import torch
 
 
 class WaitClock:
-    """Adds up the time of its `waiting` blocks.
+    """Sums the time of its `waiting` blocks.
 
-    On a GPU the host runs ahead: it may be held up while the device is still busy with the step before, and may itself be
-    done while the device waits for the decoder. So there a block's time is from when the device had done all that was asked
-    of it before, to when it has done what was asked of it in the block.
+    On a GPU the host runs ahead: it may wait while the device still computes the step before, or not wait while the device does.
+    So there a block's time is the device's: from the end of the work queued before the block to the end of the work queued in it.
     """
 
     def __init__(self, device: str):
         self._on_device = device == "cuda"
         self._seconds = 0.0
-        self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # that the device may not have come to yet
+        self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # perhaps not yet reached by the device
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """A block in which the consumer waits."""
+        """A context in which the consumer waits."""
         if self._on_device:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -38,7 +37,7 @@ class WaitClock:
 
     @property
     def seconds(self) -> float:
-        """Of all blocks that the device is done with. Waits for nothing."""
+        """Seconds of all completed blocks. Does not synchronise."""
         self._collect()
         return self._seconds
 

@@ -774,7 +774,7 @@ def test_patches_that_a_gpu_leaves_to_the_cpu_are_said_once(tmp_path):
     loader = loader_of(reader, ids=np.arange(10))
     loader.device = "cuda"  # there need not be one to say it
     with pytest.warns(UserWarning, match="3 of 10 patches are of a kind that no GPU decodes") as said:
-        _ = [loader._warn_of_the_cpu() for _ in range(2)]
+        _ = [loader._warn_of_cpu_decoding() for _ in range(2)]
     assert len(said) == 1
 
 
@@ -785,7 +785,7 @@ def test_nothing_is_said_where_there_is_nothing_to_say(tmp_path, case, recwarn):
     ids = np.flatnonzero(formats == "jpeg") if case == "JPEG alone" else np.arange(10)
     loader = loader_of(reader, ids=ids, batch_size=4, world_size=2, rank=int(case == "another rank"))
     loader.device = "cpu" if case == "on the CPU" else "cuda"
-    loader._warn_of_the_cpu()
+    loader._warn_of_cpu_decoding()
     assert not recwarn.list
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.loader import ViewLoader
-from pipelines.mixture import Mixture, Part, interleaved, shares
+from pipelines.mixture import Mixture, Part, apportion, interleave
 from pipelines.recipes import get_recipe
 from pipelines.sampler import epoch_order
 from pipelines.shard_reader import ShardReader
@@ -38,7 +38,7 @@ def loader_of(mixture, recipe=EVAL, *, batch_size=10, **settings):
 @given(st.integers(0, 10**7), SOME_WEIGHTS)
 def test_shares_are_those_of_the_largest_remainder(patches, weights):
     """Each is its quota rounded down or up, and none was rounded up that has a smaller remainder than one rounded down."""
-    counts = shares(patches, weights)
+    counts = apportion(patches, weights)
     quotas = [patches * Fraction(weight) / sum(map(Fraction, weights)) for weight in weights]
     assert sum(counts) == patches
     assert all(abs(count - quota) < 1 for count, quota in zip(counts, quotas, strict=True))
@@ -47,14 +47,14 @@ def test_shares_are_those_of_the_largest_remainder(patches, weights):
 
 
 def test_equal_remainders_go_to_the_first():
-    assert shares(10, [1, 1, 1]) == [4, 3, 3]
-    assert shares(11, [0.1, 0.1, 0.1]) == [4, 4, 3]
+    assert apportion(10, [1, 1, 1]) == [4, 3, 3]
+    assert apportion(11, [0.1, 0.1, 0.1]) == [4, 4, 3]
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=6))
 def test_sets_are_mixed_evenly(counts):
-    sets = np.repeat(np.arange(len(counts)), counts)[interleaved(counts)]
+    sets = np.repeat(np.arange(len(counts)), counts)[interleave(counts)]
     assert np.bincount(sets).tolist() == counts
     for number, count in enumerate(counts):
         so_far = np.cumsum(sets == number)
@@ -73,7 +73,7 @@ def test_each_set_goes_on_where_it_stopped(readers, window, data):
     chosen = [np.array(data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=n, unique=True))) for n in (55, 24)]
     weights = data.draw(st.tuples(st.floats(0.2, 5), st.floats(0.2, 5)))
     mixture = Mixture([Part(*part) for part in zip(readers, chosen, weights, strict=True)])
-    counts = shares(len(mixture.ids), weights)
+    counts = apportion(len(mixture.ids), weights)
     if not all(counts):
         return
     epochs = [mixture.epoch_order(mixture.ids, seed=9, epoch=epoch, window=window) for epoch in range(4)]

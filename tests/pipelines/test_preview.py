@@ -445,7 +445,7 @@ def test_operation_that_came_later_changes_no_recipe(write_run):
         ("{", "run.json: this file is damaged"),
         ("\xff", "damaged"),
         ('{"input": {"batch_size": 3}}', "damaged"),
-        ('{"name": "kidney"}', "does not say what the run read.* give --data"),
+        ('{"name": "kidney"}', "was written by an older version, .* give --data"),
         ('{"input": {"recipe": "eval"}}', "took no training steps"),
     ],
 )

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.sampler import Order, epoch_order, in_order_of_need, rank_slice, steps_per_epoch
+from pipelines.sampler import Order, by_first_use, epoch_order, rank_slice, steps_per_epoch
 
 PINNED = [2, 4, 1, 6, 7, 0, 3, 8, 9, 10, 5, 11]
 SOME_IDS = st.lists(st.integers(0, 2**40), min_size=1, max_size=80, unique=True)
@@ -172,4 +172,4 @@ def test_windowed_order_is_that_of_published_runs():
 
 @given(st.lists(st.integers(0, 20), max_size=60))
 def test_shards_in_order_of_need(shards):
-    assert in_order_of_need(np.array(shards, np.int32)).tolist() == list(dict.fromkeys(shards))
+    assert by_first_use(np.array(shards, np.int32)).tolist() == list(dict.fromkeys(shards))

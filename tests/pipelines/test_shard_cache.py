@@ -445,6 +445,7 @@ def test_two_processes_fetch_once(server, cache, files):
     assert set(counts.values()) == {1}, counts
 
 
+@pytest.mark.faults
 def test_kill_9_in_the_middle_of_a_download(server, cache, files):
     server.faults[SHARDS[0]] = ["ok", "hang"]
     with client(server.url, cache, SHARDS[0]) as process:
