@@ -348,7 +348,7 @@ def decoded(encoded: Iterator[list], task: Task) -> Iterator[Batch]:
 PARTS = {
     "reading": "reading: slices of the mapped tars (ShardReader.read)",
     "drawing": "drawing both views' parameters (draw_views)",
-    "rows": "packing the rows for the views step (colour_rows)",
+    "rows": "packing the rows for the views step (parameter_rows)",
     "decoding": "decoding (DALI)",
     "views": "both views of the decoded image (view_step, Numba)",
     "loader": "the whole loader",
@@ -367,7 +367,7 @@ def parts(task: Task) -> dict[str, Any]:
     from pipelines.recipes import get_recipe
     from pipelines.sampler import epoch_order
     from pipelines.shard_reader import ShardReader
-    from pipelines.view_kernels import colour_rows, view_step
+    from pipelines.view_kernels import parameter_rows, view_step
     from pipelines.views import draw_views
 
     assert task.cores == 1, task
@@ -383,7 +383,7 @@ def parts(task: Task) -> dict[str, Any]:
     drawn = [draw(ids) for ids in batches]
     pipeline = decoded(map(reader.read, itertools.cycle(batches)), task)
     images = [np.array(batch[0].at(i)) for batch in itertools.islice(pipeline, count) for i in range(task.batch_size)]
-    rows = np.concatenate([colour_rows(parameters, recipe) for parameters in drawn])
+    rows = np.concatenate([parameter_rows(parameters, recipe) for parameters in drawn])
     out = np.empty((3, task.image_size, task.image_size), np.float32)
     loader = ViewLoader(
         reader, order, batch_size=task.batch_size, image_size=task.image_size, recipe=recipe, seed=SEED, threads=1
@@ -391,7 +391,7 @@ def parts(task: Task) -> dict[str, Any]:
     work: dict[str, Callable[[], Any]] = {
         "reading": lambda: [reader.read(ids) for ids in batches],
         "drawing": lambda: [draw(ids) for ids in batches],
-        "rows": lambda: [colour_rows(parameters, recipe) for parameters in drawn],
+        "rows": lambda: [parameter_rows(parameters, recipe) for parameters in drawn],
         "decoding": lambda: deque(itertools.islice(pipeline, count), maxlen=0),
         "views": lambda: deque(
             (view_step(out, image, row) for image, both in zip(images, rows, strict=True) for row in both), maxlen=0
