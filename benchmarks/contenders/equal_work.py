@@ -193,7 +193,7 @@ def ours(task: Task) -> list[float]:
     config = PretrainConfig(
         data=task.shards,
         name="pretrained",
-        recipe=task.recipe,  # type: ignore[arg-type]
+        recipe=task.recipe,
         backbone=task.backbone,
         image_size=task.image_size,
         batch_size=task.batch_size,
