@@ -16,6 +16,7 @@ from train.reporting.report_writer import write_report
 from train.stages.pretraining import pretrain
 from train.trainer.methods import METHODS, Method
 from train.trainer.prometheus import meaning
+from tune.study import grid_expansion
 from tune.study.study_file import read_study
 
 
@@ -54,7 +55,11 @@ class Equal(Method):
 
 @pytest.fixture
 def registered(monkeypatch):
+    """Clears the parser of study files, which keeps the methods that were registered when it was made."""
     monkeypatch.setitem(METHODS, "colour", Equal)
+    grid_expansion._parser.cache_clear()
+    yield
+    grid_expansion._parser.cache_clear()
 
 
 @pytest.fixture
