@@ -1,31 +1,330 @@
-"""How many GPUs and which storage for so many patches? A cost model of SimCLR pretraining, from measured constants.
+"""How many GPUs and which storage for so many patches? A cost model of SimCLR pretraining, on the constants of machines.yaml.
 
     python benchmarks/scale.py                                              # on a CPU, on A100 and on H200
     python benchmarks/scale.py --machines h200 --step STEP.json --loader LOADER.json   # with what a GPU host has measured
-    python benchmarks/scale.py --machines my_cluster.yaml                   # a machine of one's own: see scale_constants.machine
+    python benchmarks/scale.py --machines my_cluster.yaml                   # a machine of one's own
     python benchmarks/scale.py --check --work DISK/bench                    # against one and two real workers on this machine
 
 For every number of GPUs and of patches: patches/s, time per epoch, what the network and the storage have to give, and the first
-bottleneck. The formulas are in scale_model.py, the constants in machines.yaml and in result files; what is assumed is marked.
+bottleneck. Results: <out>/<date>-scale.json, .md and .png; of the check <date>-scale-check.json and .md (scale_check.py).
 
-Results: <out>/<date>-scale.json, .md and .png; of the check <date>-scale-check.json and .md.
+W ranks (GPUs), V = 2 views of a patch, B patches of a rank in a step, D width of the projection, M = V B anchors of a rank,
+N = W M anchors of all. Times in seconds, volumes in bytes, rates in units per second; machines.yaml says what each constant is. A
+step takes what its parts take one after the other (`step_parts`). Patches are read and decoded at the same time. So the rate of
+the whole is the lowest of the rates of all stages (`limits`), and that stage is the bottleneck.
 """
 
+import dataclasses
 import itertools
+import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import scale_check
+import yaml
 from harness import Result, check_at_least, script
 from report import Block, Record, Report, Table, number
-from scale_constants import BACKBONE, FIELDS, MACHINES, all_sources, machine, packing_rate, part_of, workload
-from scale_model import PART_NAMES, REQUEST_BYTES, Workload, predict, set_bytes
+from step import utilisation
+from worker import ROOT
 
 from sharding.cli import option
 
-GPUS = [1, 2, 4, 8, 16, 64, 256, 1024]
-PATCHES = [150_000, 1_500_000, 100_000_000, 1_000_000_000]
+BACKBONE, IMAGE_SIZE, VIEWS = "resnet50", 224, 2
+MACHINES = ("cpu", "a100", "h200")
+STREAMS = 4  # shards that a rank fetches at once: pipelines.shard_cache.RemoteSet's `parallel`
+REQUEST_BYTES = 8 * 2**20  # of one of its requests
+_FLOAT = 4  # bytes; gradients, weights and embeddings are float32
+_BACKWARD = 2 / 3  # of a step's computing, during which gradients are reduced
+_LOSS_PRODUCTS = 3  # of M x D by D x N: the similarities, and the gradients of both sides
+_MAPPINGS = 65_530  # that Linux lets a process have (vm.max_map_count), of which each shard that is open takes one
+_CACHED = 0.5  # of a node's memory, that its page cache may have; the rest is the ranks'
+
+# ---- The model ----
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained. largest_batch: of all ranks together; beyond it more GPUs take smaller parts. None: however large."""
+
+    parameters: float
+    norms: float
+    flops_per_view: float
+    bytes_per_patch: float
+    projection_dim: int
+    batch_per_gpu: int
+    largest_batch: int | None
+    shard_bytes: float
+    index_bytes: float
+    manifest_bytes: float
+
+    def part(self, gpus: int) -> float:
+        """B, patches of a rank in a step; a fraction where the GPUs outnumber the largest batch."""
+        return self.batch_per_gpu if self.largest_batch is None else min(self.batch_per_gpu, self.largest_batch / gpus)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A node and what joins it to others.
+
+    device_patches_per_s: None where the model's own cores decode and augment, which then takes its time from the model.
+    sync_norms: batch norm's statistics are those of the global batch.
+    """
+
+    name: str
+    gpus: int
+    cores: float
+    memory_bytes: float
+    disk_bytes: float
+    disk_bytes_per_s: float
+    model_flops_per_s: float
+    loss_flops_per_s: float
+    launch_s: float
+    host_core_s: float
+    decode_core_s: float
+    link_bytes_per_s: float
+    network_bytes_per_s: float
+    link_latency_s: float
+    network_latency_s: float
+    store_bytes_per_s: float
+    store_requests_per_s: float
+    stream_bytes_per_s: float
+    device_patches_per_s: float | None = None
+    overlap: float = 1.0
+    sync_norms: bool = True
+
+    def nodes(self, gpus: int) -> int:
+        return -(-gpus // self.gpus)
+
+    def host_seconds(self, host_decode: float) -> float:
+        """Of a core, for each patch."""
+        return self.host_core_s + host_decode * self.decode_core_s
+
+    def hops(self, gpus: int) -> float:
+        """Seconds until a word of one rank is with all others."""
+        within, nodes = min(gpus, self.gpus), self.nodes(gpus)
+        return math.ceil(math.log2(within)) * self.link_latency_s + math.ceil(math.log2(nodes)) * self.network_latency_s
+
+    def collective(self, gpus: int, size: float) -> float:
+        """Seconds of an all-gather or a reduce-scatter of so many bytes in all; an all-reduce is one of each.
+
+        bytes (W - 1) / W / bandwidth + hops: a ring's volume over the slowest link that it crosses, and a tree's hops. Source:
+        Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", Journal of Parallel and
+        Distributed Computing 69, 2009, section 3.
+        """
+        bandwidth = self.link_bytes_per_s
+        if self.nodes(gpus) > 1:
+            bandwidth = self.network_bytes_per_s if self.gpus == 1 else min(bandwidth, self.network_bytes_per_s)
+        return size * (gpus - 1) / gpus / bandwidth + self.hops(gpus)
+
+    def fetch_rate(self, gpus: int) -> float:
+        """Bytes/s at which a node fetches shards from the object store while all others do: the least of its network, its
+        streams (4 for each of its ranks), and its share of what the store gives, in bytes and in requests of 8 MiB."""
+        streams = STREAMS * min(gpus, self.gpus) * self.stream_bytes_per_s
+        store = min(self.store_bytes_per_s, self.store_requests_per_s * REQUEST_BYTES)
+        return min(self.network_bytes_per_s, streams, store / self.nodes(gpus))
+
+
+# The parts of a step, and what they are called where they are the bottleneck.
+PARTS = {
+    "compute": "compute",
+    "loading": "decode on the model's cores",
+    "loss": "loss (N^2)",
+    "gather": "all-gather",
+    "norms": "batch-norm sync",
+    "reduce": "all-reduce",
+}
+
+
+def gathered_bytes(work: Workload, gpus: int) -> float:
+    """Of all ranks' embeddings: 4 N D."""
+    return _FLOAT * VIEWS * work.part(gpus) * gpus * work.projection_dim
+
+
+def step_parts(work: Workload, machine: Machine, gpus: int, host_decode: float = 0.0) -> dict[str, float]:
+    """Seconds of a step on so many GPUs, by PARTS. host_decode: share of the patches that the host decodes, 0 to 1.
+
+    compute = max(launch, V B flops_per_view / model_flops)
+    loading = B host_core / (cores / GPUs of the node) where the model's own cores load, else 0
+    loss    = 3 x 2 M N D / loss_flops: similarities and both gradients (`models.ntxent`, which keeps none and repeats none)
+    gather  = 2 x collective(4 N D): the embeddings out, their gradients back (a reduce-scatter)
+    norms   = 3 x norms x hops: for each batch norm the statistics are gathered, and their gradients reduced, which is two
+              collectives; so small that their bytes do not count
+    reduce  = max(0, 2 x collective(4 x parameters) - overlap x 2/3 compute): a reduce-scatter and an all-gather, begun while
+              the backward pass (2/3 of the computing) still runs
+    """
+    part = work.part(gpus)
+    anchors = VIEWS * part
+    compute = max(machine.launch_s, anchors * work.flops_per_view / machine.model_flops_per_s)
+    loads = machine.device_patches_per_s is None
+    exchange = 2 * machine.collective(gpus, _FLOAT * work.parameters)
+    return {
+        "compute": compute,
+        "loading": part * machine.host_seconds(host_decode) / (machine.cores / machine.gpus) if loads else 0.0,
+        "loss": _LOSS_PRODUCTS * 2 * anchors * gpus * anchors * work.projection_dim / machine.loss_flops_per_s,
+        "gather": 2 * machine.collective(gpus, gathered_bytes(work, gpus)),
+        "norms": 3 * work.norms * machine.hops(gpus) if machine.sync_norms else 0.0,
+        "reduce": max(0.0, exchange - machine.overlap * _BACKWARD * compute),
+    }
+
+
+def limits(work: Workload, machine: Machine, gpus: int, patches: int, host_decode: float = 0.0) -> dict[str, float]:
+    """Patches/s that each stage would let through by itself, all GPUs together, after the first epoch.
+
+    the step              W B / step
+    decode on the GPU     W device_patches_per_s, where GPUs decode
+    the host              nodes x cores / core seconds per patch
+    a node's disk         nodes x disk_bytes_per_s / bytes_per_patch, where the set is larger than half of a node's memory
+    reading from storage  patches / (set / fetch rate of a node), where the set is larger than a node's disk: every node fetches
+                          every shard, whole, in every epoch, since each global batch is dealt to all nodes
+    """
+    nodes, size = machine.nodes(gpus), patches * work.bytes_per_patch
+    found = {"the step": gpus * work.part(gpus) / sum(step_parts(work, machine, gpus, host_decode).values())}
+    if machine.device_patches_per_s is not None:
+        found["decode on the GPU"] = gpus * machine.device_patches_per_s
+    found["the host"] = nodes * machine.cores / machine.host_seconds(host_decode)
+    if size > _CACHED * machine.memory_bytes:
+        found["a node's disk"] = nodes * machine.disk_bytes_per_s / work.bytes_per_patch
+    if size > machine.disk_bytes:
+        found["reading from storage"] = patches * machine.fetch_rate(gpus) / size
+    return found
+
+
+def predict(work: Workload, machine: Machine, gpus: int, patches: int, host_decode: float = 0.0) -> Record:
+    """patches_per_s is the lowest of `limits`; an epoch takes patches / patches_per_s, and the first one as long as fetching the
+    set to every node, if that is longer.
+
+    bottleneck: the stage, or the longest part of the step where that is the step. efficiency: patches/s of a GPU, as a share of
+    those of one GPU alone. network_bytes_per_s: of a node for gradients and embeddings, each way, 2 x (4 N D + 4 x parameters)
+    (W - 1) / W bytes in a step. read_*: bytes/s and requests/s of all nodes, such that the first epoch takes no longer than the
+    others. walls: what keeps the run from starting, or asks for a setting, in words.
+    """
+    stages, step = limits(work, machine, gpus, patches, host_decode), step_parts(work, machine, gpus, host_decode)
+    lowest, nodes = min(stages, key=stages.__getitem__), machine.nodes(gpus)
+    rate, size, batch = stages[lowest], patches * work.bytes_per_patch, gpus * work.part(gpus)
+    alone = min(limits(work, machine, 1, patches, host_decode).values())
+    volume = 2 * (gathered_bytes(work, gpus) + _FLOAT * work.parameters) * (gpus - 1) / gpus if nodes > 1 else 0.0
+    read = nodes * size * rate / patches
+    return {
+        "gpus": gpus,
+        "nodes": nodes,
+        "patches": patches,
+        "batch": batch,
+        "step": step,
+        "limits": stages,
+        "patches_per_s": rate,
+        "bottleneck": PARTS[max(step, key=step.__getitem__)] if lowest == "the step" else lowest,
+        "efficiency": rate / gpus / alone,
+        "epoch_s": patches / rate,
+        "first_epoch_s": max(patches / rate, size / machine.fetch_rate(gpus)),
+        "network_bytes_per_s": volume * rate / batch,
+        "read_bytes_per_s": read,
+        "read_requests_per_s": read / REQUEST_BYTES,
+        "walls": walls(work, machine, gpus, patches),
+    }
+
+
+def walls(work: Workload, machine: Machine, gpus: int, patches: int) -> list[str]:
+    """What rules out so many patches whatever the speed: a batch larger than the set, memory for the manifest and for each rank's
+    index, shards that are open, and the size of the disk."""
+    found = []
+    batch, size = gpus * work.part(gpus), patches * work.bytes_per_patch
+    if batch > patches:
+        found.append(f"a batch of {batch:,.0f} is larger than the set")
+    driver, ranks = patches * work.manifest_bytes, min(gpus, machine.gpus) * patches * work.index_bytes
+    if driver > machine.memory_bytes:
+        found.append(f"manifest: {driver / 1e9:,.0f} GB of memory where the run is started")
+    if ranks > machine.memory_bytes:
+        found.append(f"index: {ranks / 1e9:,.0f} GB of memory on each node")
+    if size > machine.disk_bytes:
+        found.append("larger than a node's disk: --shuffle-window and --cache-gib")
+    elif size / work.shard_bytes > _MAPPINGS:
+        shards = size / work.shard_bytes
+        found.append(f"{shards:,.0f} shards, of which {_MAPPINGS:,} can be open: --shuffle-window or larger shards")
+    return found
+
+
+# ---- The constants: by field a value and its source ----
+
+
+class Constant(NamedTuple):
+    value: Any
+    source: str
+
+
+Constants = dict[str, Constant]
+_YAML = yaml.safe_load((ROOT / "benchmarks" / "machines.yaml").read_text())
+FIELDS: dict[str, str] = _YAML["fields"]
+
+
+def constants_of(*sections: str) -> Constants:
+    return {key: Constant(*pair) for name in sections for key, pair in _YAML[name].items()}
+
+
+def workload(batch_per_gpu: int, largest_batch: int | None) -> tuple[Workload, Constants]:
+    """ResNet-50 at 224 px."""
+    given: dict[str, Any] = {"batch_per_gpu": batch_per_gpu, "largest_batch": largest_batch}
+    found = constants_of("workload")
+    work = Workload(**given, **{key: value for key, (value, _) in found.items()})
+    source = "given on the command line, or its default"
+    return work, found | {key: Constant(value, source) for key, value in given.items() if value is not None}
+
+
+def machine(name: str, *, step: Record | None = None, loader: Record | None = None) -> tuple[Machine, Constants]:
+    """One of MACHINES, or what a YAML file describes: fields of `Machine`, and `like`, one of MACHINES that has the others.
+
+    step, loader: results of a GPU, which replace what is assumed of it. Raises ValueError for a name that is none, a file with
+    other fields, and results that are not of ResNet-50 on a GPU.
+    """
+    given = {"like": name} if name in MACHINES else _read_machine(name)
+    base = given.pop("like", "h200")
+    found = constants_of(*(("joined", "cpu") if base == "cpu" else ("joined", "gpu", base)))
+    found |= {key: Constant(value, f"given: {Path(name).name}") for key, value in given.items()}
+    if step:
+        timed, used = step["timed"], utilisation(step)
+        if (timed["backbone"], timed["image_size"], timed["device"]) != (BACKBONE, IMAGE_SIZE, "cuda") or used is None:
+            raise ValueError(f"--step: this is no result of {BACKBONE} at {IMAGE_SIZE} px on a GPU: make one with step.py")
+        found["model_flops_per_s"] = Constant(used.flops, f"measured: step of {step['date']} on {used.gpu}")
+    if loader:
+        if loader["timed"].get("device") != "cuda" or "ours" not in loader["summary"]:
+            raise ValueError("--loader: this is no result of our loader on a GPU: make one with loader.py --device cuda")
+        rate = loader["summary"]["ours"]["patches_per_s"]
+        found["device_patches_per_s"] = Constant(rate, f"measured: loader of {loader['date']}")
+    values = {key: value for key, (value, _) in found.items()} | {"gpus": int(found["gpus"].value)}
+    return Machine(name=Path(name).stem, sync_norms=base != "cpu", **values), found
+
+
+def _read_machine(path: str) -> dict[str, Any]:
+    try:
+        given = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError):
+        raise ValueError(f"--machines {path}: choose of {', '.join(MACHINES)}, or give a YAML file that describes one") from None
+    given = given if isinstance(given, dict) else {}
+    fields = {each.name for each in dataclasses.fields(Machine)} & FIELDS.keys()
+    if unknown := sorted(given.keys() - fields - {"like"}):
+        raise ValueError(f"{path}: a machine has no {unknown[0]!r}: choose of like, {', '.join(sorted(fields))}")
+    if given.get("like", "h200") not in MACHINES:
+        raise ValueError(f"{path}: like {given['like']!r}: choose of {', '.join(MACHINES)}")
+    for key, value in given.items():
+        if key != "like" and not (isinstance(value, int | float) and value >= 0):
+            raise ValueError(f"{path}: {key} {value!r} is no number from 0 (YAML takes 1.0e9, not 1e9)")
+    return given
+
+
+def part_of(path: str, part: str) -> Record:
+    """A result of step.py or loader.py by itself, or as that part of what `make gpu-bench` wrote. Raises ValueError where it is
+    neither."""
+    try:
+        record = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--{part} {path}: this is no file of results: {error}") from None
+    found = record["parts"].get(part, {}).get("found") if "parts" in record and "runs" not in record else record
+    if not found or "summary" not in found:
+        raise ValueError(f"--{part} {path}: there is no finished result of benchmarks/{part}.py in it")
+    return found
+
+
+# ---- The command ----
 
 
 @dataclass(frozen=True)
@@ -33,14 +332,13 @@ class Config:
     """Which machines, how many of them, and for how many patches."""
 
     machines: list[str] = option(list(MACHINES), f"of {', '.join(MACHINES)}, or YAML files that describe others")
-    gpus: list[int] = option(GPUS, "numbers of GPUs (on the machine cpu: of workers)")
-    patches: list[int] = option(PATCHES, "numbers of patches")
+    gpus: list[int] = option([1, 2, 4, 8, 16, 64, 256, 1024], "numbers of GPUs (on the machine cpu: of workers)")
+    patches: list[int] = option([150_000, 1_500_000, 100_000_000, 1_000_000_000], "numbers of patches")
     batch_per_gpu: int = option(256, "patches of a GPU in a step, at most")
     largest_batch: int = option(8192, "patches of all GPUs in a step, at most (8192 is SimCLR's largest); 0: however many")
     host_decode: float = option(0.0, "share of the patches that no GPU decodes (PNG), 0 to 1")
     step: str | None = option(None, "a GPU's result of benchmarks/step.py or `make gpu-bench`, for the one machine that is given")
     loader: str | None = option(None, "the same of benchmarks/loader.py")
-    results: str = option("benchmarks/results", "folder of the results that the constants come from")
     out: str = option("benchmarks/results", "folder for the results")
     check: bool = option(False, "measure one and two workers on this machine, and what the model says of them")
     work: str | None = option(None, "for --check: a folder to work in; drawn images, shard sets and runs stay there")
@@ -61,65 +359,66 @@ def main(config: Config) -> None:
         raise ValueError("--check needs --work FOLDER, where drawn patches and runs stay")
     result = Result(config.out, "scale-check" if config.check else "scale", ["torch", "ray", "timm"])
     if config.check:
+        import scale_check
+
         scale_check.check(result, Path(str(config.work)).resolve(), config.rounds)
         return
     result.record |= predictions(config)
-    plot(result.record, result.path.with_suffix(".png"))
-    report = report_of(result.record, result.path.with_suffix(".png").name)
+    picture = result.path.with_suffix(".png")
+    plot(result.record, picture)
     shown: list[Block] = []
-    for each in result.record["machines"]:
-        shown += [_short(_prediction_table(each)), *_wall_lines(each)]
-    result.finish(report, show=shown)
+    for node in result.record["machines"]:
+        shown += [_prediction_table(node, brief=True), *_wall_lines(node)]
+    result.finish(report_of(result.record, picture.name), show=shown)
 
 
 def predictions(config: Config) -> Record:
-    """For each machine its constants with their sources, and a prediction for each number of GPUs and patches."""
-    results = Path(config.results)
-    work = workload(results, batch_per_gpu=config.batch_per_gpu, largest_batch=config.largest_batch or None)
+    """For each machine its constants with their sources, and a prediction for each number of GPUs and patches; what a set takes
+    whoever trains on it: bytes, shards, memory of its index and manifest, time to pack it."""
+    work, constants = workload(config.batch_per_gpu, config.largest_batch or None)
     measured = {name: part_of(path, name) for name in ("step", "loader") if (path := getattr(config, name))}
-    found = []
+    machines = []
     for name in config.machines:
-        node = machine(name, results, **measured)
-        predicted = [
-            predict(work, node, gpus, patches, host_decode=config.host_decode)
-            for patches, gpus in itertools.product(config.patches, config.gpus)
-        ]
-        constants = {key: constant._asdict() for key, constant in all_sources(node).items()}
-        rows = [each._asdict() | {"step": each.step._asdict()} for each in predicted]
-        found.append({"name": node.name, "constants": constants, "predictions": rows})
-    return {
-        "backbone": BACKBONE,
-        "host_decode": config.host_decode,
-        "constants": {key: constant._asdict() for key, constant in all_sources(work).items()},
-        "sets": sets(work, results, config.patches),
-        "machines": found,
-    }
-
-
-def sets(work: Workload, results: Path, patches: list[int]) -> list[Record]:
-    """What a set of so many patches takes whoever trains on it: bytes, shards, memory of its index, time to pack it."""
-    rate, source = packing_rate(results)
-    return [
+        node, found = machine(name, **measured)
+        places = itertools.product(config.patches, config.gpus)
+        rows = [predict(work, node, gpus, patches, config.host_decode) for patches, gpus in places]
+        machines.append({"name": node.name, "constants": _recorded(found), "predictions": rows})
+    rate, source = constants_of("packing")["patches_per_core_s"]
+    sets = [
         {
             "patches": count,
-            "bytes": set_bytes(work, count),
-            "shards": -(-set_bytes(work, count) // work.shard_bytes),
+            "bytes": (size := count * work.bytes_per_patch),
+            "shards": -(-size // work.shard_bytes),
             "index_bytes": count * work.index_bytes,
             "manifest_bytes": count * work.manifest_bytes,
-            "fetch_requests": set_bytes(work, count) / REQUEST_BYTES,
+            "fetch_requests": size / REQUEST_BYTES,
             "packing_core_hours": count / rate / 3600,
             "packing_source": source,
         }
-        for count in patches
+        for count in config.patches
     ]
+    shared = {"backbone": BACKBONE, "host_decode": config.host_decode, "constants": _recorded(constants)}
+    return {**shared, "sets": sets, "machines": machines}
+
+
+def _recorded(constants: Constants) -> Record:
+    return {key: constants[key]._asdict() for key in FIELDS if key in constants}
 
 
 # ---- The report ----
 
 
 def report_of(record: Record, picture: str) -> Report:
-    sets_header = ["patches", "stored", "shards", "index, each rank", "manifest, driver", "requests to fetch it"]
-    sets_rows = [
+    header = [
+        "patches",
+        "stored",
+        "shards",
+        "index, each rank",
+        "manifest, driver",
+        "requests to fetch it",
+        "packing, core hours",
+    ]
+    rows = [
         [
             _count(each["patches"]),
             _bytes(each["bytes"]),
@@ -132,13 +431,13 @@ def report_of(record: Record, picture: str) -> Report:
         for each in record["sets"]
     ]
     blocks: list[Block] = [
-        f"Predicted, not measured: SimCLR of {record['backbone']} at 224 px, by the formulas of `benchmarks/scale_model.py`. Each"
+        f"Predicted, not measured: SimCLR of {record['backbone']} at 224 px, by the formulas of `benchmarks/scale.py`. Each"
         " constant has its source below; what is assumed was measured by nobody here. The first epoch also fetches the set from"
         " the object store to every node. Read and requests/s: such that the first epoch takes no longer than the others. First"
         " bottleneck: what would have to be faster first. Below each table: what keeps a set from being used as it is.",
         f"![patches/s by number of GPUs]({picture})",
         "## What a set takes",
-        Table([*sets_header, "packing, core hours"], sets_rows),
+        Table(header, rows),
         f"Packing: {record['sets'][0]['packing_source']}, every patch decoded. Sizes are of 10^3, 10^6, ... bytes.",
     ]
     for each in record["machines"]:
@@ -148,9 +447,17 @@ def report_of(record: Record, picture: str) -> Report:
     return Report(record, "Pretraining at scale: a cost model", blocks)
 
 
-def _prediction_table(node: Record) -> Table:
-    """A row for each number of patches and of GPUs."""
-    header = ["patches/s", "per GPU / one alone", "an epoch", "the first one", "network of a node", "read, all nodes"]
+def _prediction_table(node: Record, *, brief: bool = False) -> Table:
+    """A row for each number of patches and of GPUs. brief: the columns that a terminal has room for."""
+    header = [
+        "patches/s",
+        "per GPU / one alone",
+        "an epoch",
+        "the first one",
+        "network of a node",
+        "read, all nodes",
+        "requests/s",
+    ]
     rows = [
         [
             f"{_count(each['patches'])}, {each['gpus']:,}",
@@ -165,13 +472,10 @@ def _prediction_table(node: Record) -> Table:
         ]
         for each in node["predictions"]
     ]
-    return Table([f"{node['name']}: patches, GPUs", *header, "requests/s", "first bottleneck"], rows)
-
-
-def _short(table: Table) -> Table:
-    """The columns that a terminal has room for."""
-    header, *rows = ([line[i] for i in (0, 1, 3, -1)] for line in (table.header, *table.rows))
-    return Table(header, rows)
+    lines = [[f"{node['name']}: patches, GPUs", *header, "first bottleneck"], *rows]
+    if brief:
+        lines = [[line[i] for i in (0, 1, 3, -1)] for line in lines]
+    return Table(lines[0], lines[1:])
 
 
 def _wall_lines(node: Record) -> list[str]:
@@ -189,12 +493,11 @@ def _wall_lines(node: Record) -> list[str]:
 
 def _step_table(node: Record) -> Table:
     """Milliseconds of a step, part by part, for each number of GPUs; they do not depend on the number of patches."""
-    first = node["predictions"][0]["patches"]
-    header = [f"{node['name']}: GPUs", "nodes", "batch", *(f"{name}, ms" for name in PART_NAMES.values()), "step, ms"]
+    header = [f"{node['name']}: GPUs", "nodes", "batch", *(f"{name}, ms" for name in PARTS.values()), "step, ms"]
     rows = []
     for each in node["predictions"]:
-        if each["patches"] == first:
-            times = [each["step"][part] for part in PART_NAMES]
+        if each["patches"] == node["predictions"][0]["patches"]:
+            times = [*each["step"].values()]
             counts = [f"{each['gpus']:,}", f"{each['nodes']:,}", f"{each['batch']:,.0f}"]
             rows.append([*counts, *(_number(1000 * seconds) for seconds in (*times, sum(times)))])
     return Table(header, rows)
@@ -206,28 +509,15 @@ def _constants_table(title: str, constants: Record) -> Table:
 
 
 def plot(record: Record, path: Path) -> None:
-    """A PNG: patches/s by GPUs, a panel for each machine and a line for each number of patches, with the name of the first
-    bottleneck where it changes."""
+    """A PNG: patches/s by GPUs, a panel for each machine and a line for each number of patches."""
     from matplotlib.figure import Figure
 
     machines = record["machines"]
     figure = Figure(figsize=(5.2 * len(machines), 4.4), layout="constrained")
     for axes, node in zip(figure.subplots(1, len(machines), squeeze=False)[0], machines, strict=True):
-        labelled: set[Any] = set()
-        for patches in dict.fromkeys(each["patches"] for each in node["predictions"]):
-            points = [each for each in node["predictions"] if each["patches"] == patches]
-            x, y = [each["gpus"] for each in points], [each["patches_per_s"] for each in points]
+        for patches, rows in itertools.groupby(node["predictions"], key=lambda each: each["patches"]):
+            x, y = zip(*((each["gpus"], each["patches_per_s"]) for each in rows), strict=True)
             axes.plot(x, y, marker=".", linewidth=1.4, label=f"{_count(patches)} patches")
-            before = None
-            for each in points:
-                name, place = each["bottleneck"], (each["gpus"], round(each["patches_per_s"]))
-                if name != before and (name, place) not in labelled:  # lines lie upon each other where the set does not matter
-                    labelled.add((name, place))
-                    # The lines rise to the right, so that there is room beside the first point.
-                    offset, side = ((7, -3), "left") if each is points[0] else ((3, -12), "right")
-                    point = (each["gpus"], each["patches_per_s"])
-                    axes.annotate(name, point, xytext=offset, ha=side, textcoords="offset points", fontsize=7)
-                before = name
         axes.set(xscale="log", yscale="log", title=node["name"], xlabel="GPUs", ylabel="patches/s, predicted")
         axes.set_xticks(x, [f"{count:,}" for count in x], fontsize=7)
         axes.minorticks_off()
@@ -251,11 +541,8 @@ def _count(patches: int) -> str:
 
 
 def _bytes(value: float) -> str:
-    return (
-        _scaled(value, {1e15: " PB", 1e12: " TB", 1e9: " GB", 1e6: " MB", 1e3: " kB"}, ".3g")
-        if value >= 1e3
-        else f"{value:.0f} B"
-    )
+    units = {1e15: " PB", 1e12: " TB", 1e9: " GB", 1e6: " MB", 1e3: " kB"}
+    return _scaled(value, units, ".3g") if value >= 1e3 else f"{value:.0f} B"
 
 
 def _duration(seconds: float) -> str:

@@ -1,31 +1,41 @@
-"""The cost model against real pretrainings on one and on two workers of this machine, and the memory that a large set takes.
+"""scale.py --check: the cost model against pretrainings on one and two workers here, and the memory that a large set takes.
 
 In each round one worker trains and two do (A B A B). What the model needs to predict two workers is measured apart from them:
 what gradients and embeddings take through gloo on loopback, and by how much two models that compute at once slow each other
 down. From these and the one worker's patches/s the model predicts the two workers'. Nothing is fitted to the outcome.
 """
 
+import dataclasses
+import datetime
 import functools
+import json
 import os
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from contenders.scale import BACKBONE, DIM, IMAGE_SIZE, LIMIT_S, PART, Task
 from harness import Result, RunFailed, run_contender, run_fresh
 from patch_set import patch_set
 from report import Record, Report, Table
-from scale_model import Machine, Workload, step_parts
-from worker import ROOT
+from scale import Machine, Workload, step_parts
+from worker import ROOT, Contender, own_memory
 
+from sharding.manifest import read_dataset, read_manifest, shard_file
 from sharding.process_pool import available_cores
 from train.records.runs import Run
 
+BACKBONE, IMAGE_SIZE, PART, DIM = "resnet18", 64, 32, 128  # PART: patches of a worker in a step
 PATCHES, LOG_EVERY, FIRST = 1024, 2, 2  # FIRST: rows of metrics.jsonl that are left out, of the steps that warm up
 ROWS = (1_000_000, 3_000_000)  # of manifests; what memory grows by between them is the patches'
 RAY_CORES = 0.12  # of one core, that a dozen processes of Ray's take beside its workers (docs/pretraining.md)
+LIMIT_S = 600.0  # for a run that hangs
+_TIMED = 4  # exchanges, and steps, of which the median counts
+_BUCKET = 25 * 2**20  # bytes that DistributedDataParallel reduces at a time
+_SHARD_PATCHES = 8_000  # of the large sets: 128 MB of 16 kB each
 
 
 def check(result: Result, work: Path, rounds: int) -> None:
@@ -39,7 +49,7 @@ def check(result: Result, work: Path, rounds: int) -> None:
     with tempfile.TemporaryDirectory(dir=work, prefix="runs-", ignore_cleanup_errors=True) as storage:
         for number in range(1, rounds + 1):
             jobs = {str(n): functools.partial(run_workers, n, data.shards, Path(storage)) for n in (1, 2)}
-            jobs["exchange"] = functools.partial(run_contender, "contenders.scale", "exchange", Task(), limit=LIMIT_S)
+            jobs["exchange"] = functools.partial(run_contender, "scale_check", "exchange", Task(), limit=LIMIT_S)
             pair = {}
             for key, job in jobs.items():
                 title = f"round {number}, {key}{'' if key == 'exchange' else ' workers'}"
@@ -97,11 +107,16 @@ def predicted(one: float, exchange: Record) -> float:
     the other core.
     """
     computing = PART / one * exchange["slowdown"] / (1 - RAY_CORES / 2)
-    nothing = {name: 0.0 for name in Workload.__dataclass_fields__ if name not in ("views", "sources")}
-    given = {"parameters": exchange["parameters"], "flops_per_view": 1.0, "projection_dim": DIM, "batch_per_gpu": PART}
-    work = Workload(**(nothing | given | {"largest_batch": None}))
-    nothing = {name: 0.0 for name in Machine.__dataclass_fields__ if name not in ("name", "sync_norms", "sources")}
-    given = {
+    nothing: dict[str, Any] = {field.name: 0.0 for kind in (Workload, Machine) for field in dataclasses.fields(kind)}
+    given = nothing | {
+        "name": "this one",
+        "sync_norms": False,
+        "device_patches_per_s": None,
+        "parameters": exchange["parameters"],
+        "flops_per_view": 1.0,
+        "projection_dim": DIM,
+        "batch_per_gpu": PART,
+        "largest_batch": None,
         "gpus": 2,
         "cores": 2,
         "model_flops_per_s": 2 * PART / computing,
@@ -110,8 +125,9 @@ def predicted(one: float, exchange: Record) -> float:
         "link_bytes_per_s": 4 * exchange["parameters"] / (exchange["reduce_s"] - 2 * exchange["hop_s"]),
         "link_latency_s": exchange["hop_s"],
     }
-    node = Machine(name="this one", sync_norms=False, **(nothing | given | {"device_patches_per_s": None}))
-    return 2 * PART / step_parts(work, node, 2).total
+    work = Workload(**{field.name: given[field.name] for field in dataclasses.fields(Workload)})
+    node = Machine(**{field.name: given[field.name] for field in dataclasses.fields(Machine)})
+    return 2 * PART / sum(step_parts(work, node, 2).values())
 
 
 def summarise(record: Record) -> Record:
@@ -134,18 +150,147 @@ def memory(shards: str, work: Path) -> Record:
     """Bytes of memory for each patch: index_bytes in a rank, at most, from opening the set to its first batches; manifest_bytes
     in the process that starts the run and selects the patches. From two sizes of sets, so that what any process takes cancels
     out. Raises RunFailed."""
-    ranks, drivers = [], []
+    peaks: dict[str, list[int]] = {"rank": [], "driver": []}
     for rows in ROWS:
-        job = functools.partial(
-            run_contender, "contenders.scale", task=Task(shards, str(work / f"rows-{rows}"), rows), limit=LIMIT_S
-        )
-        job("write")
-        ranks.append(job("rank"))
-        drivers.append(job("driver")["peak_bytes"])
-    patches = ROWS[1] - ROWS[0]
-    peaks = [1e6 * (each["baseline_mb"] + each["peak_mb_over_baseline"]) for each in ranks]
-    per_patch = {"index_bytes": (peaks[1] - peaks[0]) / patches, "manifest_bytes": (drivers[1] - drivers[0]) / patches}
-    return {"rows": ROWS, **per_patch, "ranks": ranks, "driver_peak_bytes": drivers}
+        large = work / f"rows-{rows}"
+        write_large_set(Path(shards), large, rows)
+        for name, found in peaks.items():
+            found.append(run_contender("scale_check", name, Task(str(large)), limit=LIMIT_S)["peak_bytes"])
+    grown = {name: (found[1] - found[0]) / (ROWS[1] - ROWS[0]) for name, found in peaks.items()}
+    return {"rows": ROWS, "index_bytes": grown["rank"], "manifest_bytes": grown["driver"], "peak_bytes": peaks}
+
+
+def write_large_set(small: Path, large: Path, rows: int) -> None:
+    """The patches of a small set's first shard again and again, with their own ids and keys, in shards that are all links to that
+    one: the disk needs room for the manifest alone. Nothing is written where such a set is there."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    if (large / "dataset.json").exists():
+        return
+    large.mkdir(parents=True, exist_ok=True)
+    manifest = read_manifest(small)
+    manifest = manifest.filter(pc.equal(manifest["shard"], 0))
+    for number in range(-(-rows // _SHARD_PATCHES)):
+        (large / shard_file(number)).unlink(missing_ok=True)
+        (large / shard_file(number)).symlink_to((small / shard_file(0)).absolute())
+    with pq.ParquetWriter(large / "manifest.parquet", manifest.schema) as writer:
+        for ids in np.array_split(np.arange(rows), -(-rows // 1_000_000)):
+            shard = (ids // _SHARD_PATCHES).astype(np.int32)
+            keys = [f"{number:06d}_{i:09d}" for number, i in zip(shard.tolist(), ids.tolist(), strict=True)]
+            table = manifest.take(pa.array(ids % len(manifest)))
+            for name, values in {"id": pa.array(ids), "key": pa.array(keys), "shard": pa.array(shard)}.items():
+                table = table.set_column(table.schema.get_field_index(name), manifest.schema.field(name), values)
+            writer.write_table(table)
+    (large / "dataset.json").write_text(json.dumps(read_dataset(small) | {"name": "large", "patches": rows, "files": {}}))
+
+
+# ---- In processes of their own ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    shards: str = ""
+
+
+def exchange(task: Task) -> dict[str, Any]:
+    """Of two processes of one thread each, joined by gloo: reduce_s, of the model's gradients; gather_s, of the embeddings and
+    their gradients; hop_s, of a single number; alone_s and together_s, a step without exchange of one model, and of each of two
+    at a time; slowdown, together_s / alone_s."""
+    import torch.multiprocessing as processes
+
+    with tempfile.TemporaryDirectory() as folder:
+        processes.spawn(_exchange_rank, (folder,), nprocs=2)
+        return json.loads((Path(folder) / "found.json").read_text())
+
+
+def _exchange_rank(rank: int, folder: str) -> None:
+    import torch
+    import torch.distributed as dist
+    from step_model import model_step
+
+    torch.set_num_threads(1)
+    limit = datetime.timedelta(seconds=LIMIT_S)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=limit)
+    training = model_step(backbone=BACKBONE, image_size=IMAGE_SIZE, batch_size=PART, device="cpu", precision="fp32")
+    parameters = sum(each.numel() for each in training.net.parameters())
+    buckets = torch.ones(parameters).split(_BUCKET // 4)
+    z_MD, z_ND = torch.ones(2 * PART, DIM), torch.ones(4 * PART, DIM)
+    word = torch.ones(1)
+
+    def reduce() -> None:
+        for bucket in buckets:
+            dist.all_reduce(bucket)
+
+    def gather() -> None:
+        dist.all_gather_into_tensor(z_ND, z_MD)
+        dist.reduce_scatter_tensor(z_MD, z_ND)
+
+    found: dict[str, Any] = {"parameters": parameters}
+    found["reduce_s"] = _median_seconds(reduce, dist.barrier)
+    found["gather_s"] = _median_seconds(gather, dist.barrier)
+    found["hop_s"] = _median_seconds(lambda: dist.all_reduce(word), dist.barrier) / 2  # an all-reduce is two collectives
+    alone, together = [], []
+    for _ in range(2):  # in turn, so that a slow minute of the machine cancels out
+        if rank == 0:
+            alone.append(_median_seconds(training.step, lambda: None))
+        dist.barrier()
+        together.append(_median_seconds(training.step, lambda: None))
+        dist.barrier()
+    if rank == 0:
+        found |= {"alone_s": statistics.median(alone), "together_s": statistics.median(together)}
+        found["slowdown"] = found["together_s"] / found["alone_s"]
+        (Path(folder) / "found.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def _median_seconds(work: Callable[[], Any], before: Callable[[], Any]) -> float:
+    times = []
+    for number in range(_TIMED + 2):
+        before()
+        started = time.perf_counter()
+        work()
+        if number >= 2:
+            times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def rank(task: Task) -> dict[str, Any]:
+    """The peak memory of a process that opens a set and reads its first batches."""
+    import itertools
+
+    import numpy as np
+    import torch
+
+    from pipelines.loader import ViewLoader
+    from pipelines.recipes import get_recipe
+    from pipelines.shard_reader import ShardReader
+
+    torch.set_num_threads(1)
+    reader = ShardReader(task.shards)
+    ids, recipe = np.arange(len(reader)), get_recipe("simclr")
+    with ViewLoader(reader, ids, batch_size=256, image_size=32, recipe=recipe, seed=1) as loader:
+        for _ in itertools.islice(loader, 4):
+            pass
+    return {"peak_bytes": own_memory("VmHWM")}
+
+
+def driver(task: Task) -> dict[str, Any]:
+    """The peak memory of a process that selects all patches of a set, as the driver of a pretraining does."""
+    from pipelines.shard_reader import ShardReader
+    from sharding.selection import select
+
+    select(ShardReader(task.shards).manifest, split="train", fraction=1.0, seed=1)
+    return {"peak_bytes": own_memory("VmHWM")}
+
+
+CONTENDERS = {
+    "exchange": Contender("two workers' exchange", exchange),
+    "rank": Contender("a rank", rank),
+    "driver": Contender("the driver", driver),
+}
 
 
 # ---- The report ----
