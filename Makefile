@@ -31,7 +31,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 # In two processes, which take 4 GB. One thread each: tiny models gain nothing from more.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
+# A process that crashes ends the run: pytest-xdist may wait for ever after it has replaced one.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 test: $(INSTALLED)
 	$(PYTEST) -m "not faults" $(ARGS)

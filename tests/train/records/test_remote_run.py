@@ -32,7 +32,7 @@ from train.records import remote_run, run_lock, uploader
 from train.records.checkpoints import CHECKPOINT_NAME
 from train.records.init_weights import resolve_init
 from train.records.remote_run import Mirror, fetch_source, local_storage
-from train.records.run_lock import LockLost, StoreLock, exclusive_lock
+from train.records.run_lock import LOCK_NAME, LockLost, StoreLock, exclusive_lock
 from train.records.runs import Run, find_run, open_run
 from train.records.uploader import RunUploader
 from train.report import ReportConfig
@@ -393,6 +393,8 @@ def test_a_store_that_fails_for_a_while(quick, no_one_s_stores, monkeypatch):
 
 def test_an_error_of_the_upload_ends_the_block_and_no_thread_is_left(url, monkeypatch):
     here = Mirror(url)
+    here.folder.mkdir(parents=True)
+    (here.folder / LOCK_NAME).touch()  # as whoever trains on this node does: the second block then need not wait for the first
     monkeypatch.setattr(Mirror, "push_checkpoint", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError), RunUploader(here) as upload:
         upload.submit(checkpoint_in(here.folder, "step-1"))

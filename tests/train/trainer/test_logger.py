@@ -136,7 +136,7 @@ def test_a_run_that_goes_on_takes_back_the_rows_after_its_checkpoint(tmp_path):
 
 
 def test_what_fails_is_tried_again_and_told_once(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(retry, "_PAUSE", 0.0)
+    monkeypatch.setattr(retry, "_PAUSE_S", 0.0)
     failures = [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed\nat ...")]
 
     def work():

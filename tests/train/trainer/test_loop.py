@@ -374,7 +374,7 @@ def test_the_last_checkpoint_s_error_ends_the_run_too(tmp_path, small_set):
 
 
 def test_a_disk_that_is_full_for_a_moment_is_waited_for(tmp_path, small_set, monkeypatch, capfd):
-    monkeypatch.setattr(retry, "_PAUSE", 0.01)
+    monkeypatch.setattr(retry, "_PAUSE_S", 0.01)
     job = job_of(tmp_path / "run", small_set, checkpoint_every=2)
     fit(job, failing(single_worker(job.folder, CPU), 3))
     assert (job.folder / "backbone.safetensors").exists()
