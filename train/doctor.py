@@ -9,22 +9,22 @@ from train.config import WorkerRange
 
 @dataclass(frozen=True)
 class DoctorConfig:
-    """What the run would be given."""
+    """The settings of the run."""
 
     data: str | None = option(None, "the shard set, a folder or a URL; default: a drawn patch is decoded")
     storage: str = option("runs", "folder or URL for runs")
-    workers: WorkerRange | int = option(0, "as many as the run will ask for; 0: this is not looked at")
+    workers: WorkerRange | int = option(0, "as many as the run will use; 0: not checked")
 
 
 def main(config: DoctorConfig) -> None:
     from train.cluster.diagnostics import examine  # torch and Ray take seconds to import, and --help should not
-    from train.cluster.ray_cluster import Nodes, connect, possible_nodes
+    from train.cluster.ray_cluster import NodeActors, connect, possible_nodes
     from train.records.data import place_of
     from train.records.runs import code_commit, versions
 
     connect()
     failed = []
-    with Nodes() as nodes:
+    with NodeActors() as nodes:
         for finding in examine(
             nodes,
             data=place_of(config.data) if config.data else None,
@@ -35,11 +35,11 @@ def main(config: DoctorConfig) -> None:
             commit=code_commit(),
         ):
             print(finding, flush=True)
-            failed += [finding.what] * (finding.verdict == "FAILED")
+            failed += [finding.check] * (finding.status == "FAILED")
     if failed:
         print(f"doctor.py: FAILED: {', '.join(failed)}", file=sys.stderr)
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, DoctorConfig, prog="doctor.py", description="Look whether a cluster is fit for a run."))
+    sys.exit(run_script(main, DoctorConfig, prog="doctor.py", description="Check whether a cluster is fit for a run."))

@@ -1,4 +1,4 @@
-"""A job on Ray Train workers, or in this process; and functions called on workers."""
+"""Runs a training job on Ray Train workers or in this process, and maps functions over workers."""
 
 import contextlib
 import dataclasses
@@ -16,9 +16,10 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from sharding.cli import describe, without_addresses
 from train.cluster.diagnostics import preflight
-from train.cluster.ray_cluster import Nodes, alive_nodes, connect, possible_nodes
-from train.cluster.resources import Share, share_of
+from train.cluster.ray_cluster import NodeActors, alive_nodes, connect, possible_nodes
+from train.cluster.resources import WorkerResources, resources_per_worker
 from train.config import worker_range
 from train.records.checkpoint_store import LOCK_TIMEOUT_S, CheckpointStore
 from train.records.provenance import RECORD_NAME
@@ -34,26 +35,26 @@ Common = TypeVar("Common")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_BOOKS = "ray"  # under the run's folder, where Ray keeps its own
-_PAUSE = 15.0  # seconds that another failure without a new checkpoint makes the next attempt wait for longer, up to
-_LONGEST_PAUSE = 60.0
-_CUT_OFF_S = 15.0  # without the head, after which a worker ends
-_LOOK_S = 2.0  # between two looks for it
-_LOCK_TIMEOUT_AGAIN_S = 120.0  # a worker of the attempt before may go on for so long where it is cut off (docs/cluster.md)
+_RAY_FOLDER = "ray"  # Ray's own files, in the run's folder
+_PAUSE_S = 15.0  # before the next attempt, longer by as much for each further failure without a new checkpoint, up to
+_MAX_PAUSE_S = 60.0
+_CUT_OFF_S = 15.0  # a worker that cannot reach the head for so long ends
+_HEAD_POLL_S = 2.0
+_LOCK_TIMEOUT_AGAIN_S = 120.0  # a worker of the previous attempt may continue for so long when it is cut off (docs/cluster.md)
 
 
 def run_job(job: Job, workers: str | int, gpus_per_worker: float | None = None, cpus_per_worker: int = 0) -> str:
-    """Train the job to its end, going on from its newest checkpoint. Returns the device, in words.
+    """Train the job to its end, from its newest checkpoint. Returns the device as text.
 
-    workers: of Ray Train, a number or LEAST:MOST; 0: this process, without Ray. A run may go on with others than it began with.
-    gpus_per_worker: None is one where there are GPUs; 0 is none; a part of one leaves the rest to other runs. cpus_per_worker:
-    0 is an equal share of all.
-    Raises ValueError when a worker did, with its sentence, and where the cluster has not so much.
+    workers: of Ray Train, a number or LEAST:MOST; 0: this process, without Ray. A run may continue with another number.
+    gpus_per_worker: None: one if the cluster has GPUs; 0: none; a fraction leaves the rest to other runs. cpus_per_worker: 0: an
+    equal share of all.
+    Raises ValueError with the message of a worker's ValueError, and if the cluster lacks these resources.
     """
     if worker_range(workers)[1] == 0:
         worker = single_worker(job.folder, torch.device("cpu") if gpus_per_worker == 0 else None, url=job.url)
         with mirrored(job):
-            fit(_with_local_init(job), worker, _gauges(job) if _in_a_process_of_ray() else None)
+            fit(_with_local_init(job), worker, _gauges(job) if _is_ray_process() else None)
         return _device_name(worker.device)
     with mirrored(job):
         return _run_on_ray(job, workers, gpus_per_worker, cpus_per_worker)
@@ -61,8 +62,8 @@ def run_job(job: Job, workers: str | int, gpus_per_worker: float | None = None, 
 
 @contextlib.contextmanager
 def mirrored(job: Job) -> Iterator[None]:
-    """A block in which the job is run, on whatever nodes. Before it, a run at a URL has there what this process left of it, and
-    nobody else trains it; after it, this node has what the workers left."""
+    """A block in which the job is trained, on any nodes. For a run at a URL, it first uploads the record that this process wrote
+    and waits until no other process trains the run; at the end it downloads the workers' files."""
     if job.url is None:
         yield
         return
@@ -84,12 +85,12 @@ def map_on_workers(
     cpus_per_worker: int = 0,
     threads: int | None = None,
 ) -> Iterator[tuple[int, Result]]:
-    """Call function(common, item, device, threads) for each item, each exactly once, on as many workers at a time.
+    """Call function(common, item, device, threads) once for each item, in parallel on the workers.
 
-    sets: folder or URL, and fingerprint, of each shard set that it reads. workers: as for a job; 0 is this process, without Ray.
-    common goes to a node once. Yields each item's place and result, as
-    they come. What a worker was at when it died is done again by another.
-    Raises ValueError when the function did, with its sentence, and where the cluster has not so many.
+    sets: folder or URL, and fingerprint, of each shard set that it reads. workers: as for a job; 0: this process, without
+    Ray. common is sent to each node once. Yields each item's index and result, as they finish. If a worker dies, another one
+    processes its item again.
+    Raises ValueError with the message of the function's ValueError, and if the cluster lacks these resources.
     """
     least, most = worker_range(workers)
     if most == 0:
@@ -100,20 +101,21 @@ def map_on_workers(
     connect()
     import ray
 
-    share = share_of(possible_nodes(), least, most, gpus_per_worker, cpus_per_worker, said=str(workers))
-    _preflight("workers", share, sets)
-    call = ray.remote(_called).options(name=function.__name__, num_cpus=share.cpus, num_gpus=share.gpus, max_retries=3)
-    device = "cuda" if share.gpus else "cpu"
+    per_worker = resources_per_worker(possible_nodes(), least, most, gpus_per_worker, cpus_per_worker, workers=str(workers))
+    _preflight("workers", per_worker, sets)
+    call = ray.remote(_called).options(name=function.__name__, num_cpus=per_worker.cpus, num_gpus=per_worker.gpus, max_retries=3)
+    device = "cuda" if per_worker.gpus else "cpu"
     shared, left = ray.put(common), iter(enumerate(items))
     running = {
-        call.remote(function, shared, item, device, threads or share.cpus): place for place, item in itertools.islice(left, most)
+        call.remote(function, shared, item, device, threads or per_worker.cpus): place
+        for place, item in itertools.islice(left, most)
     }
     try:
         while running:
             (done,), _ = ray.wait(list(running), num_returns=1)
             place = running.pop(done)
             for following, item in itertools.islice(left, 1):
-                running[call.remote(function, shared, item, device, threads or share.cpus)] = following
+                running[call.remote(function, shared, item, device, threads or per_worker.cpus)] = following
             try:
                 result = ray.get(done)
             except ray.exceptions.RayTaskError as error:
@@ -134,19 +136,19 @@ def _called(function, common, item, device, threads):
 def _run_on_ray(job, workers, gpus_per_worker, cpus_per_worker):
     connect(shown_name(job.folder))
     least, most = worker_range(workers)
-    share = share_of(possible_nodes(), least, most, gpus_per_worker, cpus_per_worker, said=str(workers))
+    per_worker = resources_per_worker(possible_nodes(), least, most, gpus_per_worker, cpus_per_worker, workers=str(workers))
     sets = [(each.shards, each.fingerprint) for each in job.input.sets]
-    _preflight(job.folder.name, share, sets, storage=job.url or str(job.folder))
+    _preflight(job.folder.name, per_worker, sets, storage=job.url or str(job.folder))
     job.folder.mkdir(parents=True, exist_ok=True)
-    _to_the_end(job, lambda again: _attempt(job, least, most, share, again=again))
-    return f"{workers} x {'GPU' if share.gpus else 'CPU'}"
+    _to_the_end(job, lambda again: _attempt(job, least, most, per_worker, again=again))
+    return f"{workers} x {'GPU' if per_worker.gpus else 'CPU'}"
 
 
 def _to_the_end(job: Job, attempt: Callable[[bool], BaseException | None]) -> None:
-    """Attempt it until nothing fails. attempt: told whether there was one before, returns what it failed with.
+    """Repeat attempts until one succeeds. attempt: is given whether an earlier one failed, and returns its error.
 
-    A failure counts for as long as no new checkpoint follows it. Raises the one that is one too many, and a ValueError at once:
-    what the user has to put right would only come again.
+    Failures are counted until a new checkpoint follows. Raises the error once they exceed the job's limit, and a ValueError at
+    once, since a user's mistake would only fail again.
     """
     failures, newest = 0, _newest_checkpoint(job)
     while (error := attempt(failures > 0)) is not None:
@@ -159,32 +161,32 @@ def _to_the_end(job: Job, attempt: Callable[[bool], BaseException | None]) -> No
             f" {job.max_failures} without a new checkpoint)",
             flush=True,
         )
-        time.sleep(min(_PAUSE * (failures - 1), _LONGEST_PAUSE))
+        time.sleep(min(_PAUSE_S * (failures - 1), _MAX_PAUSE_S))
 
 
-def _attempt(job, least, most, share, *, again) -> BaseException | None:
-    """Train on workers until the end, or until one of them fails. Returns what it failed with.
+def _attempt(job, least, most, per_worker, *, again) -> BaseException | None:
+    """Train on workers until the end, or until one of them fails. Returns its error.
 
-    Ray itself starts anew what a node's preemption ends, and waits for nodes that are missing, but counts all other failures of
-    a run, however long ago. Those are left to the caller. again: workers of an attempt before may not know yet that it is over.
+    Ray restarts workers after a node's preemption and waits for missing nodes, but it counts all other failures of a run, however
+    long ago, so the caller handles those. again: workers of an earlier attempt may still be alive.
     """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     await_folder(job.folder)
-    shutil.rmtree(job.folder / _BOOKS, ignore_errors=True)  # what Ray noted of an earlier attempt, which it would go on from
+    shutil.rmtree(job.folder / _RAY_FOLDER, ignore_errors=True)  # state of an earlier attempt, from which Ray would continue
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"job": dataclasses.replace(job, threads=job.threads or share.cpus), "again": again},
+        train_loop_config={"job": dataclasses.replace(job, threads=job.threads or per_worker.cpus), "again": again},
         scaling_config=ScalingConfig(
             num_workers=most if least == most else (least, most),  # type: ignore[arg-type]
-            use_gpu=share.gpus > 0,
-            resources_per_worker={"CPU": share.cpus} | ({"GPU": share.gpus} if share.gpus else {}),
+            use_gpu=per_worker.gpus > 0,
+            resources_per_worker={"CPU": per_worker.cpus} | ({"GPU": per_worker.gpus} if per_worker.gpus else {}),
         ),
         run_config=RunConfig(
             name=shown_name(job.folder),
-            storage_path=str(job.folder / _BOOKS),
+            storage_path=str(job.folder / _RAY_FOLDER),
             failure_config=FailureConfig(max_failures=0),
         ),
     )
@@ -202,7 +204,7 @@ def _newest_checkpoint(job) -> str | None:
 
 
 def _reason(error) -> str:
-    """Why an attempt failed, in a few words. Of workers of which one dies, the others fail because of that."""
+    """Why an attempt failed, in a few words. When one worker dies, the others fail because of it."""
     texts = [str(getattr(each, "cause", None) or each) for each in (getattr(error, "worker_failures", None) or {}).values()]
     for text in texts:
         host = found[1] if (found := re.search(r"hostname='([^']*)'", text)) else "a node"
@@ -210,24 +212,25 @@ def _reason(error) -> str:
             return f"{host} is gone"
         if "worker process has died" in text:
             return f"a worker on {host} died"
-    return f"a worker failed ({(texts or [str(error)])[0].strip().splitlines()[0][:200]})"
+    first_line = (texts or [str(error)])[0].strip().splitlines()[0]
+    return f"a worker failed ({without_addresses(first_line)[:200]})"
 
 
-def _preflight(name: str, share: Share, sets: Sequence[tuple[str, str]], storage: str | None = None) -> None:
-    """Among several nodes, what is wrong between them shows in seconds, and not as a worker's death. storage: where it writes."""
+def _preflight(name: str, per_worker: WorkerResources, sets: Sequence[tuple[str, str]], storage: str | None = None) -> None:
+    """Check the nodes if there are several, so that a problem is reported in seconds. storage: where the workers write."""
     while len(before := {node["NodeID"] for node in alive_nodes()}) > 1:
         try:
-            with Nodes(share) as nodes:
+            with NodeActors(per_worker) as nodes:
                 preflight(nodes, sets=sets, storage=storage, packages=tuple(versions()))
             return
         except ValueError:
             if before == {node["NodeID"] for node in alive_nodes()}:
                 raise
-            print(f"{name}: nodes came or went while they were looked at; looking again", flush=True)
+            print(f"{name}: nodes joined or left during the checks; checking again", flush=True)
 
 
 def _cause(error) -> BaseException:
-    """What a worker raised: a user's mistake stays one."""
+    """The error of a worker; a user's mistake stays a ValueError."""
     failures = getattr(error, "worker_failures", None) or {}
     for failure in failures.values():
         inner = getattr(failure, "_base_exc", None) or getattr(failure, "cause", None) or failure
@@ -237,7 +240,7 @@ def _cause(error) -> BaseException:
 
 
 def _work(config) -> None:
-    """A worker's whole life. Ray is told of no checkpoint: a worker finds the newest one in the run's folder."""
+    """The function of a Ray Train worker. Checkpoints are not reported to Ray: a worker finds the newest in the run's folder."""
     import ray.train
     import ray.train.torch
 
@@ -248,8 +251,8 @@ def _work(config) -> None:
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
     used = working(job.batch_size, workers)
     if used > 1:
-        group = dist.new_group(list(range(used)))  # type: ignore[assignment]  # all must ask for it, those without a part too
-    if job.url:  # this node may have another place for it than the driver's
+        group = dist.new_group(list(range(used)))  # type: ignore[assignment]  # every rank must call it, also those outside the group
+    if job.url:  # this node's folder may differ from the driver's
         job = dataclasses.replace(job, folder=Mirror(job.url).folder)
     else:
         await_folder(job.folder)
@@ -261,13 +264,13 @@ def _work(config) -> None:
 
 
 def _with_local_init(job: Job) -> Job:
-    """The job, with initial weights that lie on this node: those of a run at a URL are downloaded."""
+    """The job with initial weights on this node: those of a run at a URL are downloaded."""
     return dataclasses.replace(job, init=fetch_source(job.init))
 
 
 def _end_when_cut_off(head: str) -> None:
-    """End this process when it has not reached the head for too long. By then Ray has given the node up, and other workers go on
-    with the run, as soon as its lock is free. Ray's own connection to the head finds out only after minutes."""
+    """End this process when it cannot reach the head for too long. By then Ray has given the node up, and other workers continue
+    the run once its lock is free. Ray's own connection to the head fails only after minutes."""
     host, _, port = head.rpartition(":")
     heard = time.monotonic()
     while True:
@@ -276,19 +279,19 @@ def _end_when_cut_off(head: str) -> None:
             heard = time.monotonic()
         except OSError as error:
             if time.monotonic() - heard > _CUT_OFF_S:
-                print(f"{head} has not been reached for {_CUT_OFF_S:.0f} s ({error}): this worker ends", flush=True)
+                print(f"{head} could not be reached for {_CUT_OFF_S:.0f} s ({describe(error)}): this worker ends", flush=True)
                 os._exit(1)
-        time.sleep(_LOOK_S)
+        time.sleep(_HEAD_POLL_S)
 
 
-def _in_a_process_of_ray() -> bool:
-    """Such as a study's trial. Whoever does without Ray has not imported it."""
+def _is_ray_process() -> bool:
+    """Whether this is a Ray process, such as a study's trial. Processes that do not use Ray have not imported it."""
     return "ray" in sys.modules and sys.modules["ray"].is_initialized()
 
 
 def _gauges(job: Job) -> Callable[[dict[str, float]], None]:
-    """What offers each row as Ray's metrics. It notes the values in this process, which sends the newest every 10 s; they are
-    gone 20 s after the process is."""
+    """A function that exports each row as Ray metrics. Ray sends the newest values every 10 s, and drops them 20 s after this
+    process has ended."""
     from ray.util.metrics import Gauge
 
     gauges: dict[str, Gauge] = {}
@@ -304,7 +307,7 @@ def _gauges(job: Job) -> Callable[[dict[str, float]], None]:
 
 
 def working(batch_size: int, workers: int) -> int:
-    """How many of the workers have a part: the most that a global batch divides by, which must not depend on their number."""
+    """The number of workers that train: the largest that divides the global batch, whose size must not depend on it."""
     return max(n for n in range(1, workers + 1) if batch_size % n == 0)
 
 

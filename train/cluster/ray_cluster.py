@@ -1,4 +1,4 @@
-"""The Ray cluster that this process has joined: its nodes, those that there may be, and functions called on each."""
+"""The Ray cluster that this process has joined: its nodes, those that the autoscaler may add, and calls on each of them."""
 
 import contextlib
 import logging
@@ -12,8 +12,8 @@ import torch
 import yaml
 
 from sharding.cli import describe
-from train.cluster.node_checks import Answer, Caller
-from train.cluster.resources import Node, Share, node_of, startable
+from train.cluster.node_checks import CallResult, NodeActor
+from train.cluster.resources import NodeResources, WorkerResources, node_resources, startable_nodes
 from train.config import worker_range
 
 # Before Ray is imported. A dead worker is seen after a second (2 otherwise); prints once; no line per rank; Ray's run API.
@@ -47,10 +47,10 @@ def connect(name: str | None = None) -> None:
     print(f"Ray: {nodes} node{'s' * (nodes > 1)}, {resources['CPU']:.0f} CPUs{gpus}; dashboard http://{place}", flush=True)
 
 
-def possible_nodes() -> list[Node]:
+def possible_nodes() -> list[NodeResources]:
     """The cluster's nodes, and those that its autoscaler may still start."""
-    there = [node_of(node["Resources"]) for node in alive_nodes()]
-    return [*there, *(node_of(resources, started=False) for resources in _startable())]
+    there = [node_resources(node["Resources"]) for node in alive_nodes()]
+    return [*there, *(node_resources(resources, started=False) for resources in _startable())]
 
 
 def alive_nodes() -> list[dict[str, Any]]:
@@ -66,14 +66,14 @@ def _startable() -> list[dict[str, float]]:
     import ray
 
     address = ray.get_runtime_context().gcs_address
-    workers = [node_of(node["Resources"]) for node in alive_nodes() if _HEAD not in node["Resources"]]
+    workers = [node_resources(node["Resources"]) for node in alive_nodes() if _HEAD not in node["Resources"]]
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # it has ended, or is another user's
             said = path.read_bytes().decode(errors="replace").split("\0")
             given = {flag: value for flag, _, value in (word.partition("=") for word in said)}
             config = given.get("--autoscaling-config")
             if config and given.get("--gcs-address") == address:
-                return startable(yaml.safe_load(Path(config).expanduser().read_text()), workers)
+                return startable_nodes(yaml.safe_load(Path(config).expanduser().read_text()), workers)
     return []
 
 
@@ -95,28 +95,28 @@ def gpus_with_bf16(workers: str | int, gpus_per_worker: float | None = None, *, 
     return bool(with_gpus) and not kinds & _WITHOUT_BF16
 
 
-class Nodes:
-    """A process of ours on each of the cluster's alive nodes, in which functions can be called; at the block's end they end.
+class NodeActors:
+    """An actor on each of the cluster's alive nodes, in which functions can be called; they end with the block.
 
-    Nothing is reserved for them, so they start beside whatever runs. share: only the nodes on which a worker with it fits.
-    shares: each node's cores and GPUs as Ray counts them; addresses: by which others reach it. Both are by the node's name.
+    They reserve nothing, so they start beside whatever runs. fitting: only nodes on which a worker with these resources fits.
+    resources: each node's cores and GPUs as Ray counts them; addresses: by which others reach it. Both are by the node's name.
     """
 
-    def __init__(self, share: Share | None = None):
+    def __init__(self, fitting: WorkerResources | None = None):
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        self.shares: dict[str, Node] = {}
+        self.resources: dict[str, NodeResources] = {}
         self.addresses: dict[str, str] = {}
-        self._callers: dict[str, Any] = {}
+        self._actors: dict[str, Any] = {}
         for each in sorted(alive_nodes(), key=lambda each: each["NodeManagerAddress"]):
-            node, address = node_of(each["Resources"]), each["NodeManagerAddress"]
-            if share and (node.gpus < share.gpus or node.cpus < share.cpus):
+            node, address = node_resources(each["Resources"]), each["NodeManagerAddress"]
+            if fitting and (node.gpus < fitting.gpus or node.cpus < fitting.cpus):
                 continue
             name = address if address not in self.addresses.values() else f"{address}#{each['NodeID'][:6]}"
             place = NodeAffinitySchedulingStrategy(each["NodeID"], soft=False)
-            start = ray.remote(Caller).options(num_cpus=0, max_concurrency=8, scheduling_strategy=place)
-            self.shares[name], self.addresses[name], self._callers[name] = node, address, start.remote()
+            start = ray.remote(NodeActor).options(num_cpus=0, max_concurrency=8, scheduling_strategy=place)
+            self.resources[name], self.addresses[name], self._actors[name] = node, address, start.remote()
 
     def __enter__(self):
         return self
@@ -124,26 +124,28 @@ class Nodes:
     def __exit__(self, *_):
         import ray
 
-        for caller in self._callers.values():
-            ray.kill(caller)
+        for actor in self._actors.values():
+            ray.kill(actor)
 
-    def ask(self, function: Callable, *given: Any, seconds: float, each: Mapping[str, tuple] | None = None) -> dict[str, Answer]:
-        """Call function(*given) on every node at once; with `each`, on those in it, and with what it has for them besides.
+    def call(
+        self, function: Callable, *args: Any, timeout_s: float, per_node: Mapping[str, tuple] | None = None
+    ) -> dict[str, CallResult]:
+        """Call function(*args) on all nodes in parallel. per_node: only on these nodes, with further arguments for each.
 
-        A node that raises, has gone, or has not answered after so many seconds says that in its answer.
+        The result of a node that raises, has died, or has not answered by the time-out says so.
         """
         import ray
 
-        asked = {name: () for name in self._callers} if each is None else each
-        calls = {name: self._callers[name].call.remote(function, *given, *own) for name, own in asked.items()}
-        ray.wait(list(calls.values()), num_returns=len(calls), timeout=seconds)
-        answers = {}
+        further = {name: () for name in self._actors} if per_node is None else per_node
+        calls = {name: self._actors[name].call.remote(function, *args, *own) for name, own in further.items()}
+        ray.wait(list(calls.values()), num_returns=len(calls), timeout=timeout_s)
+        results = {}
         for name, call in calls.items():
             try:
-                answers[name] = Answer(ray.get(call, timeout=0))
+                results[name] = CallResult(ray.get(call, timeout=0))
             except ray.exceptions.GetTimeoutError:
-                answers[name] = Answer(None, f"no answer within {seconds:g} s")
+                results[name] = CallResult(None, f"no answer within {timeout_s:g} s")
             except ray.exceptions.RayError as error:  # a process that lacks a module has Ray's whole traceback for a message
                 missing = re.search(r"No module named \S+", str(error))
-                answers[name] = Answer(None, missing[0] if missing else describe(getattr(error, "cause", None) or error))
-        return answers
+                results[name] = CallResult(None, missing[0] if missing else describe(getattr(error, "cause", None) or error))
+        return results

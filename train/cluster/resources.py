@@ -1,10 +1,10 @@
-"""What of a cluster's nodes a worker gets: its cores, and its GPU or a part of one."""
+"""The resources that each worker gets: its cores, and its GPU or a part of one."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 
-class Node(NamedTuple):
+class NodeResources(NamedTuple):
     """A node's cores and GPUs, as whole numbers; started: it is there, and not only what the autoscaler may add."""
 
     cpus: int
@@ -12,12 +12,12 @@ class Node(NamedTuple):
     started: bool = True
 
 
-def node_of(resources: Mapping[str, float], *, started: bool = True) -> Node:
+def node_resources(resources: Mapping[str, float], *, started: bool = True) -> NodeResources:
     """The node that has these resources, by Ray's names."""
-    return Node(int(resources.get("CPU", 0)), int(resources.get("GPU", 0)), started)
+    return NodeResources(int(resources.get("CPU", 0)), int(resources.get("GPU", 0)), started)
 
 
-def startable(config: Mapping[str, Any], workers: Iterable[Node]) -> list[dict[str, float]]:
+def startable_nodes(config: Mapping[str, Any], workers: Iterable[NodeResources]) -> list[dict[str, float]]:
     """The resources, by Ray's names, of each node that the autoscaler may still start, the ones with most GPUs first.
 
     config: as of cluster.yaml, and as the autoscaler has it: with the resources of each type of node filled in; workers: the
@@ -28,32 +28,38 @@ def startable(config: Mapping[str, Any], workers: Iterable[Node]) -> list[dict[s
     found: list[dict[str, float]] = []
     for kind in config.get("available_node_types", {}).values():
         resources = kind.get("resources", {})
-        if any(node_of(resources)[:2]):
+        if any(node_resources(resources)[:2]):
             found += [resources] * kind.get("max_workers", most)
-    found.sort(key=lambda resources: node_of(resources)[1::-1], reverse=True)
+    found.sort(key=lambda resources: node_resources(resources)[1::-1], reverse=True)
     there = list(workers)
     for node in there:
-        same = (i for i, resources in enumerate(found) if node_of(resources)[:2] == node[:2])
+        same = (i for i, resources in enumerate(found) if node_resources(resources)[:2] == node[:2])
         if (i := next(same, None)) is not None:
             del found[i]
     return found[: max(0, most - len(there))]
 
 
-class Share(NamedTuple):
-    """What each worker has for itself. gpus: 0, 1, or a part of one."""
+class WorkerResources(NamedTuple):
+    """What one worker reserves. gpus: 0, 1, or a part of one."""
 
     cpus: int
     gpus: float
 
 
-def share_of(
-    nodes: Iterable[Node], least: int, most: int, gpus_per_worker: float | None, cpus_per_worker: int = 0, *, said: str
-) -> Share:
-    """The share with which as many of `most` workers as possible fit, with as many cores each as that leaves.
+def resources_per_worker(
+    nodes: Iterable[NodeResources],
+    least: int,
+    most: int,
+    gpus_per_worker: float | None,
+    cpus_per_worker: int = 0,
+    *,
+    workers: str,
+) -> WorkerResources:
+    """The resources with which as many of `most` workers as possible fit, with as many cores each as that leaves.
 
     Where workers have GPUs, only the nodes that have some count: a head node without any may have more cores than all others.
     gpus_per_worker: None is one each where the cluster has GPUs, else none. cpus_per_worker: so many cores each, 0: as many as
-    there are. said: --workers as it was given.
+    there are. workers: --workers as it was given, for messages.
     Raises ValueError where even `least` workers do not fit, and for a part of a GPU for more than one worker: NCCL refuses two
     ranks on one GPU.
     """
@@ -63,7 +69,7 @@ def share_of(
         raise ValueError(f"--gpus-per-worker {gpus:g}: give 0 (train on CPUs), 1, or a part of one such as 0.25")
     if 0 < gpus < 1 and most > 1:
         raise ValueError(
-            f"--gpus-per-worker {gpus:g} with --workers {said}: workers of one run cannot share a GPU; give --workers 1"
+            f"--gpus-per-worker {gpus:g} with --workers {workers}: workers of one run cannot share a GPU; give --workers 1"
         )
     usable = [node for node in nodes if node.gpus] if gpus else nodes
     limits = [int(node.gpus / gpus + 1e-9) if gpus else node.cpus for node in usable]
@@ -80,8 +86,8 @@ def share_of(
         if cpus_per_worker > 1:
             each += f" and {cpus_per_worker} of its {sum(node.cpus for node in nodes)} CPUs"
         has = "has" if all(node.started for node in nodes) else "can grow to"
-        raise ValueError(f"--workers {said}: the cluster {has} {what}, and each worker takes {each}")
+        raise ValueError(f"--workers {workers}: the cluster {has} {what}, and each worker takes {each}")
     if cpus_per_worker:
-        return Share(cpus_per_worker, gpus)
+        return WorkerResources(cpus_per_worker, gpus)
     wanted = min(most, room)
-    return Share(max(cpus for cpus in range(1, max(node.cpus for node in usable) + 1) if fit(cpus) >= wanted), gpus)
+    return WorkerResources(max(cpus for cpus in range(1, max(node.cpus for node in usable) + 1) if fit(cpus) >= wanted), gpus)

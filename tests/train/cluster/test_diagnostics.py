@@ -24,17 +24,18 @@ from train.cluster.diagnostics import (
     check_all_reduce,
     check_clocks,
     check_decoding,
+    check_free_space,
     check_gpus,
     check_ports,
-    check_rooms,
     check_shards,
+    check_shared_memory,
     check_storage,
     check_versions,
     check_workers,
     preflight,
 )
-from train.cluster.node_checks import Answer, GpusSeen, Room
-from train.cluster.resources import Node, node_of, share_of, startable
+from train.cluster.node_checks import CallResult, DiskSpace
+from train.cluster.resources import NodeResources, node_resources, resources_per_worker, startable_nodes
 from train.doctor import DoctorConfig, main
 
 PACKAGES = ("torch", "ray")
@@ -43,19 +44,20 @@ PACKAGES = ("torch", "ray")
 class Pretended:
     """Nodes a and b, whose functions are called in this process. lies: what stands for a function on a node."""
 
-    def __init__(self, lies=None, shares=None):
-        self.shares = shares or {"a": Node(4, 0), "b": Node(4, 0)}
-        self.addresses = dict.fromkeys(self.shares, "127.0.0.1")
+    def __init__(self, lies=None, resources=None):
+        self.resources = resources or {"a": NodeResources(4, 0), "b": NodeResources(4, 0)}
+        self.addresses = dict.fromkeys(self.resources, "127.0.0.1")
         self.lies = lies or {}
 
-    def ask(self, function, *given, seconds, each=None):
-        return {name: self._asked(name, function, *given, *own) for name, own in (each or dict.fromkeys(self.shares, ())).items()}
+    def call(self, function, *args, timeout_s, per_node=None):
+        further = per_node or dict.fromkeys(self.resources, ())
+        return {name: self._call(name, function, *args, *own) for name, own in further.items()}
 
-    def _asked(self, name, function, *given):
+    def _call(self, name, function, *args):
         try:
-            return Answer(self.lies.get((name, function), function)(*given))
+            return CallResult(self.lies.get((name, function), function)(*args))
         except Exception as error:
-            return Answer(None, describe(error))
+            return CallResult(None, describe(error))
 
 
 def raising(message):
@@ -70,7 +72,7 @@ def on_b(function, lie):
 
 
 def has(finding, verdict, *words):
-    assert finding.verdict == verdict, finding
+    assert finding.status == verdict, finding
     for word in words:
         assert word in finding.text
     return True
@@ -78,12 +80,16 @@ def has(finding, verdict, *words):
 
 def test_versions():
     has(check_versions(Pretended(), PACKAGES, commit="abc"), "ok", "torch", "code", "commit abc")
-    own = nodes.installed(PACKAGES)
-    other = on_b(nodes.installed, lambda _: own | {"torch": "2.11.0"})
+    own = nodes.installed_versions(PACKAGES)
+    other = on_b(nodes.installed_versions, lambda _: own | {"torch": "2.11.0"})
     told = check_versions(other, PACKAGES)
     has(told, "FAILED", f"torch {own['torch']} (this process, a) and 2.11.0 (b)", "pip install -e . -c constraints.txt")
     assert "ray" not in told.text
-    has(check_versions(on_b(nodes.installed, raising("no module named train")), PACKAGES), "FAILED", "b: no module named train")
+    has(
+        check_versions(on_b(nodes.installed_versions, raising("no module named train")), PACKAGES),
+        "FAILED",
+        "b: no module named train",
+    )
 
 
 def test_the_digest_of_the_code_changes_with_any_module(tmp_path, monkeypatch):
@@ -93,9 +99,9 @@ def test_the_digest_of_the_code_changes_with_any_module(tmp_path, monkeypatch):
     digests = set()
     for text in ("a", "b"):
         module.write_text(text)
-        digests.add(nodes.installed(())["code"])
+        digests.add(nodes.installed_versions(())["code"])
     module.rename(tmp_path / "train" / "points.py")
-    digests.add(nodes.installed(())["code"])
+    digests.add(nodes.installed_versions(())["code"])
     assert len(digests) == 3
 
 
@@ -111,19 +117,19 @@ def test_storage_is_written_to_by_all_and_seen_by_all(tmp_path):
 
 def test_storage_that_a_node_has_of_its_own(tmp_path, monkeypatch):
     """Another folder of the same name: one that lacks what the driver made, and one that does not."""
-    monkeypatch.setattr("train.cluster.diagnostics.MOST_LATE", 0.1)
+    monkeypatch.setattr("train.cluster.diagnostics.VISIBILITY_TIMEOUT_S", 0.1)
     storage = str(tmp_path / "runs")
     elsewhere = str(tmp_path / "elsewhere")
-    lacks = on_b(nodes.leave_mark, lambda _, *rest: nodes.leave_mark(elsewhere, *rest))
+    lacks = on_b(nodes.write_test_file, lambda _, *rest: nodes.write_test_file(elsewhere, *rest))
     has(check_storage(lacks, storage), "FAILED", "b: ", "is not the driver's folder", "s3://bucket/runs")
     assert not Path(elsewhere).exists() and not Path(storage).exists()
 
     def apart(_, folder, make, name):
         (tmp_path / "elsewhere" / folder).mkdir(parents=True)
-        nodes.leave_mark(elsewhere, folder, make, name)
+        nodes.write_test_file(elsewhere, folder, make, name)
 
-    lies = {("b", nodes.leave_mark): apart}
-    lies["b", nodes.unseen_marks] = lambda _, *rest: nodes.unseen_marks(elsewhere, *rest)
+    lies = {("b", nodes.write_test_file): apart}
+    lies["b", nodes.missing_test_files] = lambda _, *rest: nodes.missing_test_files(elsewhere, *rest)
     told = check_storage(Pretended(lies), storage)
     has(told, "FAILED", "a does not see what b wrote", "b does not see what this process, a wrote")
 
@@ -131,14 +137,14 @@ def test_storage_that_a_node_has_of_its_own(tmp_path, monkeypatch):
 def test_storage_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     has(check_storage(Pretended(), str(tmp_path / "file" / "runs")), "FAILED", "this process", "Not a directory")
-    full = on_b(nodes.leave_mark, raising("No space left on device"))
+    full = on_b(nodes.write_test_file, raising("No space left on device"))
     has(check_storage(full, str(tmp_path)), "FAILED", "b: No space left on device")
     assert os.listdir(tmp_path) == ["file"]
 
 
 def test_storage_that_hangs_is_given_up(tmp_path, monkeypatch):
     """As a folder of a server that is gone does, for the driver too."""
-    monkeypatch.setattr("train.cluster.diagnostics.MOST_WAIT", 0.2)
+    monkeypatch.setattr("train.cluster.diagnostics.STORAGE_TIMEOUT_S", 0.2)
     stop = threading.Event()
     monkeypatch.setattr(nodes.os, "fsync", lambda _: stop.wait())
     try:
@@ -155,30 +161,28 @@ def test_storage_at_a_url(s3, small_set):
 
 
 def test_shards(small_set, other_set, tmp_path):
-    finding, image = check_shards(Pretended(), str(small_set))
-    has(finding, "ok", fingerprint(small_set)[:12])
-    assert image.startswith((b"\xff\xd8", b"\x89PNG"))
-    told, _ = check_shards(on_b(nodes.look_at_shards, lambda _: nodes.look_at_shards(str(other_set))), str(small_set))
-    has(told, "FAILED", "(this process, a)", "(b)", "copy it anew")
-    told, _ = check_shards(Pretended(), str(small_set), "f" * 64)
-    has(told, "FAILED", f"{'f' * 12} (the run)")
-    told, _ = check_shards(Pretended(), str(tmp_path / "nowhere"))
-    has(told, "FAILED", "this process, a, b: ", "there is no such folder", "s3://bucket/kidney")
+    has(check_shards(Pretended(), str(small_set)), "ok", fingerprint(small_set)[:12])
+    assert nodes.sample_shards(str(small_set)).image.startswith((b"\xff\xd8", b"\x89PNG"))
+    other = on_b(nodes.sample_shards, lambda _: nodes.sample_shards(str(other_set)))
+    has(check_shards(other, str(small_set)), "FAILED", "(this process, a)", "(b)", "copy it anew")
+    has(check_shards(Pretended(), str(small_set), "f" * 64), "FAILED", f"{'f' * 12} (the run)")
+    nowhere = check_shards(Pretended(), str(tmp_path / "nowhere"))
+    has(nowhere, "FAILED", "this process, a, b: ", "there is no such folder", "s3://bucket/kidney")
     shutil.copytree(small_set, tmp_path / "set")
     (tmp_path / "set" / "shard-000002.tar").unlink()
-    has(check_shards(Pretended(), str(tmp_path / "set"))[0], "FAILED", "lacks shard-000002.tar")
+    has(check_shards(Pretended(), str(tmp_path / "set")), "FAILED", "lacks shard-000002.tar")
     for cut, words in ((700, "was cut short"), (100, "cannot be read")):
         shutil.copytree(small_set, tmp_path / "set", dirs_exist_ok=True)
         tar = tmp_path / "set" / "shard-000000.tar"
         tar.write_bytes(tar.read_bytes()[:cut])
-        has(check_shards(Pretended(), str(tmp_path / "set"))[0], "FAILED", words)
+        has(check_shards(Pretended(), str(tmp_path / "set")), "FAILED", words)
 
 
 def test_shards_at_a_url(s3, small_set, tmp_path):
     url = s3(small_set, "looked-at/set")
-    assert check_shards(Pretended(), url)[1] == check_shards(Pretended(), str(small_set))[1]
+    assert nodes.sample_shards(url) == nodes.sample_shards(str(small_set))
     assert not (tmp_path / "cache").exists()
-    has(check_shards(Pretended(), url + "-not")[0], "FAILED", "is not there")
+    has(check_shards(Pretended(), url + "-not"), "FAILED", "is not there")
 
 
 @pytest.mark.parametrize(
@@ -192,21 +196,21 @@ def test_shards_at_a_url(s3, small_set, tmp_path):
     ],
 )
 def test_gpus(counted, seen, verdict, words):
-    shares = {"a": Node(4, counted), "b": Node(4, counted)}
-    own = {("a", nodes.gpus_seen): lambda: GpusSeen(["A100"] * counted, None)}
-    has(check_gpus(Pretended(own | {("b", nodes.gpus_seen): lambda: GpusSeen(seen, "no driver")}, shares)), verdict, words)
+    resources = {"a": NodeResources(4, counted), "b": NodeResources(4, counted)}
+    own = {("a", nodes.visible_gpus): lambda: (["A100"] * counted, None)}
+    has(check_gpus(Pretended(own | {("b", nodes.visible_gpus): lambda: (seen, "no driver")}, resources)), verdict, words)
 
 
 def test_decoding(small_set):
     has(check_decoding(Pretended(), None), "ok", "a drawn patch", "CPU")
-    image = nodes.look_at_shards(str(small_set)).image
+    image = nodes.sample_shards(str(small_set)).image
     has(check_decoding(Pretended(), image), "ok", "a patch of the set")
     has(check_decoding(Pretended(), b"no image"), "FAILED", "a, b: the patch is no image that Pillow can read", "constraints.txt")
 
 
 def test_ports():
     has(check_ports(Pretended()), "ok", "2 connections")
-    has(check_ports(Pretended(shares={"a": Node(4, 0)})), "ok", "one node")
+    has(check_ports(Pretended(resources={"a": NodeResources(4, 0)})), "ok", "one node")
     with socket.create_server(("127.0.0.1", 0)) as server:
         shut = server.getsockname()[1]
     told = check_ports(on_b(nodes.listen, lambda _: shut))
@@ -223,7 +227,7 @@ def test_a_port_that_does_not_answer_is_waited_for_shortly():
             each.setblocking(False)
             each.connect_ex(server.getsockname())
         # Our own time-out: the kernel's is "Connection timed out", after two minutes.
-        assert nodes.unreachable({"b": server.getsockname()}, 0.3) == {"b": "timed out"}
+        assert nodes.connection_errors({"b": server.getsockname()}, 0.3) == {"b": "timed out"}
         for each in filling:
             each.close()
 
@@ -235,15 +239,15 @@ def test_gloo():
     has(check_all_reduce(answers(3.0), "gloo", ["a", "b"]), "ok", "2 processes", "lo")
     has(check_all_reduce(answers(2.0), "gloo", ["a", "b"]), "FAILED", "the sum is 2 and not 3")
     lies = {(name, nodes.all_reduce): raising("connect timed out") for name in "ab"}
-    wrong = Pretended(lies | {("b", nodes.interface_of): lambda _: ("eth7", "127.0.1.1")})
-    words = "on b the host's name stands for 127.0.1.1, and Ray has 127.0.0.1", "GLOO_SOCKET_IFNAME=eth7"
+    wrong = Pretended(lies | {("b", nodes.network_interface): lambda _: ("eth7", "127.0.1.1")})
+    words = "on b the host name resolves to 127.0.1.1, and Ray has 127.0.0.1", "GLOO_SOCKET_IFNAME=eth7"
     has(check_all_reduce(wrong, "gloo", ["a", "b"]), "FAILED", "a, b: connect timed out", *words)
     has(check_all_reduce(Pretended(lies), "nccl", ["a", "b"]), "FAILED", "NCCL_DEBUG=INFO")
 
 
 def test_interfaces():
-    assert nodes.interface_of("127.0.0.1")[0] == "lo"
-    assert nodes.interface_of("203.0.113.9")[0] is None
+    assert nodes.network_interface("127.0.0.1")[0] == "lo"
+    assert nodes.network_interface("203.0.113.9")[0] is None
 
 
 @pytest.mark.parametrize(("off", "verdict"), [(0, "ok"), (0.5, "ok"), (-7, "warning"), (3600, "warning")])
@@ -264,46 +268,65 @@ def test_a_slow_answer_is_no_wrong_clock():
 def test_a_node_that_is_gone():
     has(check_clocks(on_b(time.time, raising("the actor died"))), "FAILED", "b: the actor died")
     for check in (check_gpus, check_ports):
-        lies = dict.fromkeys([("b", nodes.gpus_seen), ("b", nodes.listen)], raising("the actor died"))
+        lies = dict.fromkeys([("b", nodes.visible_gpus), ("b", nodes.listen)], raising("the actor died"))
         has(check(Pretended(lies)), "FAILED", "b: the actor died")
 
 
-def test_rooms(tmp_path):
-    plenty = {name: Room(name, 2**40, 2**41) for name in ("cache", "storage", "shared memory")}
+def test_free_space(tmp_path):
+    def found(storage=str(tmp_path), cached=True, cache=2**40, runs=2**40):
+        on_node_b = lambda place: DiskSpace(place or "cache", runs if place else cache, 2**41)  # noqa: E731
+        lies = {
+            ("a", nodes.disk_space): lambda place: DiskSpace(place or "cache", 2**40, 2**41),
+            ("b", nodes.disk_space): on_node_b,
+        }
+        return check_free_space(Pretended(lies), storage, cached=cached)
 
-    def found(storage=str(tmp_path), cached=True, **changed):
-        given = plenty | {name.replace("_", " "): Room(name, size, size) for name, size in changed.items()}
-        lies = {("a", nodes.rooms): lambda _: plenty, ("b", nodes.rooms): lambda _: given}
-        return list(check_rooms(Pretended(lies), storage, cached=cached))
+    has(found(), "ok", "storage 1024.0 GiB, cache 1024.0 GiB")
+    has(found(cache=2**30), "warning", "cache cache on b has 1.0 GiB", "make room")
+    has(found(runs=2**30), "warning", f"storage {tmp_path} on b has 1.0 GiB")
+    has(found(cache=2**30, cached=False), "ok", "storage")
+    has(found("s3://bucket/runs", cached=False, runs=0), "ok", "a URL")
+    for folder in (str(tmp_path / "not" / "there"), None):
+        real = nodes.disk_space(folder)
+        assert 0 <= real.free <= real.total
+    for check in (lambda c: check_free_space(c, str(tmp_path), cached=True), check_shared_memory):
+        has(check(on_b(nodes.disk_space, raising("no answer"))), "FAILED", "b: no answer")
 
-    assert [each.verdict for each in found()] == ["ok", "ok"]
-    has(found(storage=str(tmp_path), cache=2**30)[0], "warning", "cache cache on b has 1.0 GiB", "make room")
-    has(found(cache=2**30, cached=False)[0], "ok", "storage")
-    has(found("s3://bucket/runs", cached=False, storage_=0)[0], "ok", "a URL")
-    has(found(shared_memory=2**26)[1], "warning", "b has 0.1 GiB", "--shm-size=8g")
-    real = nodes.rooms(str(tmp_path / "not" / "there"))
-    assert set(real) == set(plenty) and all(0 <= room.free <= room.total for room in real.values())
-    has(next(check_rooms(on_b(nodes.rooms, raising("no answer")), str(tmp_path), cached=True)), "FAILED", "b: no answer")
+
+def test_shared_memory():
+    has(
+        check_shared_memory(on_b(nodes.disk_space, lambda path: DiskSpace(path, 2**26, 2**26))),
+        "warning",
+        "b has 0.1 GiB",
+        "--shm-size=8g",
+    )
+    plenty = {(name, nodes.disk_space): lambda path: DiskSpace(path, 2**32, 2**33) for name in "ab"}
+    has(check_shared_memory(Pretended(plenty)), "ok", "at least 4.0 GiB free")
 
 
 def test_workers():
-    has(check_workers([Node(8, 1), Node(8, 1)], 2), "ok", "2, each with 8 CPUs and 1 GPU")
-    has(check_workers([Node(8, 1), Node(8, 1)], "3:4"), "FAILED", "--workers 3:4: the cluster has 2 GPUs", "ask for fewer")
+    has(check_workers([NodeResources(8, 1), NodeResources(8, 1)], 2), "ok", "2, each with 8 CPUs and 1 GPU")
+    has(
+        check_workers([NodeResources(8, 1), NodeResources(8, 1)], "3:4"),
+        "FAILED",
+        "--workers 3:4: the cluster has 2 GPUs",
+        "ask for fewer",
+    )
 
 
 def test_before_a_run_the_first_thing_that_is_wrong_is_told(small_set, tmp_path):
     given = {"sets": [(str(small_set), fingerprint(small_set))], "storage": str(tmp_path / "run"), "packages": PACKAGES}
     preflight(Pretended(), **given)
-    with pytest.raises(ValueError, match=r"^versions: .*\(b\).* train/doctor.py looks at all the rest$"):
-        preflight(on_b(nodes.installed, lambda _: {"python": "2", "torch": "1", "ray": "1", "code": "0"}), **given)
+    with pytest.raises(ValueError, match=r"^versions: .*\(b\).* train/doctor.py checks everything else$"):
+        preflight(on_b(nodes.installed_versions, lambda _: {"python": "2", "torch": "1", "ray": "1", "code": "0"}), **given)
     with pytest.raises(ValueError, match=r"^storage: b: read-only"):
-        preflight(on_b(nodes.leave_mark, raising("read-only")), **given)
+        preflight(on_b(nodes.write_test_file, raising("read-only")), **given)
     with pytest.raises(ValueError, match=r"^shards: b: gone"):
-        preflight(on_b(nodes.look_at_shards, raising("gone")), **given)
+        preflight(on_b(nodes.sample_shards, raising("gone")), **given)
     without_storage = given | {"storage": None}
-    preflight(on_b(nodes.leave_mark, raising("read-only")), **without_storage)
+    preflight(on_b(nodes.write_test_file, raising("read-only")), **without_storage)
     with pytest.raises(ValueError, match=r"^shards: b: gone"):
-        preflight(on_b(nodes.look_at_shards, raising("gone")), **without_storage)
+        preflight(on_b(nodes.sample_shards, raising("gone")), **without_storage)
     with pytest.raises(ValueError, match=r"^shards: .*0000 \(the run\)"):
         preflight(Pretended(), **given | {"sets": [(str(small_set), "0" * 64)]})
 
@@ -313,23 +336,25 @@ def test_before_a_run_the_first_thing_that_is_wrong_is_told(small_set, tmp_path)
 
 def test_a_process_per_node_says_what_went_wrong(ray_here, monkeypatch):
     only_here = types.ModuleType("only_here")
-    exec("def function():\n    return 1\nclass Caller:\n    def call(self, *given):\n        return given", vars(only_here))
+    exec("def function():\n    return 1\nclass NodeActor:\n    def call(self, *given):\n        return given", vars(only_here))
     monkeypatch.setitem(sys.modules, "only_here", only_here)
-    with ray_cluster.Nodes() as found:
-        (name,) = found.shares
-        assert found.shares[name] == Node(3, 0)
-        assert found.ask(time.sleep, 20, seconds=0.3) == {name: Answer(None, "no answer within 0.3 s")}
-        assert found.ask(os.getpid, seconds=20)[name].result != os.getpid()  # while that hangs
-        assert found.ask(nodes.look_at_shards, "/nowhere", seconds=20)[name].error.startswith("/nowhere: there is no such folder")
-        assert found.ask(only_here.function, seconds=20)[name].error == "No module named 'only_here'"
+    with ray_cluster.NodeActors() as found:
+        (name,) = found.resources
+        assert found.resources[name] == NodeResources(3, 0)
+        assert found.call(time.sleep, 20, timeout_s=0.3) == {name: CallResult(None, "no answer within 0.3 s")}
+        assert found.call(os.getpid, timeout_s=20)[name].value != os.getpid()  # while that hangs
+        assert found.call(nodes.sample_shards, "/nowhere", timeout_s=20)[name].error.startswith(
+            "/nowhere: there is no such folder"
+        )
+        assert found.call(only_here.function, timeout_s=20)[name].error == "No module named 'only_here'"
         # Nobody else comes, as when the other cannot be connected to.
-        port = found.ask(nodes.free_port, "127.0.0.1", seconds=20)[name].result
-        alone = found.ask(nodes.all_reduce, 0, 2, "127.0.0.1", port, "gloo", 1.0, seconds=30)[name]
+        port = found.call(nodes.free_port, "127.0.0.1", timeout_s=20)[name].value
+        alone = found.call(nodes.all_reduce, 0, 2, "127.0.0.1", port, "gloo", 1.0, timeout_s=30)[name]
         assert alone.error and "no answer" not in alone.error
-        process = found.ask(os.getpid, seconds=20)[name].result
-    monkeypatch.setattr(ray_cluster, "Caller", only_here.Caller)  # a node where the project is not installed
-    with ray_cluster.Nodes() as found:
-        assert found.ask(os.getpid, seconds=20)[name].error == "No module named 'only_here'"
+        process = found.call(os.getpid, timeout_s=20)[name].value
+    monkeypatch.setattr(ray_cluster, "NodeActor", only_here.NodeActor)  # a node where the project is not installed
+    with ray_cluster.NodeActors() as found:
+        assert found.call(os.getpid, timeout_s=20)[name].error == "No module named 'only_here'"
     until = time.monotonic() + 20
     while Path(f"/proc/{process}").exists():
         assert time.monotonic() < until
@@ -362,8 +387,8 @@ def test_one_node_is_not_looked_at_before_a_run(ray_here, monkeypatch):
     def nobody(*_):
         raise AssertionError
 
-    monkeypatch.setattr(launcher, "Nodes", nobody)
-    launcher._preflight("run", share_of([Node(3, 0)], 1, 1, None, said="1"), sets=[])
+    monkeypatch.setattr(launcher, "NodeActors", nobody)
+    launcher._preflight("run", resources_per_worker([NodeResources(3, 0)], 1, 1, None, workers="1"), sets=[])
 
 
 @pytest.mark.faults
@@ -409,21 +434,21 @@ CONFIG = {
     ("there", "expected"),
     [
         ([], [(8, 1)] * 3 + [(64, 0)] * 2),
-        ([Node(8, 1)], [(8, 1)] * 2 + [(64, 0)] * 2),
-        ([Node(8, 1), Node(8, 1), Node(8, 1), Node(64, 0), Node(64, 0)], []),
-        ([Node(2, 0)], [(8, 1)] * 3 + [(64, 0)]),  # of none of the types, and still one of the five
+        ([NodeResources(8, 1)], [(8, 1)] * 2 + [(64, 0)] * 2),
+        ([NodeResources(8, 1), NodeResources(8, 1), NodeResources(8, 1), NodeResources(64, 0), NodeResources(64, 0)], []),
+        ([NodeResources(2, 0)], [(8, 1)] * 3 + [(64, 0)]),  # of none of the types, and still one of the five
     ],
 )
 def test_what_the_autoscaler_may_still_start(there, expected):
-    assert [node_of(each)[:2] for each in startable(CONFIG, there)] == expected
+    assert [node_resources(each)[:2] for each in startable_nodes(CONFIG, there)] == expected
 
 
 def test_gpus_that_are_not_started_yet_count():
     """Without them, GPU workers that scale from zero would be a CPU cluster."""
-    nodes = [Node(16, 0), *(node_of(each, started=False) for each in startable(CONFIG, []))]
-    assert share_of(nodes, 3, 3, None, said="3") == (8, 1)
+    nodes = [NodeResources(16, 0), *(node_resources(each, started=False) for each in startable_nodes(CONFIG, []))]
+    assert resources_per_worker(nodes, 3, 3, None, workers="3") == (8, 1)
     with pytest.raises(ValueError, match="--workers 4: the cluster can grow to 3 GPUs, and each worker takes one"):
-        share_of(nodes, 4, 4, None, said="4")
+        resources_per_worker(nodes, 4, 4, None, workers="4")
 
 
 def test_the_autoscaler_of_this_cluster_is_found_by_its_command_line(ray_here, tmp_path):
@@ -431,7 +456,7 @@ def test_the_autoscaler_of_this_cluster_is_found_by_its_command_line(ray_here, t
     config.write_text(yaml.safe_dump(CONFIG))
     own = ray_here.get_runtime_context().gcs_address
     alone = ray_cluster.possible_nodes()
-    assert alone == [Node(3, 0)]
+    assert alone == [NodeResources(3, 0)]
     for address, more, bf16 in (("127.0.0.1:1", 0, False), (own, 5, False)):
         command = [sys.executable, "-c", "input()", f"--gcs-address={address}", f"--autoscaling-config={config}"]
         with subprocess.Popen(command, stdin=subprocess.PIPE) as monitor:

@@ -180,7 +180,7 @@ def test_a_failure_is_told_in_a_few_words(texts, told):
 def test_a_worker_that_does_not_reach_the_head_ends(tmp_path):
     """The head is a socket that listens, until it is closed."""
     script = (
-        "import sys; from train.cluster import launcher as workers; workers._CUT_OFF_S = 1.0; workers._LOOK_S = 0.1\n"
+        "import sys; from train.cluster import launcher as workers; workers._CUT_OFF_S = 1.0; workers._HEAD_POLL_S = 0.1\n"
         "print('watching', flush=True); workers._end_when_cut_off(sys.argv[1])"
     )
     with socket.create_server(("127.0.0.1", 0)) as head:

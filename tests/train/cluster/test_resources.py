@@ -4,28 +4,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.cluster.resources import Node, Share, share_of
+from train.cluster.resources import NodeResources, WorkerResources, resources_per_worker
 
 
 def shares(nodes, least, most=None, gpus=None, cpus=0):
-    return share_of([Node(*node) for node in nodes], least, most or least, gpus, cpus, said="N")
+    return resources_per_worker([NodeResources(*node) for node in nodes], least, most or least, gpus, cpus, workers="N")
 
 
 @pytest.mark.parametrize(
     ("nodes", "least", "most", "gpus", "expected"),
     [
-        ([(2, 0)], 1, 1, None, Share(2, 0)),
-        ([(2, 0)], 2, 2, None, Share(1, 0)),
-        ([(16, 2)], 2, 2, None, Share(8, 1)),
-        ([(16, 2)], 1, 1, None, Share(16, 1)),
-        ([(32, 0), (8, 1), (8, 1)], 2, 2, None, Share(8, 1)),  # the head's 32 cores are no node's that has a GPU
-        ([(8, 1), (4, 1)], 2, 2, None, Share(4, 1)),  # the smaller node decides
-        ([(8, 1), (4, 1)], 1, 1, None, Share(8, 1)),
-        ([(16, 2)], 2, 8, None, Share(8, 1)),  # as many as there are now
-        ([(16, 2)], 2, 2, 0, Share(8, 0)),
-        ([(16, 1)], 1, 1, 0.25, Share(16, 0.25)),
-        ([(3, 0), (3, 0)], 4, 4, None, Share(1, 0)),
-        ([(5, 0)], 2, 2, None, Share(2, 0)),
+        ([(2, 0)], 1, 1, None, WorkerResources(2, 0)),
+        ([(2, 0)], 2, 2, None, WorkerResources(1, 0)),
+        ([(16, 2)], 2, 2, None, WorkerResources(8, 1)),
+        ([(16, 2)], 1, 1, None, WorkerResources(16, 1)),
+        ([(32, 0), (8, 1), (8, 1)], 2, 2, None, WorkerResources(8, 1)),  # the head's 32 cores are no node's that has a GPU
+        ([(8, 1), (4, 1)], 2, 2, None, WorkerResources(4, 1)),  # the smaller node decides
+        ([(8, 1), (4, 1)], 1, 1, None, WorkerResources(8, 1)),
+        ([(16, 2)], 2, 8, None, WorkerResources(8, 1)),  # as many as there are now
+        ([(16, 2)], 2, 2, 0, WorkerResources(8, 0)),
+        ([(16, 1)], 1, 1, 0.25, WorkerResources(16, 0.25)),
+        ([(3, 0), (3, 0)], 4, 4, None, WorkerResources(1, 0)),
+        ([(5, 0)], 2, 2, None, WorkerResources(2, 0)),
     ],
 )
 def test_shares_by_hand(nodes, least, most, gpus, expected):
@@ -72,8 +72,8 @@ def test_so_many_workers_fit_and_with_a_core_more_each_they_would_not(nodes, mos
 
 
 def test_cores_as_asked_for():
-    assert shares([(16, 2)], 2, cpus=3) == Share(3, 1)
-    assert shares([(16, 0), (4, 0)], 2, 8, cpus=4) == Share(4, 0)
+    assert shares([(16, 2)], 2, cpus=3) == WorkerResources(3, 1)
+    assert shares([(16, 0), (4, 0)], 2, 8, cpus=4) == WorkerResources(4, 0)
     with pytest.raises(ValueError, match="the cluster has 2 GPUs, and each worker takes one and 9 of its 16 CPUs"):
         shares([(16, 2)], 2, cpus=9)
     with pytest.raises(ValueError, match="--cpus-per-worker -1"):

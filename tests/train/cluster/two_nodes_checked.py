@@ -16,7 +16,7 @@ from sharding.manifest import fingerprint
 from tests.train.cluster.test_launcher import make_job
 from train.cluster.diagnostics import examine
 from train.cluster.launcher import map_on_workers, run_job
-from train.cluster.ray_cluster import Nodes, connect, possible_nodes
+from train.cluster.ray_cluster import NodeActors, connect, possible_nodes
 
 
 def main(shards: Path, folder: Path) -> None:
@@ -25,7 +25,7 @@ def main(shards: Path, folder: Path) -> None:
     ray.init(address=cluster.address, log_to_driver=False)
     connect()
     given = {"workers": 2, "possible": possible_nodes(), "packages": ("torch", "ray"), "commit": ""}
-    with Nodes() as nodes:
+    with NodeActors() as nodes:
         print(json.dumps(list(examine(nodes, data=str(shards), storage=str(folder / "runs"), **given))))
     job = make_job(folder / "run", shards)
     assert job.input.sets[0].fingerprint == fingerprint(shards)
