@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,7 +44,7 @@ def create_timm_model(name: str, image_size: int | None, *, pretrained: bool) ->
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0, **arguments)
     except (AssertionError, TypeError, ValueError) as error:
-        raise ValueError(f"backbone {name} cannot be built for images of {image_size} px: {error}") from error
+        raise ValueError(f"backbone {name} cannot be built for images of {image_size} px: {one_line(error)}") from error
 
 
 def _has_fixed_input_size(name: str) -> bool:
@@ -86,8 +87,9 @@ def _has_fixed_input_size(name: str) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's first sentence, or its type where it has no text."""
-    return " ".join(str(error).split()).split(". ")[0] or type(error).__name__
+    """An error's first sentence without addresses in memory, or its type where it has no text."""
+    text = re.sub(r" at 0x[0-9a-f]+(?=>)", "", " ".join(str(error).split()))
+    return text.split(". ")[0] or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -119,8 +121,9 @@ def _features(backbone: nn.Module, name: str, image_size: int) -> int:
         with torch.no_grad():
             features = backbone(torch.zeros(1, 3, image_size, image_size))
     except (AssertionError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"backbone {name} cannot take images of {image_size} px ({reason}): choose another size") from error
+        raise ValueError(
+            f"backbone {name} cannot take images of {image_size} px ({one_line(error)}): choose another size"
+        ) from error
     backbone.train()
     if features.ndim != 2:
         raise ValueError(f"backbone {name} gives features of shape {tuple(features.shape[1:])}, not one vector: choose another")

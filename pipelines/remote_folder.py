@@ -21,6 +21,8 @@ from urllib.parse import urlsplit
 
 import fsspec
 
+from sharding.cli import without_addresses
+
 # For each driver: no retries of its own, and bytes as stored, since checksums are of those.
 _OPTIONS: dict[str, dict[str, Any]] = {
     "s3": {"config_kwargs": {"retries": {"total_max_attempts": 1}}},
@@ -266,4 +268,4 @@ def _written_ns(info: dict[str, Any]) -> int | None:
 
 def _error_text(error: BaseException) -> str:
     """An error's message in one line; its type if the message is empty."""
-    return " ".join(str(error).split()) or type(error).__name__
+    return without_addresses(" ".join(str(error).split())) or type(error).__name__

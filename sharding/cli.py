@@ -156,9 +156,13 @@ def _nobody_reads() -> bool:
 
 
 def describe(error: BaseException) -> str:
-    """One line for a person: the message, and the file for an operating system's error. Without addresses in memory, which differ
-    between processes and say nothing."""
+    """One line for a person: the message, and the file for an operating system's error."""
     if isinstance(error, OSError) and error.strerror:
         name = f"{error.filename}: " if error.filename else ""
         return f"{name}{error.strerror}"
-    return re.sub(r" at 0x[0-9a-f]+(?=>)", "", " ".join(str(error).split()))
+    return without_addresses(" ".join(str(error).split()))
+
+
+def without_addresses(text: str) -> str:
+    """The text of a message without addresses of objects in memory, which differ between processes and tell a user nothing."""
+    return re.sub(r" at 0x[0-9a-f]+(?=>)", "", text)

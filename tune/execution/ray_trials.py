@@ -14,6 +14,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from sharding.cli import describe
 from train.cluster.ray_cluster import connect
 from train.config import EvaluateConfig, PretrainConfig
 from train.records.runs import Run, open_run
@@ -236,11 +237,11 @@ def _trial_class(study: Study):
                 os.chdir(self._folder)  # a study's places are the driver's; Tune has put this process elsewhere
                 run_stage(self._kind, KINDS[self._kind](**self._fields))
             except (ValueError, OSError) as error:
-                self._failure = " ".join(str(error).split())
+                self._failure = describe(error)
             except Exception as error:  # ours: shown as such, and the other cells are worth having
                 where = Path(self._fields["storage"]) / f"{self._fields['name']}.error.txt"
                 where.write_text(traceback.format_exc())
-                self._failure = f"{type(error).__name__}: {error} (an error of this program, not of yours; see {where})"
+                self._failure = f"{type(error).__name__}: {describe(error)} (an error of this program, not of yours; see {where})"
 
         def _metrics(self) -> list[dict[str, Any]]:
             with contextlib.suppress(FileNotFoundError):

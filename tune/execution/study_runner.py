@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from sharding.cli import describe
 from tune.execution.selection_rules import check_probes
 from tune.execution.stage_runner import run_stage
 from tune.execution.study_state import StudyResult, StudyState, set_aside
@@ -39,7 +40,7 @@ def _run_in_process(state: StudyState) -> None:
         try:
             run = run_stage(ready.trial.kind, ready.config)
         except (ValueError, OSError) as error:
-            state.mark_failed(ready.trial.name, " ".join(str(error).split()))
+            state.mark_failed(ready.trial.name, describe(error))
         else:
             state.mark_finished(ready.trial.name, run)
     assert state.is_complete

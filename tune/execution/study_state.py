@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.remote_folder import is_url
+from sharding.cli import describe
 from train.config import EvaluateConfig, PretrainConfig
 from train.records.runs import Run, open_run, runs_of
 from tune.execution.selection_rules import select_best
@@ -108,7 +109,7 @@ class StudyState:
             config = self._config_of(node)
             key = stage_of(node.kind, config).key
         except (ValueError, OSError) as error:
-            self._record_failure(node.name, str(error))
+            self._record_failure(node.name, describe(error))
             return None
         same = self._runs_by_key.get(key)
         if same is not None and same.finished:
@@ -144,7 +145,7 @@ class StudyState:
         try:
             selected = select_best(selection, runs)
         except ValueError as error:
-            self._record_failure(selection.name, str(error))
+            self._record_failure(selection.name, describe(error))
             return
         without = [name for name in selection.candidates if name not in runs]
         self.outcome.selected[selection.name] = selected | {"without": without}
