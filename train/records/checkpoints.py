@@ -1,4 +1,4 @@
-"""Checkpoints that are written while training goes on: a copy of the state is taken, and a thread writes it."""
+"""Asynchronous checkpoints: the state is copied, and a thread writes the copy while training continues."""
 
 import os
 import shutil
@@ -9,28 +9,28 @@ from typing import Any
 
 import torch
 
-CHECKPOINTS = "checkpoints"  # the folder of them in a run's
+CHECKPOINTS = "checkpoints"  # folder in a run's folder
 CHECKPOINT_NAME = "checkpoint.pt"
 
 
 class Background:
-    """One piece of work at a time, in a thread of its own."""
+    """Runs one task at a time in a background thread."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def start(self, work: Callable[[], None]) -> None:
-        """Begin it, after the work before it has ended. Raises what that raised."""
+        """Start the task after the previous one has ended. Raises what that raised."""
         self.wait()
-        # No daemon: a script that ends, also by Ctrl-C, still finishes what it was writing.
+        # Not a daemon: a script that ends, also by Ctrl-C, still finishes the checkpoint.
         self._thread = threading.Thread(target=self._run, args=(work,), name="checkpoint")
         self._thread.start()
 
-    def wait(self, seconds: float | None = None) -> None:
-        """Until the work has ended, or for at most so many seconds. Raises what it raised, once."""
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Wait until the task has ended, or for the time-out. Raises once what the task raised."""
         if self._thread is not None:
-            self._thread.join(seconds)
+            self._thread.join(timeout_s)
             if self._thread.is_alive():
                 return
             self._thread = None
@@ -46,10 +46,10 @@ class Background:
 
 
 def copied_state(state: Any, device: torch.device) -> Callable[[Path], None]:
-    """Copy the state as it is now, and return what writes the copy into a folder, from any thread.
+    """Copy the state as it is now. Returns a function that writes the copy into a folder, from any thread.
 
-    state: dicts and lists of tensors and plain data, on the device or the CPU; it may change as soon as this returns. From a
-    GPU the copies are only asked for, in the order of the device's work: nothing waits for them but the writing.
+    state: dicts and lists of tensors and plain data, on the device or the CPU; it may change as soon as this returns. Copies
+    from a GPU are asynchronous, in stream order: only the writing waits for them.
     """
     copy = _copied(state)
     done = None
@@ -63,7 +63,7 @@ def copied_state(state: Any, device: torch.device) -> Callable[[Path], None]:
         path = folder / CHECKPOINT_NAME
         torch.save(copy, path)
         with path.open("rb") as file:
-            os.fsync(file.fileno())  # a node that loses power keeps the name, which is given next, only with the content
+            os.fsync(file.fileno())  # before the rename, so that a power loss leaves no name without content
 
     return write
 
@@ -72,7 +72,7 @@ def _copied(value):
     if isinstance(value, torch.Tensor):
         if value.device.type != "cuda":
             return value.clone()
-        # Pinned, so that the copy does not hold the host up.
+        # Pinned, so that the copy does not block the host.
         return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value, non_blocking=True)
     if isinstance(value, dict):
         return {key: _copied(each) for key, each in value.items()}
@@ -82,14 +82,14 @@ def _copied(value):
 
 
 def keep_newest(checkpoints: Path, step: int, write: Callable[[Path], None]) -> Path:
-    """Write a checkpoint under checkpoints/step-NUMBER, whole or not at all, and remove the others. Returns that folder.
+    """Write a checkpoint to checkpoints/step-NUMBER atomically, and remove the others. Returns that folder.
 
-    Raises OSError where that cannot be, also where the folder above `checkpoints` is not there: made anew, it would hide that a
-    network drive is not mounted. torch's writer tells of a full disk by a RuntimeError.
+    Raises OSError if that fails, and if the folder above `checkpoints` does not exist: making it would hide that a network drive
+    is not mounted. On a full disk torch's writer raises RuntimeError.
     """
     partial, final = checkpoints / f".step-{step:09d}.partial", checkpoints / f"step-{step:09d}"
     try:
-        for left in checkpoints.glob(".step-*.partial"):  # of a run that was killed while it wrote
+        for left in checkpoints.glob(".step-*.partial"):  # of a run that was killed while writing
             shutil.rmtree(left)
         checkpoints.mkdir(exist_ok=True)
         partial.mkdir()
@@ -97,7 +97,7 @@ def keep_newest(checkpoints: Path, step: int, write: Callable[[Path], None]) -> 
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)  # half a checkpoint helps nobody on a full disk
+        shutil.rmtree(partial, ignore_errors=True)  # half a checkpoint only takes room on a full disk
         raise
     for old in sorted(checkpoints.glob("step-*"))[:-1]:
         shutil.rmtree(old)
@@ -105,5 +105,5 @@ def keep_newest(checkpoints: Path, step: int, write: Callable[[Path], None]) -> 
 
 
 def newest_in(checkpoints: Path) -> str | None:
-    """The name of the newest one; None where there is none."""
+    """The name of the newest checkpoint; None if there is none."""
     return max((path.name for path in checkpoints.glob("step-*")), default=None)

@@ -1,4 +1,4 @@
-"""What a stage reads: a shard set or a mixture of several, each a folder or a URL, as plain data and opened."""
+"""The input of a stage: a shard set or a mixture of several, each in a folder or at a URL."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from sharding.manifest import fingerprint
 @dataclass(frozen=True)
 class SetInput:
     """Patches of one shard set. shards: its absolute folder or URL; fingerprint: of its content; ids: (n,) int64; weight:
-    beside the other sets'; packed_by: the commands that pack it."""
+    relative to the other sets; packed_by: the commands that pack it."""
 
     shards: str
     fingerprint: str
@@ -29,17 +29,17 @@ class SetInput:
 
     @classmethod
     def of(cls, shards: str, reader: ShardReader, ids: np.ndarray, weight: float = 1.0) -> "SetInput":
-        """shards: as a user gave it; reader: that has it, or a copy of it, open."""
+        """shards: as the user gave it; reader: of the set or of a copy of it."""
         place = place_of(shards)
         return cls(place, fingerprint(reader.folder), ids, weight, tuple(packed_by(reader.folder, place)))
 
 
 @dataclass(frozen=True)
 class Input:
-    """All that a stage learns from. It travels to every worker, each of which opens it for itself.
+    """All data that a stage learns from. It is sent to every worker, and each opens it.
 
-    window: within so many shards at a time the order is shuffled, None: all; cache_bytes: what the cache of sets at URLs may
-    hold, on each node.
+    window: the order is shuffled within this many shards at a time, None: within all; cache_bytes: the limit of each node's
+    cache of sets at URLs.
     """
 
     sets: tuple[SetInput, ...]
@@ -48,26 +48,26 @@ class Input:
 
     @property
     def patches(self) -> int:
-        """In an epoch."""
+        """The number of patches in an epoch."""
         return sum(len(each.ids) for each in self.sets)
 
     @property
     def fingerprint(self) -> str:
-        """Of the one set its own; of a mixture all of them, and their weights."""
+        """The fingerprint of a single set; for a mixture, all fingerprints and weights."""
         if len(self.sets) == 1:
             return self.sets[0].fingerprint
         return " + ".join(f"{each.weight!r} x {each.fingerprint}" for each in self.sets)
 
     @property
     def name(self) -> str:
-        """The sets' names, without where they lie."""
+        """The sets' names without their folders."""
         return " + ".join(PurePosixPath(each.shards).name for each in self.sets)
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[tuple[ShardReader | Mixture, np.ndarray]]:
-        """What ViewLoader reads, and the ids for it. Nothing of it stays open when the block ends.
+        """What ViewLoader reads, and the ids for it. All files are closed when the block ends.
 
-        Raises ValueError where a set is not to be had, or is another one than when the ids were chosen.
+        Raises ValueError if a set cannot be read, or has changed since the ids were chosen.
         """
         with contextlib.ExitStack() as stack:
             readers = [stack.enter_context(open_set(each.shards, self.cache_bytes)) for each in self.sets]
@@ -75,7 +75,7 @@ class Input:
                 if fingerprint(reader.folder) != each.fingerprint:
                     raise ValueError(
                         f"{each.shards}: this is not the shard set that the run began with (its fingerprint differs): it was"
-                        " changed meanwhile, or this node has another copy; put it right and start again"
+                        " changed meanwhile, or this node has another copy; restore it and start again"
                     )
             if len(self.sets) == 1:
                 yield readers[0], self.sets[0].ids
@@ -85,7 +85,7 @@ class Input:
                 yield mixture, mixture.ids
 
     def describe_sets(self) -> list[dict[str, Any]]:
-        """What a model card says of it: each set's name, without where it lies, its fingerprint, and what was chosen of it."""
+        """The model card's entry: for each set its name without the folder, its fingerprint, weight and number of patches."""
         return [
             {
                 "name": PurePosixPath(each.shards).name,
@@ -99,10 +99,10 @@ class Input:
     def describe(
         self, *, selection: dict[str, Any], recipe: str, image_size: int, seed: int, batch_size: int | None
     ) -> dict[str, Any]:
-        """What run.json says of it: enough to show any batch again.
+        """The `input` entry of run.json: enough to show any batch again.
 
         selection: the keyword arguments of `select` that chose the ids; recipe: its name; batch_size: patches of a global
-        batch, None where there are no steps of training.
+        batch, None for a stage without training steps.
         """
         described = {
             "sets": [
@@ -125,19 +125,19 @@ class Input:
 
 @contextlib.contextmanager
 def open_set(shards: str, cache_bytes: int | None = None) -> Iterator[ShardReader]:
-    """A reader of the set in a folder or at a URL, with all that it has open closed at the end."""
+    """A reader of the set in a folder or at a URL, which is closed at the end of the block."""
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(RemoteSet(shards, limit_bytes=cache_bytes)) if is_remote(shards) else shards
         yield stack.enter_context(contextlib.closing(ShardReader(source)))
 
 
 def place_of(shards: str) -> str:
-    """The set's absolute folder or its URL: Ray's workers have another working directory."""
+    """The set's absolute folder or its URL: Ray's workers run in another working directory."""
     return shards.rstrip("/") if is_remote(shards) else str(Path(shards).absolute())
 
 
 def parse_mix(mix: Sequence[str]) -> list[tuple[str, float]]:
-    """Sets and weights of --mix SHARDS=WEIGHT, split at the last "=". Raises ValueError for what is none."""
+    """Sets and weights of --mix SHARDS=WEIGHT, split at the last "=". Raises ValueError for anything else."""
     parsed = []
     for text in mix:
         shards, _, weight = text.rpartition("=")
@@ -152,7 +152,7 @@ def parse_mix(mix: Sequence[str]) -> list[tuple[str, float]]:
 
 
 def gib(cache_gib: float | None) -> int | None:
-    """--cache-gib in bytes. Raises ValueError for what is no size."""
+    """--cache-gib in bytes. Raises ValueError unless it is above 0 and finite."""
     if cache_gib is None:
         return None
     if not 0 < cache_gib < float("inf"):

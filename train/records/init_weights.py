@@ -1,4 +1,4 @@
-"""What a stage starts from: random weights, ImageNet's, an earlier run, or a file."""
+"""A stage's initial weights: random, ImageNet's, an earlier run's, or a file's."""
 
 import hashlib
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from train.records.runs import Run, find_run, read_json
 
 @dataclass(frozen=True)
 class Parent:
-    """source: what `models.weights.apply_init` takes; key: what it contributes to the stage's key; chain: the stages before,
-    in words; card: the model card, empty where there is none; run: the earlier run, if it is one."""
+    """source: the argument of `models.weights.apply_init`; key: their part of the stage's key; chain: the stages that they come
+    from, in words; card: their model card, empty if there is none; run: the earlier run, if they are one's."""
 
     source: str
     key: str
@@ -22,14 +22,14 @@ class Parent:
 
     @property
     def address(self) -> str:
-        """The source as every node finds it: of a run at a URL, that. See `train.records.remote_run.fetch_source`."""
+        """The source as every node can reach it: a run's URL if it has one. See `train.records.remote_run.fetch_source`."""
         return self.run.url if self.run and self.run.url else self.source
 
 
 def resolve_init(init: str, storage: str, *, backbone: str | None = None) -> Parent:
-    """Find what an --init or --backbone names. backbone: the architecture that it has to be, if that is settled.
+    """The weights that --init or --backbone names. backbone: the architecture that they must be of, if it is known.
 
-    Raises ValueError when there is no such thing, when the run is not finished, and when it is of another architecture.
+    Raises ValueError if they do not exist, if the run is not finished, or if they are of another architecture.
     """
     if init == "scratch":
         return Parent("scratch", "scratch", [], {})
@@ -37,7 +37,7 @@ def resolve_init(init: str, storage: str, *, backbone: str | None = None) -> Par
         return Parent("imagenet", "imagenet", ["ImageNet"], {})
     run = find_run(init, storage)
     if run is not None:
-        _ = run.result  # says what to do when it is not finished
+        _ = run.result  # raises if the run is not finished
         card = read_json(run.folder / CARD_NAME, "this run has left no backbone: give a run of pretraining or fine-tuning")
         parent = Parent(str(run.folder), run.record["key"], card.get("chain", []), card, run)
     elif Path(init).is_file():

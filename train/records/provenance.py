@@ -1,14 +1,14 @@
-"""What a backbone learnt from along its whole chain, and whether patches that it is judged on were among it.
+"""The data that a backbone was trained on along its whole chain, and whether test patches were part of it.
 
-Every stage that trains leaves `learnt_from.parquet` beside its weights, with all that it and the stages before it learnt from.
-So weights that are moved together with that file are still known.
+Every stage that trains writes `learnt_from.parquet` beside its weights: the data of this stage and of all stages before it.
+Weights that are moved together with that file keep this record.
 
-A patch is known by its content: the first 8 bytes of the SHA-256 of the image's file as stored, and of the file that it was
-packed from. That is 55 MB for ten million patches; that one of a million others looks like one of them by chance has a
-probability of 1 in two million. The same picture saved anew by another program is another file, and is not seen.
+A patch is identified by its content: the first 8 bytes of the SHA-256 of the image's file as stored, and of the file that it was
+packed from. That is 55 MB for ten million patches; the probability that any of a million others collides with one of them is 1 in
+two million. An image that another program has saved again is another file, and is not detected.
 
-A group (slide or patient) is known by its name, in upper or lower case, among sets of one name or fingerprint. In other sets a
-name may stand for somebody else ("patient 1"), so there the evaluation notes it, and warns of nothing.
+A group (slide or patient) is identified by its name, ignoring case, among sets of the same name or fingerprint. In other sets the
+name may belong to somebody else ("patient 1"), so the evaluation only notes it there, without a warning.
 """
 
 import json
@@ -23,18 +23,18 @@ from pipelines.shard_reader import ShardReader
 from sharding.manifest import decoded, fingerprint, read_dataset, read_manifest, source_digests
 from sharding.splits.assign import content_keys
 from train.records.data import Input, open_set
-from train.records.init_weights import Parent
+from train.records.init_weights import InitialWeights
 from train.records.runs import replacing
 
 RECORD_NAME = "learnt_from.parquet"
 
-_STAGES = b"stages"  # where the file's metadata says what its stages are
+_STAGES = b"stages"  # the metadata key of the file's stages
 _COLUMNS = ["sha256", "source_sha256", "group"]
 
 
 @dataclass(frozen=True)
 class LearntSet:
-    """A set that patches were chosen of, and the groups of those patches, in lower case and sorted."""
+    """A shard set, and the groups of the patches that were used of it, in lower case and sorted."""
 
     name: str
     fingerprint: str
@@ -43,8 +43,8 @@ class LearntSet:
 
 @dataclass(frozen=True)
 class LearntStage:
-    """What one stage learnt from. run: its name; kind: as in runs.Stage; sets: empty where that is not known, as of weights
-    from elsewhere; contents: (n,) uint64, ascending, which patches."""
+    """The training data of one stage. run: its name; kind: as in runs.Stage; sets: empty if unknown, as for weights from
+    elsewhere; contents: (n,) uint64, ascending, the patches' content keys."""
 
     run: str
     kind: str
@@ -62,15 +62,15 @@ class LearntStage:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What is to be said of a test: warnings, and notes of what may be harmless."""
+class Overlap:
+    """Overlap of a test with training data: warnings, and notes of what may be harmless."""
 
     warnings: list[str]
     notes: list[str]
 
 
-def leave_record(folder: Path, *, kind: str, learnt: Input, parent: Parent) -> None:
-    """Write learnt_from.parquet into a run's folder: what its parent's says, and the patches of this stage."""
+def leave_record(folder: Path, *, kind: str, learnt: Input, parent: InitialWeights) -> None:
+    """Write learnt_from.parquet into a run's folder: its parent's record, and the patches of this stage."""
     sets, contents = [], []
     for each in learnt.sets:
         with open_set(each.shards, learnt.cache_bytes) as reader:
@@ -88,14 +88,14 @@ def leave_record(folder: Path, *, kind: str, learnt: Input, parent: Parent) -> N
         }
     ).replace_schema_metadata({_STAGES: json.dumps(said, ensure_ascii=False).encode()})
     with replacing(folder / RECORD_NAME) as partial:
-        # Neighbours in ascending order are near each other, so their differences are short.
+        # Sorted keys have small differences, which take few bytes.
         pq.write_table(table, partial, use_dictionary=["stage"], column_encoding={"content": "DELTA_BINARY_PACKED"})
 
 
-def learnt_before(parent: Parent) -> list[LearntStage]:
-    """The stages that a parent's weights come from, oldest first; ImageNet is none. One that is not known has no sets.
+def learnt_before(parent: InitialWeights) -> list[LearntStage]:
+    """The stages that initial weights come from, oldest first; ImageNet is not one. A stage whose data is unknown has no sets.
 
-    Raises ValueError where the parent's record is damaged.
+    Raises ValueError if the weights' record is damaged.
     """
     if parent.source in ("scratch", "imagenet"):
         return []
@@ -114,12 +114,12 @@ def learnt_before(parent: Parent) -> list[LearntStage]:
             for k, each in enumerate(said)
         ]
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: this file is damaged; copy it again, or remove it and be told that it is not known") from error
+        raise ValueError(f"{path}: this file is damaged; copy it again, or remove it, and the data counts as unknown") from error
 
 
-def look_for(stages: list[LearntStage], reader: ShardReader, test: np.ndarray) -> Found:
+def look_for(stages: list[LearntStage], reader: ShardReader, test: np.ndarray) -> Overlap:
     """Whether any of the stages learnt from the test patches, or from their groups. test: (n,) ids."""
-    found = Found([], [])
+    found = Overlap([], [])
     rows = read_manifest(reader.folder, columns=_COLUMNS).take(pa.array(test))
     own = LearntSet(read_dataset(reader.folder)["name"], fingerprint(reader.folder), [])
     stored, sources = content_keys(rows["sha256"]), content_keys(source_digests(rows))
@@ -130,7 +130,7 @@ def look_for(stages: list[LearntStage], reader: ShardReader, test: np.ndarray) -
                 f"{stage.run} does not say what it learnt from, so whether test patches were among it cannot be known"
             )
             continue
-        same = _among(stored, stage.contents) | _among(sources, stage.contents)
+        same = np.isin(stored, stage.contents) | np.isin(sources, stage.contents)
         if same.any():
             found.warnings.append(f"{same.sum():,} of {len(test):,} test patches were in {stage.data}")
         certain = [each for each in stage.sets if each.name == own.name or each.fingerprint == own.fingerprint]
@@ -148,15 +148,7 @@ def look_for(stages: list[LearntStage], reader: ShardReader, test: np.ndarray) -
 
 
 def _of_groups(codes: np.ndarray, names: list[str], sets: list[LearntSet]) -> int:
-    """How many patches are of a group of these sets. codes: (n,) index into names, -1 unknown."""
+    """The number of patches of these sets' groups. codes: (n,) index into names, -1 unknown."""
     groups = {group for each in sets for group in each.groups}
     learnt = np.array([name.casefold() in groups for name in names] + [False])  # -1 indexes the last: unknown is none
     return int(learnt[codes].sum())
-
-
-def _among(values: np.ndarray, ascending: np.ndarray) -> np.ndarray:
-    """(n,) bool: which values are in the other, sorted array."""
-    if not len(ascending):
-        return np.zeros(len(values), bool)
-    places = np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)
-    return ascending[places] == values

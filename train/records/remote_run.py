@@ -1,18 +1,18 @@
-"""Runs whose storage is a URL: worked on in a folder of this node, and mirrored.
+"""Runs at a URL: each node works in a local folder, which is synchronised with the URL.
 
-    s3://bucket/runs/kidney/                                    what counts, whatever a node has of it
-      run.json  config.yaml  learnt_from.parquet                written by the driver, before training begins
+    s3://bucket/runs/kidney/                                    the run itself, whatever copies nodes have
+      run.json  config.yaml  learnt_from.parquet                by the driver, before training begins
       metrics.jsonl  tensorboard/  ...                          by rank 0, every 15 s and before each checkpoint
-      checkpoints/step-000000120/checkpoint.pt                  by rank 0, in one piece each; the newest one counts
-      .lease-12                                                 who trains the run (train/records/run_lock.py)
-      result.json                                               by the driver, after all else: the run is finished
-      cells/5%-seed42/  ...                                     runs of their own below it, each with all this
+      checkpoints/step-000000120/checkpoint.pt                  by rank 0, in one request each; the newest counts
+      .lease-12                                                 the lock (train/records/run_lock.py)
+      result.json                                               by the driver, last: the run is finished
+      cells/5%-seed42/  ...                                     sub-runs, each with all of this
     ~/.cache/patchclr/runs/s3/bucket/runs/kidney/               on each node ($PATCHCLR_CACHE)
 
-An object store has no append and no rename. So all that works on a run works on files of its node, and here is what
-brings them up to date in either direction. A local file is taken for the one at the URL if it has that one's size and time of
-writing, which both directions give it. Who trains the run on this node holds the kernel's lock on .lock; its files are then newer
-than those at the URL and nobody else touches them. Who brings others up to date holds .pull.
+An object store has no append and no rename, so all work is done on local files, and this module uploads and downloads them. A
+local file counts as equal to the one at the URL if size and modification time are equal; both directions set the latter. The
+process that trains the run on this node holds the kernel's lock on .lock: its files are newer than those at the URL, and no other
+process changes them. A process that downloads files holds the lock on .pull.
 """
 
 import contextlib
@@ -31,17 +31,17 @@ from train.records.checkpoints import CHECKPOINT_NAME, CHECKPOINTS
 from train.records.run_lock import LOCK_NAME
 
 RESULT_NAME = "result.json"
-EVERY_SECONDS = 15.0  # between two looks at what has changed, on either side
+EVERY_SECONDS = 15.0  # between two uploads or downloads of what has changed
 
-CELLS = "cells"  # a folder with runs below a run
-_NOT_ITS = (".", f"{CELLS}/", "ray/")  # runs of their own, and where Ray keeps its books on this node
+CELLS = "cells"  # folder of a run's sub-runs
+_EXCLUDED = (".", f"{CELLS}/", "ray/")  # sub-runs, and Ray's own files on this node
 _LARGE = (".safetensors", ".pt", ".parquet", ".npy")
-_MOST = 2**30  # bytes of a file that is fetched in one request, so that it is of one moment
-_PART = 8 * 2**20  # bytes of one request for a large file
+_SMALL_FILE_BYTES = 2**30  # limit of a small file, which is fetched in one request and so is consistent
+_CHUNK_BYTES = 8 * 2**20  # of one request for a large file
 
 
 def local_storage(storage: str) -> Path:
-    """Where this node has the runs of a storage: the folder itself, or for a URL one in the cache."""
+    """This node's folder of a storage's runs: the storage itself, or for a URL a folder in the cache."""
     if not is_url(storage):
         return Path(storage)
     scheme, _, place = storage.partition("://")
@@ -49,9 +49,9 @@ def local_storage(storage: str) -> Path:
 
 
 class Mirror:
-    """A run at a URL, and its folder on this node, which is made when it is needed.
+    """A run at a URL and its folder on this node, which is made when needed.
 
-    Raises ValueError for a URL that no run can be at. What it asks of the store raises ValueError as RemoteFolder does.
+    Raises ValueError for a URL that cannot hold a run. Requests to the store raise ValueError as RemoteFolder does.
     """
 
     def __init__(self, url: str, *, tries: int = 6):
@@ -69,34 +69,34 @@ class Mirror:
         self._pushing = threading.Lock()
 
     def is_training_here(self) -> bool:
-        """Whether a process of this node trains the run right now."""
+        """Whether a process on this node is training the run."""
         if not self.folder.exists():
             return False
         with _lock_if_free(self.folder / LOCK_NAME) as free:
             return not free
 
     def pull(self, *, whole: bool, training: bool = False) -> None:
-        """Make this node's files those at the URL: fetch what differs, and remove what is not there.
+        """Make this node's files equal to those at the URL: download what differs, and remove what is not there.
 
-        whole: also weights and tables; without, none of those that differ stays. Checkpoints, TensorBoard's files and profiles
-        are not fetched, and of runs below it the small files. training: the caller trains the run. Where another process of this
-        node does, nothing happens.
+        whole: also download weights and tables; otherwise those that differ are removed. Checkpoints, TensorBoard's files and
+        profiles are never downloaded, of sub-runs only the small files. training: the caller trains the run; if another process
+        on this node does, nothing happens.
         """
         if not training and self.is_training_here():
             return
         if not self.folder.exists() and not self.store.names():
             return
-        with self._one_at_a_time():
+        with self._pull_locked():
             everything = self.store.names()
-            stored = _its_own(everything)
-            changed = {name for name, each in stored.items() if not _same(self.folder / name, each)}
+            stored = _files_of_run(everything)
+            changed = {name for name, each in stored.items() if not _is_uploaded(self.folder / name, each)}
             fetched = [name for name in changed if "/" not in name and (whole or not name.endswith(_LARGE))]
             for name in fetched:
                 self._fetch(name, stored[name])
-            # Who has begun to train meanwhile has brought everything up to date itself, and has gone on from there.
+            # A process that has begun to train meanwhile has downloaded everything itself, and its files are newer.
             free = contextlib.nullcontext(True) if training else _lock_if_free(self.folder / LOCK_NAME)
-            with free as mine:
-                if mine:
+            with free as unlocked:
+                if unlocked:
                     for name in self._files():
                         if name in changed or name not in stored:
                             _remove(self.folder / name)
@@ -106,30 +106,30 @@ class Mirror:
             Mirror(f"{self.url}/{CELLS}/{cell}").pull(whole=False)
 
     def push(self, *names: str) -> None:
-        """Put this node's files at the URL, those given or all but checkpoints, where they differ; result.json last."""
+        """Upload this node's files that differ, the given ones or all but checkpoints; result.json last."""
         with self._pushing:
             stored = self.store.names()
             given = names or [name for name in self._files() if not name.startswith(CHECKPOINTS)]
-            changed = [name for name in given if not _same(self.folder / name, stored.get(name))]
+            changed = [name for name in given if not _is_uploaded(self.folder / name, stored.get(name))]
             for name in sorted(changed, key=lambda name: name == RESULT_NAME):
                 with contextlib.suppress(FileNotFoundError):  # removed meanwhile
                     self.store.write(name, self.folder / name)
             stored = self.store.names() if changed else {}
             for name in changed:
-                _mark(self.folder / name, stored.get(name))
+                _copy_mtime(self.folder / name, stored.get(name))
 
     def checkpoints(self) -> list[str]:
-        """The names of those that are wholly there, from the oldest to the newest."""
+        """The names of complete checkpoints, oldest first."""
         return sorted(name.split("/")[1] for name in self._checkpoints())
 
     def fetch_checkpoint(self, step: str) -> Path:
-        """The folder of this checkpoint on this node, where it is then the only one; fetched once per node."""
+        """This checkpoint's folder on this node, downloaded once per node. Other checkpoints there are removed."""
         name, folder = _checkpoint(step), self.folder / CHECKPOINTS / step
-        with self._one_at_a_time():
+        with self._pull_locked():
             stored = self._checkpoints().get(name)
             if stored is None:
                 raise ValueError(f"{self.url}/{name} has gone: another process trains this run, or removed it; start again")
-            if not _same(self.folder / name, stored):
+            if not _is_uploaded(self.folder / name, stored):
                 self._fetch(name, stored)
                 folder.mkdir(parents=True, exist_ok=True)
                 os.replace(self._incoming / name, self.folder / name)
@@ -139,22 +139,22 @@ class Mirror:
         return folder
 
     def push_checkpoint(self, step: str, file: Path) -> None:
-        """Upload a checkpoint, and then remove the older ones. It counts once it is wholly there."""
+        """Upload a checkpoint, then remove the older ones. It counts once the upload is complete."""
         self.store.write(_checkpoint(step), file)
         stored = self._checkpoints()
-        _mark(file, stored.get(_checkpoint(step)))
+        _copy_mtime(file, stored.get(_checkpoint(step)))
         for name in stored:
             if name < _checkpoint(step):
                 self.store.remove(name)
 
     @contextlib.contextmanager
     def followed(self) -> Iterator[None]:
-        """Meanwhile, this node's metrics.jsonl is at most some seconds older than that at the URL, wherever the trainer is."""
+        """A block during which this node's metrics.jsonl follows the one at the URL every few seconds."""
         stop = threading.Event()
 
         def follow() -> None:
             while not stop.wait(EVERY_SECONDS):
-                # For the eye alone: who trains says what is wrong with the store.
+                # Only for display: the process that trains reports errors of the store.
                 with contextlib.suppress(ValueError, Interrupted):
                     self.pull(whole=False)
 
@@ -178,41 +178,42 @@ class Mirror:
     def _files(self) -> list[str]:
         walked = os.walk(self.folder, onerror=_unless_gone)
         paths = (Path(folder, name) for folder, _, names in walked for name in names)
-        return list(_its_own({path.relative_to(self.folder).as_posix(): None for path in paths if path.is_file()}))
+        return list(_files_of_run({path.relative_to(self.folder).as_posix(): None for path in paths if path.is_file()}))
 
     def _fetch(self, name: str, stored: Stored) -> None:
         path = self._incoming / name
         path.parent.mkdir(parents=True, exist_ok=True)
+        step = _CHUNK_BYTES if name.endswith(_LARGE) else _SMALL_FILE_BYTES
         with path.open("wb") as file:
             while file.tell() < stored.size:
-                # What is appended to is small, and is read at one moment.
-                data = self.store.read(name, file.tell(), file.tell() + (_PART if name.endswith(_LARGE) else _MOST))
+                # Files that are appended to are small, and are read in one request.
+                data = self.store.read(name, file.tell(), file.tell() + step)
                 if not data:
                     break
                 file.write(data)
             if name.endswith(_LARGE) and file.tell() != stored.size:
-                raise ValueError(f"{self.url}/{name} was written anew while it was fetched; start again")
-        _mark(path, stored)
+                raise ValueError(f"{self.url}/{name} changed while it was downloaded; start again")
+        _copy_mtime(path, stored)
 
     @contextlib.contextmanager
-    def _one_at_a_time(self) -> Iterator[None]:
-        """Of those on this node who bring the folder up to date. An OSError is one of its disk: the store's are ValueErrors."""
+    def _pull_locked(self) -> Iterator[None]:
+        """A block in which only this process downloads files to this node. Raises ValueError for errors of the local disk."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(self.folder / ".pull", "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                shutil.rmtree(self._incoming, ignore_errors=True)  # of one that was killed
+                shutil.rmtree(self._incoming, ignore_errors=True)  # of a process that was killed
                 yield
                 shutil.rmtree(self._incoming, ignore_errors=True)
         except OSError as error:
             raise ValueError(
-                f"{self.folder}, where this node has the run {self.url}, cannot be written ({error.strerror}): make room or mend"
-                " it there, or set PATCHCLR_CACHE to a folder on a local disk with room"
+                f"{self.folder}, this node's copy of {self.url}, cannot be written ({error.strerror}): free space or repair"
+                " it, or set PATCHCLR_CACHE to a folder on a local disk with room"
             ) from error
 
 
 def fetch_source(source: str) -> str:
-    """What initial weights come from: of a run at a URL its folder on this node, brought up to date; all else stays as it is."""
+    """The local source of initial weights: of a run at a URL its folder here, downloaded; all others stay as they are."""
     if not is_url(source):
         return source
     mirror = Mirror(source)
@@ -221,14 +222,14 @@ def fetch_source(source: str) -> str:
 
 
 def _unless_gone(error: OSError) -> None:
-    """A checkpoint's folder may be removed while all are looked through."""
+    """Ignore that a checkpoint's folder is removed during the walk."""
     if not isinstance(error, FileNotFoundError):
         raise error
 
 
-def _its_own(files: dict[str, Any]) -> dict[str, Any]:
-    """Those that are the run's, by their names, and not of a run below it or of those who work on it."""
-    return {name: each for name, each in files.items() if not name.startswith(_NOT_ITS) and "/." not in name}
+def _files_of_run(files: dict[str, Any]) -> dict[str, Any]:
+    """The files of the run itself, by name: without sub-runs, locks and partial downloads."""
+    return {name: each for name, each in files.items() if not name.startswith(_EXCLUDED) and "/." not in name}
 
 
 def _checkpoint(step: str) -> str:
@@ -241,7 +242,7 @@ def _remove(path: Path) -> None:
         path.parent.rmdir()
 
 
-def _same(path: Path, stored: Stored | None) -> bool:
+def _is_uploaded(path: Path, stored: Stored | None) -> bool:
     try:
         stat = path.stat()
     except FileNotFoundError:
@@ -249,8 +250,8 @@ def _same(path: Path, stored: Stored | None) -> bool:
     return stored is not None and (stat.st_size, stat.st_mtime_ns) == stored
 
 
-def _mark(path: Path, stored: Stored | None) -> None:
-    """Give a file the time of writing of the one at the URL, unless it has grown meanwhile."""
+def _copy_mtime(path: Path, stored: Stored | None) -> None:
+    """Give a file the modification time of the one at the URL, unless it has grown meanwhile."""
     with contextlib.suppress(FileNotFoundError):  # removed meanwhile
         if stored is not None and stored.written_ns is not None and path.stat().st_size == stored.size:
             os.utime(path, ns=(stored.written_ns, stored.written_ns))
@@ -258,7 +259,7 @@ def _mark(path: Path, stored: Stored | None) -> None:
 
 @contextlib.contextmanager
 def _lock_if_free(path: Path) -> Iterator[bool]:
-    """A block with the kernel's lock on the file, if nobody else has it. Gives whether."""
+    """A block with the kernel's lock on the file if it is free. Yields whether it is."""
     with open(path, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

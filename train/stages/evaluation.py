@@ -14,7 +14,7 @@ from sharding.manifest import fingerprint
 from sharding.selection import select
 from train.config import EvaluateConfig
 from train.records.data import Input, SetInput, gib, open_set
-from train.records.init_weights import Parent, resolve_init
+from train.records.init_weights import InitialWeights, resolve_init
 from train.records.provenance import learnt_before, look_for
 from train.records.remote_run import local_storage
 from train.records.runs import Run, Stage, find_run, identity, open_run
@@ -141,7 +141,7 @@ def _start(config: EvaluateConfig) -> Start:
     if config.mode == "supervised" and config.backbone != "imagenet":
         run = find_run(config.backbone, config.storage)
         card = resolve_init(config.backbone, config.storage).card if run else {}
-        return Start(Parent("scratch", "scratch", [], {}), card.get("backbone", config.backbone), _size(config, card))
+        return Start(InitialWeights("scratch", "scratch", [], {}), card.get("backbone", config.backbone), _size(config, card))
     parent = resolve_init(config.backbone, config.storage)
     architecture = config.architecture or parent.card.get("backbone")
     if architecture is None:

@@ -13,7 +13,7 @@ from models.weights import load_backbone_weights
 from train.cluster.launcher import run_job
 from train.config import EvaluateConfig
 from train.records.data import Input, SetInput, gib
-from train.records.init_weights import Parent
+from train.records.init_weights import InitialWeights
 from train.records.provenance import leave_record
 from train.records.runs import Run, read_json, replacing
 from train.stages.feature_cache import FeaturePass, On, compute_parts, split_parts
@@ -33,7 +33,7 @@ _PEAKS = {"supervised": 1e-3, "finetune": 1e-4}
 class Start:
     """What a cell's weights come from."""
 
-    parent: Parent
+    parent: InitialWeights
     architecture: str
     image_size: int
 

@@ -13,7 +13,7 @@ from train.cluster.launcher import run_job
 from train.cluster.ray_cluster import gpus_with_bf16
 from train.config import PretrainConfig, worker_range
 from train.records.data import Input, SetInput, gib, open_set, parse_mix
-from train.records.init_weights import Parent, resolve_init
+from train.records.init_weights import InitialWeights, resolve_init
 from train.records.provenance import leave_record
 from train.records.runs import Run, Stage, identity, open_run
 from train.reporting.report_writer import write_report
@@ -114,7 +114,7 @@ def stage_of(config: PretrainConfig) -> Stage:
     return _stage(config, build_method(config), _settle_precision(config, run), chosen, parent)
 
 
-def _inputs(config: PretrainConfig) -> tuple[Input, Parent, Run]:
+def _inputs(config: PretrainConfig) -> tuple[Input, InitialWeights, Run]:
     """What is learnt from, what the weights come from, and the run of that name."""
     chosen = _choose(config, _selection(config))
     _check(config, chosen.patches)
@@ -122,7 +122,7 @@ def _inputs(config: PretrainConfig) -> tuple[Input, Parent, Run]:
     return chosen, parent, open_run(config.storage, config.name)
 
 
-def _stage(config: PretrainConfig, method: Method, precision: str, chosen: Input, parent: Parent) -> Stage:
+def _stage(config: PretrainConfig, method: Method, precision: str, chosen: Input, parent: InitialWeights) -> Stage:
     settled = identity(config) | {"recipe": method.recipe_name, "precision": precision}
     return Stage("pretrain", settled, chosen.fingerprint, parent.key)
 

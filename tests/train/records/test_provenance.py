@@ -9,8 +9,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from pipelines.loader import ViewLoader
 from pipelines.shard_reader import ShardReader
@@ -20,8 +18,8 @@ from sharding.selection import select
 from tests.helpers import BREAST_LAYOUT, breast_files, encoded, write_tree
 from train.config import EvaluateConfig, PretrainConfig
 from train.records.data import Input, SetInput
-from train.records.init_weights import Parent
-from train.records.provenance import RECORD_NAME, _among, learnt_before, leave_record, look_for
+from train.records.init_weights import InitialWeights
+from train.records.provenance import RECORD_NAME, learnt_before, leave_record, look_for
 from train.records.runs import Run
 from train.reporting import plots
 from train.scoring import features
@@ -29,7 +27,7 @@ from train.stages.evaluation import evaluate
 from train.stages.pretraining import pretrain
 from train.trainer import loop
 
-SCRATCH = Parent("scratch", "scratch", [], {})
+SCRATCH = InitialWeights("scratch", "scratch", [], {})
 COUNTS = {"a": 24, "b": 24}
 
 
@@ -71,7 +69,7 @@ def learnt(storage, name, *chosen, parent=SCRATCH, kind="pretrain"):
     folder = storage / name
     folder.mkdir(parents=True)
     leave_record(folder, kind=kind, learnt=input_of(*chosen), parent=parent)
-    return Parent(str(folder), "k", [], {}, Run(folder))
+    return InitialWeights(str(folder), "k", [], {}, Run(folder))
 
 
 def found_in(parent, shards, ids=None):
@@ -181,7 +179,7 @@ def test_all_sets_of_a_mixture_count(tmp_path, sets):
 def test_a_chain_is_known_to_its_beginning(tmp_path, sets):
     """ImageNet is no stage of ours; the first of three saw the test, the others did not."""
     train = select(read_manifest(sets / "breast"), split="train")
-    imagenet = Parent("imagenet", "imagenet", ["ImageNet"], {})
+    imagenet = InitialWeights("imagenet", "imagenet", ["ImageNet"], {})
     first = learnt(tmp_path, "kidney", (sets / "pool", None), parent=imagenet)
     second = learnt(tmp_path, "kidney-breast", (sets / "breast", train), parent=first)
     third = learnt(tmp_path, "tuned", (sets / "breast", train), parent=second, kind="finetune")
@@ -208,7 +206,11 @@ def test_weights_without_a_record_are_not_known(tmp_path, sets, kind):
     folder = tmp_path / "old"
     folder.mkdir()
     (folder / "weights.pth").write_bytes(b"")
-    parent = Parent(str(folder), "k", [], {}, Run(folder)) if kind == "run" else Parent(str(folder / "weights.pth"), "k", [], {})
+    parent = (
+        InitialWeights(str(folder), "k", [], {}, Run(folder))
+        if kind == "run"
+        else InitialWeights(str(folder / "weights.pth"), "k", [], {})
+    )
     name = "old" if kind == "run" else "weights.pth"
     sentence = f"{name} does not say what it learnt from, so whether test patches were among it cannot be known"
     assert found_in(parent, sets / "breast").warnings == [sentence]
@@ -220,7 +222,7 @@ def test_weights_that_are_moved_with_their_record_are_known(tmp_path, sets):
     source = learnt(tmp_path, "kidney", (sets / "pool", None)).source
     (tmp_path / "moved").mkdir()
     shutil.copy(f"{source}/{RECORD_NAME}", tmp_path / "moved")
-    found = found_in(Parent(str(tmp_path / "moved" / "backbone.safetensors"), "k", [], {}), sets / "breast")
+    found = found_in(InitialWeights(str(tmp_path / "moved" / "backbone.safetensors"), "k", [], {}), sets / "breast")
     assert "were in the pretraining data of run kidney" in found.warnings[0]
 
 
@@ -234,12 +236,6 @@ def test_a_damaged_record_is_named(tmp_path, sets, damage):
         pq.write_table(pa.table({"content": [1]}), path)
     with pytest.raises(ValueError, match=rf"kidney/{RECORD_NAME}: this file is damaged"):
         learnt_before(parent)
-
-
-@given(st.lists(st.integers(0, 40)), st.sets(st.integers(0, 40)))
-def test_looking_up(values, others):
-    found = _among(np.array(values, np.uint64), np.array(sorted(others), np.uint64))
-    assert found.tolist() == [value in others for value in values]
 
 
 # In real runs
@@ -269,6 +265,10 @@ def test_runs_leave_records_and_evaluations_read_them(tmp_path, sets, monkeypatc
     sentence = f"{len(test)} of {len(test)} test patches were in the pretraining data of run pool"
     assert tuned.result["warnings"] == [sentence, few]
     assert sentence in (tuned.folder / "report.html").read_text()
-    assert [stage.run for stage in learnt_before(Parent(str(tuned.folder), "k", [], {}, tuned))] == ["pool", "second", "tuned"]
+    assert [stage.run for stage in learnt_before(InitialWeights(str(tuned.folder), "k", [], {}, tuned))] == [
+        "pool",
+        "second",
+        "tuned",
+    ]
     again = evaluate(dataclasses.replace(judge, backbone="second", mode="supervised", name="from scratch"))
     assert again.result["warnings"] == [few]  # the architecture alone has seen nothing

@@ -229,7 +229,7 @@ def test_large_files_come_in_parts_and_whole(url, monkeypatch, tmp_path):
         assert (Mirror(url).folder / "backbone.safetensors").read_bytes() == data
         shutil.rmtree(Mirror(url).folder)
         monkeypatch.setattr(RemoteFolder, "read", lambda self, name, start, stop: data[start : min(stop, 500)])
-        with pytest.raises(ValueError, match=r"kidney/backbone.safetensors was written anew while it was fetched; start again"):
+        with pytest.raises(ValueError, match=r"kidney/backbone.safetensors changed while it was downloaded; start again"):
             Mirror(url).pull(whole=True)
         assert left(Mirror(url).folder) <= {".incoming/backbone.safetensors"}
 
