@@ -10,7 +10,7 @@ from train.records.runs import Run, find_run, read_json
 
 
 @dataclass(frozen=True)
-class Parent:
+class InitialWeights:
     """source: the argument of `models.weights.apply_init`; key: their part of the stage's key; chain: the stages that they come
     from, in words; card: their model card, empty if there is none; run: the earlier run, if they are one's."""
 
@@ -26,26 +26,26 @@ class Parent:
         return self.run.url if self.run and self.run.url else self.source
 
 
-def resolve_init(init: str, storage: str, *, backbone: str | None = None) -> Parent:
+def resolve_init(init: str, storage: str, *, backbone: str | None = None) -> InitialWeights:
     """The weights that --init or --backbone names. backbone: the architecture that they must be of, if it is known.
 
     Raises ValueError if they do not exist, if the run is not finished, or if they are of another architecture.
     """
     if init == "scratch":
-        return Parent("scratch", "scratch", [], {})
+        return InitialWeights("scratch", "scratch", [], {})
     if init == "imagenet":
-        return Parent("imagenet", "imagenet", ["ImageNet"], {})
+        return InitialWeights("imagenet", "imagenet", ["ImageNet"], {})
     run = find_run(init, storage)
     if run is not None:
         _ = run.result  # raises if the run is not finished
         card = read_json(run.folder / CARD_NAME, "this run has left no backbone: give a run of pretraining or fine-tuning")
-        parent = Parent(str(run.folder), run.record["key"], card.get("chain", []), card, run)
+        parent = InitialWeights(str(run.folder), run.record["key"], card.get("chain", []), card, run)
     elif Path(init).is_file():
         with open(init, "rb") as file:
             key = hashlib.file_digest(file, "sha256").hexdigest()
         beside = Path(init).with_name(CARD_NAME)
         card = read_json(beside, "") if beside.exists() else {}
-        parent = Parent(str(Path(init).absolute()), key, card.get("chain", [Path(init).name]), card)
+        parent = InitialWeights(str(Path(init).absolute()), key, card.get("chain", [Path(init).name]), card)
     else:
         raise ValueError(f"{init}: no run of that name in {storage}, and no such file; choose scratch, imagenet, a run or a file")
     theirs = parent.card.get("backbone")
