@@ -170,6 +170,7 @@ def test_what_the_user_has_to_put_right_is_not_tried_again(monkeypatch, tmp_path
         (["Connection closed by peer", "hostname='a b', pid=3 ... The actor died because its node has died."], "a b is gone"),
         (["hostname='gpu-1', ... because its worker process has died."], "a worker on gpu-1 died"),
         (["RuntimeError: out of memory\nat line 3"], "a worker failed (RuntimeError: out of memory)"),
+        (["KeyError: <object object at 0x7f01>"], "a worker failed (KeyError: <object object>)"),
     ],
 )
 def test_a_failure_is_told_in_a_few_words(texts, told):
