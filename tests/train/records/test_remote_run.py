@@ -223,7 +223,7 @@ def test_large_files_come_in_parts_and_whole(url, monkeypatch, tmp_path):
     here, data = Mirror(url), os.urandom(1000)
     fill(here.folder, {"backbone.safetensors": data})
     here.push()
-    monkeypatch.setattr(remote_run, "_PART", 300)
+    monkeypatch.setattr(remote_run, "_CHUNK_BYTES", 300)
     with another_node(monkeypatch, tmp_path):
         fetch_source(url)
         assert (Mirror(url).folder / "backbone.safetensors").read_bytes() == data
