@@ -44,7 +44,7 @@ def create_timm_model(name: str, image_size: int | None, *, pretrained: bool) ->
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0, **arguments)
     except (AssertionError, TypeError, ValueError) as error:
-        raise ValueError(f"backbone {name} cannot be built for images of {image_size} px: {one_line(error)}") from error
+        raise ValueError(f"backbone {name} cannot be built for images of {image_size} px: {message_of(error)}") from error
 
 
 def _has_fixed_input_size(name: str) -> bool:
@@ -86,10 +86,14 @@ def _has_fixed_input_size(name: str) -> bool:
     return config.get("fixed_input_size", False) or (registered is not None and registered.fixed_input_size)
 
 
+def message_of(error: BaseException) -> str:
+    """An error's message in one line without addresses in memory, or its type where it has no text."""
+    return re.sub(r" at 0x[0-9a-f]+(?=>)", "", " ".join(str(error).split())) or type(error).__name__
+
+
 def one_line(error: BaseException) -> str:
-    """An error's first sentence without addresses in memory, or its type where it has no text."""
-    text = re.sub(r" at 0x[0-9a-f]+(?=>)", "", " ".join(str(error).split()))
-    return text.split(". ")[0] or type(error).__name__
+    """The first sentence of an error's message."""
+    return message_of(error).split(". ")[0]
 
 
 @contextlib.contextmanager
@@ -122,7 +126,7 @@ def _features(backbone: nn.Module, name: str, image_size: int) -> int:
             features = backbone(torch.zeros(1, 3, image_size, image_size))
     except (AssertionError, RuntimeError) as error:
         raise ValueError(
-            f"backbone {name} cannot take images of {image_size} px ({one_line(error)}): choose another size"
+            f"backbone {name} cannot take images of {image_size} px ({message_of(error)}): choose another size"
         ) from error
     backbone.train()
     if features.ndim != 2:

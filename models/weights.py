@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from models.backbones import create_timm_model, no_retries_when_offline, one_line
+from models.backbones import create_timm_model, message_of, no_retries_when_offline, one_line
 
 WEIGHTS_NAME = "backbone.safetensors"
 CARD_NAME = "model_card.json"
@@ -165,7 +165,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
         try:
             return safetensors.torch.load_file(path)
         except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is not a readable safetensors file ({one_line(error)}): save or copy it again") from error
+            raise ValueError(f"{path} is not a readable safetensors file ({message_of(error)}): save or copy it again") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -174,7 +174,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
             "load it where it was made and save its state dict alone (torch.save(model.state_dict(), ...))"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is not a readable torch file ({one_line(error)[:200]}): save it again") from error
+        raise ValueError(f"{path} is not a readable torch file ({message_of(error)[:200]}): save it again") from error
     for entry in _ENTRIES:
         if isinstance(content, dict) and isinstance(content.get(entry), dict):
             content = content[entry]
