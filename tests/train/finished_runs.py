@@ -12,7 +12,7 @@ from pipelines.shard_reader import ShardReader
 from sharding.selection import select
 from train.config import PretrainConfig
 from train.records.runs import Run, Stage
-from train.reporting.gallery import leave_exhibits
+from train.reporting.gallery import write_gallery
 from train.scoring.metrics import METRICS, score
 from train.trainer.methods import METHODS
 
@@ -121,7 +121,7 @@ def judged(
         "chain": ["simclr on kidney"],
         "architecture": "resnet18",
         "classes": list(classes),
-        "split_rule": "learnt from 'train', judged on 'test'",
+        "split_rule": "trained on 'train', tested on 'test'",
         "warnings": ["no groups <are> known"],
         "notes": [],
         "cells": cells,
@@ -132,7 +132,7 @@ def judged(
     if reader:
         known = select(reader.manifest, split="train")
         drawn = np.random.default_rng(1)
-        leave_exhibits(
+        write_gallery(
             run.folder,
             reader,
             test=ids,

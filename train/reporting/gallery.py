@@ -42,7 +42,7 @@ _MISTAKES, _MISTAKES_PER_GROUP = 12, 3  # at most so many per slide, or a single
 _SIDE, _QUALITY = 96, 85  # pixels, of JPEG
 
 
-def leave_exhibits(
+def write_gallery(
     folder: Path,
     reader: ShardReader,
     *,
@@ -64,13 +64,13 @@ def leave_exhibits(
     assert len(known) == len(known_features) > 0, (len(known), len(known_features))
     groups = _Groups(reader)
     test_nF, known_mF = _unit(test_features), _unit(known_features)
-    _leave_map(folder / MAP_NAME, test, test_nF, labels, groups, seed)
+    _write_map(folder / MAP_NAME, test, test_nF, labels, groups, seed)
     gallery = _gallery(test, test_nF, known, known_mF, labels, groups, seed)
     mistakes = worst_mistakes(test, probabilities, labels[test], groups.of(test))
     write_json(folder / GALLERY_NAME, gallery)
     write_json(folder / MISTAKES_NAME, mistakes)
     shown = {query["id"] for query in gallery} | {near["id"] for query in gallery for near in query["neighbours"]}
-    _leave_thumbnails(folder / THUMBNAILS_NAME, reader, sorted(shown | {mistake["id"] for mistake in mistakes}))
+    _write_thumbnails(folder / THUMBNAILS_NAME, reader, sorted(shown | {mistake["id"] for mistake in mistakes}))
 
 
 def worst_mistakes(
@@ -112,7 +112,7 @@ def _unit(features_nF: np.ndarray) -> np.ndarray:
     return features_nF / np.maximum(norms, np.finfo(np.float32).tiny)
 
 
-def _leave_map(path, test, test_nF, labels, groups, seed):
+def _write_map(path, test, test_nF, labels, groups, seed):
     order = np.argsort(shuffle_keys(test, seed=seed, stream="exhibits"))
     rows = np.sort(order[:MAX_MAPPED])  # in the order of the ids: with all of them on the map the seed changes nothing
     xy, how = _project(test_nF[rows])
@@ -176,7 +176,7 @@ def _described(patch, labels, groups):
     return {"id": int(patch), "label": int(labels[patch]), "group": group}
 
 
-def _leave_thumbnails(path: Path, reader: ShardReader, ids: list[int]) -> None:
+def _write_thumbnails(path: Path, reader: ShardReader, ids: list[int]) -> None:
     images = [_thumbnail(encoded) for encoded in reader.read(np.array(ids, np.int64))]
     with replacing(path) as partial:
         pq.write_table(pa.table({"id": pa.array(ids, pa.int64()), "jpeg": pa.array(images, pa.binary())}), partial)

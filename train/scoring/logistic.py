@@ -79,17 +79,17 @@ def principal(x_nF: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def fit_with_validation(
-    features: np.ndarray, labels: np.ndarray, *, learnt: np.ndarray, chosen_on: np.ndarray, used: np.ndarray, classes: int
+    features: np.ndarray, labels: np.ndarray, *, train: np.ndarray, validation: np.ndarray, used: np.ndarray, classes: int
 ) -> tuple[LogisticHead, dict[float, float]]:
     """Choose the decay by the log loss of the validation part, then fit all of the labels with it.
 
-    features: (N, F); labels: (N,); learnt, chosen_on, used: rows to fit while choosing, to choose on, and to fit in the end.
+    features: (N, F); labels: (N,); train, validation: rows to choose the decay with; used: rows to fit in the end.
     Returns the head, and the validation's log loss for each decay tried.
     """
-    assert len(learnt) and len(chosen_on) and len(used), "all parts need patches"
+    assert len(train) and len(validation) and len(used), "all parts need patches"
     losses = {}
-    for head in fit_path(features[learnt], labels[learnt], classes=classes, decays=DECAYS):
-        chosen = head.probabilities(features[chosen_on])[np.arange(len(chosen_on)), labels[chosen_on]]
+    for head in fit_path(features[train], labels[train], classes=classes, decays=DECAYS):
+        chosen = head.probabilities(features[validation])[np.arange(len(validation)), labels[validation]]
         losses[head.decay] = float(-np.log(np.maximum(chosen, 1e-15)).mean())
     best = min(losses, key=lambda decay: losses[decay])
     return fit_logistic(features[used], labels[used], classes=classes, decay=best), losses

@@ -18,14 +18,22 @@ from train.records.init_weights import InitialWeights, resolve_init
 from train.records.provenance import learnt_before, look_for
 from train.records.remote_run import local_storage
 from train.records.runs import Run, Stage, find_run, identity, open_run
-from train.reporting.gallery import leave_exhibits
+from train.reporting.gallery import write_gallery
 from train.reporting.report_writer import write_report
 from train.scoring.bootstrap import FEW_UNITS
 from train.stages.feature_cache import FeaturePass, On
-from train.stages.finetuning import Start, batch_size_of, check_training, train_cell
-from train.stages.frozen import built_backbone, features_of, judge_frozen
-from train.stages.label_sets import LabelledSet, Labels, choose_labels, labelled_set, split_rule, validation_split, warnings_of
-from train.stages.summary import Cell, judged, summary_lines, write_predictions
+from train.stages.finetuning import Start, batch_size_of, check_training, train_and_predict
+from train.stages.frozen import built_backbone, evaluate_frozen, features_of
+from train.stages.label_sets import (
+    LabelledSet,
+    LabelSplit,
+    label_warnings,
+    labelled_set,
+    split_labels,
+    split_rule,
+    validation_split,
+)
+from train.stages.summary import SeedResult, summarise, summary_lines, write_predictions
 from train.trainer.logger import write_scalars
 from train.trainer.methods import Supervised
 
@@ -35,15 +43,14 @@ TRAINED = ("finetune", "supervised")
 def evaluate(config: EvaluateConfig) -> Run:
     """Run the stage, or find it finished. Returns its run.
 
-    Raises ValueError for what the user can put right: data without labels, splits that are not there, weights that do not
-    fit, a name that is taken.
+    Raises ValueError for user errors: data without labels, missing splits, weights that do not fit, a name that is taken.
     """
     with open_set(config.data, gib(config.cache_gib)) as reader:
         return _evaluate(config, reader)
 
 
 def stage_of(config: EvaluateConfig) -> Stage:
-    """What `evaluate` would run, without anything being run or written.
+    """The stage that `evaluate` would run. Runs and writes nothing.
 
     Raises ValueError as `evaluate` does for flags and backbones that do not fit.
     """
@@ -60,8 +67,8 @@ def _stage(config: EvaluateConfig, start: Start, data: str) -> Stage:
 def _evaluate(config: EvaluateConfig, reader: ShardReader) -> Run:
     _check(config)
     known = labelled_set(config, reader)
-    chosen = [
-        (fraction, seed, choose_labels(config, reader, known, fraction=fraction, seed=seed))
+    splits = [
+        (fraction, seed, split_labels(config, reader, known, fraction=fraction, seed=seed))
         for fraction in config.fraction
         for seed in range(config.seed, config.seed + config.seeds)
     ]
@@ -69,28 +76,28 @@ def _evaluate(config: EvaluateConfig, reader: ShardReader) -> Run:
     data = SetInput.of(config.data, reader, np.arange(len(reader)))
     run = open_run(config.storage, config.name or _default_name(config, start))
     stage = _stage(config, start, data.fingerprint)
-    if not run.begin(stage, config, _reads(config, data, start, chosen[0][2])):
+    if not run.begin(stage, config, _reads(config, data, start, splits[0][2])):
         print(f"{run.name}: finished already, {run.place}", flush=True)
         return run
-    amounts = " / ".join(f"{len(each.used):,}" for _, seed, each in chosen if seed == config.seed)
+    amounts = " / ".join(f"{len(split.used):,}" for _, seed, split in splits if seed == config.seed)
     print(
         f"{run.name}: {config.mode} of {start.architecture} on {amounts} labels of {config.data}"
-        f" ({config.seeds} seed{'s' * (config.seeds > 1)}), judged on {len(chosen[0][2].test):,} patches",
+        f" ({config.seeds} seed{'s' * (config.seeds > 1)}), tested on {len(splits[0][2].test):,} patches",
         flush=True,
     )
-    before = look_for(learnt_before(start.parent), reader, np.unique(np.concatenate([each.test for *_, each in chosen])))
+    before = look_for(learnt_before(start.parent), reader, np.unique(np.concatenate([split.test for *_, split in splits])))
     began = time.monotonic()
     if config.mode in TRAINED:
-        cells, shown, extra, device = _trained(config, known, data, start, run, stage, chosen)
+        results, shown, extra, device = _trained(config, known, data, start, run, stage, splits)
     else:
-        cells, shown, extra, device = _frozen(config, reader, known, data, start, chosen)
-    write_predictions(run.folder, reader, known, cells)
-    first = _first_of_most(cells)
+        results, shown, extra, device = _frozen(config, reader, known, data, start, splits)
+    write_predictions(run.folder, reader, known, results)
+    first = _first_of_most(results)
     test_features, known_features, known_ids = shown(first)
-    leave_exhibits(
+    write_gallery(
         run.folder,
         reader,
-        test=first.labels.test,
+        test=first.split.test,
         test_features=test_features,
         known=known_ids,
         known_features=known_features,
@@ -98,7 +105,7 @@ def _evaluate(config: EvaluateConfig, reader: ShardReader) -> Run:
         probabilities=first.probabilities,
         seed=config.seed,
     )
-    figures = judged(known, cells, draws=config.draws)
+    summary = summarise(known, results, draws=config.draws)
     result = {
         "kind": config.mode,
         "key": stage.key,
@@ -107,16 +114,16 @@ def _evaluate(config: EvaluateConfig, reader: ShardReader) -> Run:
         "classes": known.classes,
         "split_rule": split_rule(config),
         "recipe": describe_recipe(get_recipe("eval")),
-        "warnings": [*before.warnings, *warnings_of(known, [each for *_, each in chosen]), *_few(figures["summary"])],
+        "warnings": [*before.warnings, *label_warnings(known, [split for *_, split in splits]), *_few(summary["summary"])],
         "notes": before.notes,
         **extra,
-        **figures,
+        **summary,
     }
-    write_scalars(run, _scalars(figures["summary"]))
+    write_scalars(run, _scalars(summary["summary"]))
     run.finish(result, wall_seconds=time.monotonic() - began, device=device)
     report = write_report([run], run.folder / "report.html")
     run.publish()
-    for line in [*(f"warning: {text}" for text in result["warnings"]), *summary_lines(figures["summary"]), f"{report}"]:
+    for line in [*(f"warning: {text}" for text in result["warnings"]), *summary_lines(summary["summary"]), f"{report}"]:
         print(f"{run.name}: {line}", flush=True)
     return run
 
@@ -160,58 +167,58 @@ def _default_name(config, start):
     return f"{origin}-{config.mode}-{'+'.join(f'{each:g}' for each in config.fraction)}-{seeds}"
 
 
-def _reads(config, data, start, chosen: Labels) -> dict[str, Any]:
-    """What run.json says of the first cell's input."""
-    learnt = Input((replace(data, ids=chosen.learnt),), cache_bytes=gib(config.cache_gib))
+def _reads(config, data, start, split: LabelSplit) -> dict[str, Any]:
+    """What run.json records of the input, for the first fraction and seed."""
+    train = Input((replace(data, ids=split.train),), cache_bytes=gib(config.cache_gib))
     trains = config.mode in TRAINED
-    return learnt.describe(
-        selection=chosen.selection,
+    return train.describe(
+        selection=split.selection,
         recipe=Supervised.recipe_name if trains else "eval",
         image_size=start.image_size,
         seed=config.seed,
-        batch_size=batch_size_of(config, chosen) if trains else None,
+        batch_size=batch_size_of(config, split) if trains else None,
     )
 
 
-def _frozen(config, reader, known, data, start, chosen):
-    """The cells; what is shown of one; what the result says besides; the device."""
+def _frozen(config, reader, known, data, start, splits):
+    """The results; a function from a result to the features for its gallery; what else the record says; the device."""
     on = On(config.workers, config.gpus_per_worker, config.cpus_per_worker, config.threads or None)
     backbone, init = built_backbone(start.architecture, start.image_size, start.parent.source, config.seed)
     what = FeaturePass(backbone, data.shards, data.fingerprint, "eval", start.image_size, gib(config.cache_gib))
-    splits = _whole_splits(config, reader, known)
-    features = features_of(what, splits, len(reader), on, local_storage(config.storage) / ".features")
-    cells = judge_frozen(config, features, known.labels, len(known.classes), chosen)
+    parts = _whole_splits(config, reader, known)
+    features = features_of(what, parts, len(reader), on, local_storage(config.storage) / ".features")
+    results = evaluate_frozen(config, features, known.labels, len(known.classes), splits)
 
-    def shown(cell: Cell):
-        of = [features.values[features.of(ids)] for ids in (cell.labels.test, cell.labels.used)]
-        return *of, cell.labels.used
+    def shown(result: SeedResult):
+        of = [features.values[features.of(ids)] for ids in (result.split.test, result.split.used)]
+        return *of, result.split.used
 
-    return cells, shown, {"init": init}, "CPU" if on.workers == 0 else f"{on.workers} workers"
+    return results, shown, {"init": init}, "CPU" if on.workers == 0 else f"{on.workers} workers"
 
 
 def _whole_splits(config: EvaluateConfig, reader: ShardReader, known: LabelledSet) -> dict[str, np.ndarray]:
-    """Whatever the fraction, the seed and the classes: what features are computed of."""
+    """The patches whose features are computed, which do not depend on the fraction, the seed and the classes."""
     if config.resplit:
         return {"the set": np.flatnonzero(known.labels >= 0)}
     names = [config.split, config.test_split, validation_split(config)]
     return {name: select(reader.manifest, split=name) for name in names if name}
 
 
-def _trained(config, known, data, start, run, stage, chosen):
-    """As `_frozen`. One cell trains in the run's folder, several each in one of their own below it."""
-    cells, features, device = [], {}, ""
-    for fraction, seed, labels in chosen:
+def _trained(config, known, data, start, run, stage, splits):
+    """As `_frozen`. A single training uses the run's folder; of several, each has a folder of its own below it."""
+    results, features, device = [], {}, ""
+    for fraction, seed, split in splits:
         name = f"{100 * fraction:g}%-seed{seed}"
-        own = run if len(chosen) == 1 else run.cell(name)
+        own = run if len(splits) == 1 else run.cell(name)
 
         def say(line: str, name: str = name) -> None:
-            print(f"{run.name}{'' if len(chosen) == 1 else f', {name}'}: {line}", flush=True)
+            print(f"{run.name}{'' if len(splits) == 1 else f', {name}'}: {line}", flush=True)
 
-        cell, test_features, device = train_cell(
+        result, test_features, device = train_and_predict(
             config,
             fraction,
             seed,
-            labels,
+            split,
             run=own,
             data=data,
             known=known,
@@ -219,30 +226,30 @@ def _trained(config, known, data, start, run, stage, chosen):
             key=stage.key,
             say=say,
         )
-        cells.append(cell)
+        results.append(result)
         features[fraction, seed] = test_features
 
-    def shown(cell: Cell):
-        # Of the trained weights there are features of the test patches alone, so these are each other's neighbours.
-        return features[cell.fraction, cell.seed], features[cell.fraction, cell.seed], cell.labels.test
+    def shown(result: SeedResult):
+        # With the trained weights, only the test patches have features, so these are each other's neighbours.
+        return features[result.fraction, result.seed], features[result.fraction, result.seed], result.split.test
 
-    return cells, shown, {}, device
+    return results, shown, {}, device
 
 
-def _first_of_most(cells: Sequence[Cell]) -> Cell:
-    """What the report's pictures are of: the first seed of the largest fraction."""
-    return max(cells, key=lambda cell: (cell.fraction, -cell.seed))
+def _first_of_most(results: Sequence[SeedResult]) -> SeedResult:
+    """The result that the report's gallery shows: the first seed of the largest fraction."""
+    return max(results, key=lambda result: (result.fraction, -result.seed))
 
 
 def _few(summary) -> list[str]:
     units, unit = summary[0]["units"], summary[0]["unit"]
     if units >= FEW_UNITS:
         return []
-    return [f"the test has {units} {unit}s: intervals over so few say little"]
+    return [f"the test split has only {units} {unit}s, so its intervals are unreliable"]
 
 
 def _scalars(summary) -> dict[str, dict[int, float]]:
-    """For TensorBoard: each figure's mean, over the share of labels in percent."""
+    """For TensorBoard: each metric's mean, over the share of labels in percent."""
     names = summary[0]["metrics"]
     return {
         f"test/{name}": {

@@ -17,8 +17,8 @@ from train.records.init_weights import InitialWeights
 from train.records.provenance import leave_record
 from train.records.runs import Run, read_json, replacing
 from train.stages.feature_cache import FeaturePass, On, compute_parts, split_parts
-from train.stages.label_sets import LabelledSet, Labels
-from train.stages.summary import Cell
+from train.stages.label_sets import LabelledSet, LabelSplit
+from train.stages.summary import SeedResult
 from train.trainer.early_stopping import Validation
 from train.trainer.loop import HEAD_NAME, Job
 from train.trainer.methods import Supervised
@@ -31,7 +31,7 @@ _PEAKS = {"supervised": 1e-3, "finetune": 1e-4}
 
 @dataclass(frozen=True)
 class Start:
-    """What a cell's weights come from."""
+    """What training starts from."""
 
     parent: InitialWeights
     architecture: str
@@ -39,7 +39,7 @@ class Start:
 
 
 def check_training(config: EvaluateConfig) -> None:
-    """Raises ValueError for sizes and rates that are none."""
+    """Raises ValueError for values out of range."""
     if config.batch_size < 1:
         raise ValueError(f"--batch-size {config.batch_size}: a batch needs at least 1 patch")
     if config.learning_rate is not None and not config.learning_rate > 0:
@@ -50,16 +50,16 @@ def check_training(config: EvaluateConfig) -> None:
         raise ValueError(f"--patience {config.patience}: give a number of epochs, or 0 to train through all")
 
 
-def batch_size_of(config: EvaluateConfig, chosen: Labels) -> int:
-    """The batch: what was asked for, and no more than there is to learn from."""
-    return min(config.batch_size, len(chosen.learnt))
+def batch_size_of(config: EvaluateConfig, split: LabelSplit) -> int:
+    """The configured batch size, but no more than there are training patches."""
+    return min(config.batch_size, len(split.train))
 
 
-def train_cell(
+def train_and_predict(
     config: EvaluateConfig,
     fraction: float,
     seed: int,
-    chosen: Labels,
+    split: LabelSplit,
     *,
     run: Run,
     data: SetInput,
@@ -67,18 +67,18 @@ def train_cell(
     start: Start,
     key: str,
     say: Callable[[str], None],
-) -> tuple[Cell, np.ndarray, str]:
-    """Train in this run's folder, or resume there, and evaluate. Returns the cell, its test patches' features, and the device.
+) -> tuple[SeedResult, np.ndarray, str]:
+    """Train in this run's folder, or resume there, and evaluate.
 
-    data: the set, whatever its ids.
+    data: the set; its ids are ignored. Returns the predictions, the test patches' features, and the device.
     """
-    learnt = _some(data, chosen.learnt, config)
+    train = _some(data, split.train, config)
     folder = run.folder
     run.fetch()
-    job = _job(config, seed, chosen, learnt, run=run, data=data, known=known, start=start, key=key)
+    job = _job(config, seed, split, train, run=run, data=data, known=known, start=start, key=key)
     folder.mkdir(parents=True, exist_ok=True)
-    leave_record(folder, kind=config.mode, learnt=_some(data, chosen.used, config), parent=start.parent)
-    if not (folder / _FEATURES_NAME).exists():  # else it was trained, and judged, before others were cut off
+    leave_record(folder, kind=config.mode, learnt=_some(data, split.used, config), parent=start.parent)
+    if not (folder / _FEATURES_NAME).exists():  # else it had finished before the run was interrupted
         model = describe_model(
             job.method, backbone=job.backbone, image_size=job.image_size, init=start.parent.source, weight_decay=job.weight_decay
         )
@@ -91,49 +91,53 @@ def train_cell(
     load_backbone_weights(backbone, folder)
     head = LinearHead(int(backbone.num_features), len(known.classes))  # type: ignore[arg-type]
     head.load_state_dict(torch.load(folder / HEAD_NAME, weights_only=True, map_location="cpu"))
-    features = _test_features(config, backbone, data, chosen, start, folder)
+    features = _test_features(config, backbone, data, split, start, folder)
     run.publish()
     with torch.no_grad():
         probabilities = torch.softmax(head.double()(torch.from_numpy(features).double()), dim=1).numpy()
-    return Cell(fraction, seed, chosen, probabilities, {"batch_size": job.batch_size} | _training_summary(run)), features, device
+    return (
+        SeedResult(fraction, seed, split, probabilities, {"batch_size": job.batch_size} | _training_summary(run)),
+        features,
+        device,
+    )
 
 
 def _some(data: SetInput, ids: np.ndarray, config: EvaluateConfig) -> Input:
     return Input((replace(data, ids=ids),), cache_bytes=gib(config.cache_gib))
 
 
-def _job(config, seed, chosen, learnt, *, run, data, known, start, key) -> Job:
+def _job(config, seed, split, train, *, run, data, known, start, key) -> Job:
     validation = None
-    if len(chosen.chosen_on):
-        outputs = known.labels[chosen.chosen_on]
-        validation = Validation(_some(data, chosen.chosen_on, config), outputs, config.patience or None)
+    if len(split.validation):
+        outputs = known.labels[split.validation]
+        validation = Validation(_some(data, split.validation, config), outputs, config.patience or None)
     codes = known.set_labels
     return Job.from_config(
         config,
         folder=run.folder,
         url=run.url,
-        input=learnt,
+        input=train,
         method=Supervised(classes=len(codes), labels=None if codes == tuple(range(len(codes))) else codes),
         backbone=start.architecture,
         init=start.parent.address,
         image_size=start.image_size,
-        batch_size=batch_size_of(config, chosen),
+        batch_size=batch_size_of(config, split),
         peak_learning_rate=_PEAKS[config.mode] if config.learning_rate is None else config.learning_rate,
         warmup_epochs=min(config.warmup_epochs, config.epochs / 10),
         seed=seed,
         compile=False,
         checkpoint_every=0,
-        card={"method": config.mode, "chain": [*start.parent.chain, f"{config.mode} on {learnt.name}"], "key": key},
+        card={"method": config.mode, "chain": [*start.parent.chain, f"{config.mode} on {train.name}"], "key": key},
         validation=validation,
     )
 
 
-def _test_features(config, backbone, data, chosen, start, folder) -> np.ndarray:
-    """Features of the test patches by the trained weights, which no other run has: kept with the run for when it is resumed."""
+def _test_features(config, backbone, data, split, start, folder) -> np.ndarray:
+    """Features of the test patches from the trained weights, kept in the run's folder for when the run is resumed."""
     path = folder / _FEATURES_NAME
     if not path.exists():
         what = FeaturePass(backbone, data.shards, data.fingerprint, "eval", start.image_size, gib(config.cache_gib))
-        parts = split_parts(chosen.test)
+        parts = split_parts(split.test)
         on = On(config.workers, config.gpus_per_worker, config.cpus_per_worker, config.threads or None)
         found = dict(compute_parts(what, parts, on, title="predictions"))
         with replacing(path) as partial, open(partial, "wb") as file:
@@ -144,13 +148,13 @@ def _test_features(config, backbone, data, chosen, start, folder) -> np.ndarray:
 def _training_summary(run: Run) -> dict[str, Any]:
     """Steps taken, and the epoch whose weights were kept."""
     rows = run.metrics()
-    judged = [row for row in rows if row.get("validation_loss") is not None]
-    if not judged:
+    validated = [row for row in rows if row.get("validation_loss") is not None]
+    if not validated:
         return {"steps": rows[-1]["step"]}
-    best = min(judged, key=lambda row: row["validation_loss"])
+    best = min(validated, key=lambda row: row["validation_loss"])
     return {
         "steps": rows[-1]["step"],
         "best_epoch": best["epoch"] + 1,
-        "epochs_run": judged[-1]["epoch"] + 1,
+        "epochs_run": validated[-1]["epoch"] + 1,
         "validation_log_loss": best["validation_loss"],
     }

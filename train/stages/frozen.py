@@ -16,8 +16,8 @@ from train.scoring.knn import knn_probabilities
 from train.scoring.linear_heads import PROTOCOLS, HeadTask, train_heads
 from train.scoring.logistic import fit_with_validation
 from train.stages.feature_cache import FeaturePass, On, frozen_features
-from train.stages.label_sets import Labels
-from train.stages.summary import Cell
+from train.stages.label_sets import LabelSplit
+from train.stages.summary import SeedResult
 
 TEMPERATURE = 0.07  # of the neighbours' votes, as Wu et al. 2018
 
@@ -37,7 +37,7 @@ class Features:
 
 
 def built_backbone(architecture: str, image_size: int, source: str, seed: int) -> tuple[torch.nn.Module, list[str]]:
-    """The backbone to judge, and what was done with its weights. Random ones are the same for every seed of the same number."""
+    """The backbone to evaluate, and how its weights were initialised. Random weights depend on the seed alone."""
     torch.manual_seed(seed)
     backbone = build_backbone(architecture, image_size)
     return backbone, apply_init(backbone, architecture, source)
@@ -57,28 +57,28 @@ def features_of(what: FeaturePass, splits: dict[str, np.ndarray], patches: int, 
     return Features(np.concatenate(values), rows)
 
 
-def judge_frozen(
-    config: EvaluateConfig, features: Features, labels: np.ndarray, classes: int, chosen: Sequence[tuple[float, int, Labels]]
-) -> list[Cell]:
-    """A classifier for each fraction and seed, and what it says of the test patches. labels: (N,) by patch id."""
+def evaluate_frozen(
+    config: EvaluateConfig, features: Features, labels: np.ndarray, classes: int, splits: Sequence[tuple[float, int, LabelSplit]]
+) -> list[SeedResult]:
+    """Fit a classifier for each fraction and seed, and predict the test patches. labels: (N,) by patch id."""
     if config.mode == "knn":
-        found = [_neighbours(config, features, labels, classes, each) for *_, each in chosen]
+        found = [_neighbours(config, features, labels, classes, split) for *_, split in splits]
     elif config.protocol == "lbfgs":
-        found = [_logistic(features, labels, classes, each) for *_, each in chosen]
+        found = [_logistic(features, labels, classes, split) for *_, split in splits]
     else:
-        found = _trained(config, features, labels, classes, chosen)
+        found = _trained(config, features, labels, classes, splits)
     return [
-        Cell(fraction, seed, each, probabilities, fit)
-        for (fraction, seed, each), (probabilities, fit) in zip(chosen, found, strict=True)
+        SeedResult(fraction, seed, split, probabilities, fit)
+        for (fraction, seed, split), (probabilities, fit) in zip(splits, found, strict=True)
     ]
 
 
-def _neighbours(config, features, labels, classes, chosen):
-    count = min(config.neighbours, len(chosen.used))
+def _neighbours(config, features, labels, classes, split):
+    count = min(config.neighbours, len(split.used))
     probabilities = knn_probabilities(
-        features.values[features.of(chosen.used)],
-        labels[chosen.used],
-        features.values[features.of(chosen.test)],
+        features.values[features.of(split.used)],
+        labels[split.used],
+        features.values[features.of(split.test)],
         classes=classes,
         neighbours=count,
         temperature=TEMPERATURE,
@@ -86,34 +86,34 @@ def _neighbours(config, features, labels, classes, chosen):
     return probabilities, {"neighbours": count, "temperature": TEMPERATURE}
 
 
-def _logistic(features, labels, classes, chosen) -> tuple[np.ndarray, dict[str, Any]]:
+def _logistic(features, labels, classes, split) -> tuple[np.ndarray, dict[str, Any]]:
     by_row = np.full(len(features.values), -1)
     by_row[features.rows[features.rows >= 0]] = labels[features.rows >= 0]
     head, losses = fit_with_validation(
         features.values,
         by_row,
-        learnt=features.of(chosen.learnt),
-        chosen_on=features.of(chosen.chosen_on),
-        used=features.of(chosen.used),
+        train=features.of(split.train),
+        validation=features.of(split.validation),
+        used=features.of(split.used),
         classes=classes,
     )
     fit = {"decay": head.decay, "validation_log_loss": {f"{decay:g}": loss for decay, loss in losses.items()}}
-    return head.probabilities(features.values[features.of(chosen.test)]), fit
+    return head.probabilities(features.values[features.of(split.test)]), fit
 
 
-def _trained(config, features, labels, classes, chosen) -> list[tuple[np.ndarray, dict[str, Any]]]:
+def _trained(config, features, labels, classes, splits) -> list[tuple[np.ndarray, dict[str, Any]]]:
     by_row = np.full(len(features.values), -1)
     by_row[features.rows[features.rows >= 0]] = labels[features.rows >= 0]
-    tasks = [HeadTask(features.of(each.learnt), features.of(each.chosen_on), seed) for _, seed, each in chosen]
+    tasks = [HeadTask(features.of(split.train), features.of(split.validation), seed) for _, seed, split in splits]
     protocol = dataclasses.replace(PROTOCOLS[config.protocol], head=config.head)
     heads = train_heads(features.values, by_row, tasks, classes=classes, protocol=protocol)
     found = []
-    for head, (*_, each) in zip(heads, chosen, strict=True):
+    for head, (*_, split) in zip(heads, splits, strict=True):
         fit = {
             "protocol": dataclasses.asdict(protocol),
             "best_epoch": head.best_epoch,
             "epochs_run": head.epochs_run,
             "validation_log_loss": float(head.validation_loss[head.best_epoch - 1]),
         }
-        found.append((head.probabilities(features.values[features.of(each.test)]), fit))
+        found.append((head.probabilities(features.values[features.of(split.test)]), fit))
     return found

@@ -18,7 +18,7 @@ from train.records.provenance import leave_record
 from train.records.runs import Run, Stage, identity, open_run
 from train.reporting.report_writer import write_report
 from train.trainer.grad_cache import check_micro_batch
-from train.trainer.health_checks import Alarms
+from train.trainer.health_checks import HealthChecks
 from train.trainer.loop import Job
 from train.trainer.methods import Method, build_method
 from train.trainer.model_summary import describe_model, describe_rate
@@ -94,7 +94,7 @@ def pretrain(config: PretrainConfig) -> Run:
         print(f"{run.name}: {line}", flush=True)
     started = time.monotonic()
     starting = "starting the workers" if worker_range(config.workers)[1] else "starting"
-    with follow(run, steps=job.steps, title=run.name, starting=starting, accuracy=method.accuracy, alarms=_alarms(job)):
+    with follow(run, steps=job.steps, title=run.name, starting=starting, accuracy=method.accuracy, checks=_health_checks(job)):
         device = run_job(job, config.workers, config.gpus_per_worker, config.cpus_per_worker)
     if config.profile:
         print(f"{run.name}: {_where_traced(run)}", flush=True)
@@ -153,8 +153,10 @@ def _settle_precision(config: PretrainConfig, run: Run) -> str:
     return "bf16" if gpus_with_bf16(config.workers, config.gpus_per_worker, name=config.name) else "fp32"
 
 
-def _alarms(job: Job) -> Alarms:
-    return Alarms(chance_loss=job.method.chance_loss(job.batch_size), grace_steps=max(job.warmup_steps, job.steps_per_epoch))
+def _health_checks(job: Job) -> HealthChecks:
+    return HealthChecks(
+        chance_loss=job.method.chance_loss(job.batch_size), grace_steps=max(job.warmup_steps, job.steps_per_epoch)
+    )
 
 
 def _where_traced(run: Run) -> str:
@@ -191,7 +193,7 @@ def _check(config: PretrainConfig, patches: int) -> None:
 
 
 def _finish(run, job, stage, seconds, device):
-    rows, alarms = run.metrics(), _alarms(job)
+    rows, checks = run.metrics(), _health_checks(job)
     last = rows[-1]
     result = {
         "kind": "pretrain",
@@ -207,7 +209,7 @@ def _finish(run, job, stage, seconds, device):
         "probe": job.probe.describe() if job.probe else None,
         "init": json.loads((run.folder / "init.json").read_text()),
         "engine": json.loads((run.folder / "engine.json").read_text()),
-        "warnings": [text for row in rows for text in alarms.add(row)],
+        "warnings": [text for row in rows for text in checks.add(row)],
         "compare_by": job.method.comparison_note,
     }
     run.finish(result, wall_seconds=seconds, device=device)

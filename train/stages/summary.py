@@ -1,4 +1,4 @@
-"""From predictions to a paper's table: metrics of each cell, intervals by group, and their summary over seeds."""
+"""From predictions to a paper's table: metrics and intervals for each fraction and seed, and their summary over seeds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,81 +13,81 @@ from pipelines.shard_reader import ShardReader
 from train.records.runs import replacing
 from train.scoring.bootstrap import bootstrap, combine, count_units, interval, mean_and_deviation
 from train.scoring.metrics import METRICS, score
-from train.stages.label_sets import LabelledSet, Labels, rows_of
+from train.stages.label_sets import LabelledSet, LabelSplit
 
 PREDICTIONS_NAME = "predictions.parquet"
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A fraction of the labels and a seed, judged. probabilities: (n, K), a row for each of labels.test; fit: what is to be
-    told of the fitting."""
+class SeedResult:
+    """The predictions for one fraction of the labels and one seed. probabilities: (n, K), a row for each of split.test; fit: how
+    the classifier was fitted, for the record."""
 
     fraction: float
     seed: int
-    labels: Labels
+    split: LabelSplit
     probabilities: np.ndarray = field(repr=False)
     fit: dict[str, Any]
 
 
-def write_predictions(folder: Path, reader: ShardReader, known: LabelledSet, cells: Sequence[Cell]) -> None:
-    """predictions.parquet: fraction, seed, id, key, group, label, prediction, probabilities (K), cell after cell."""
+def write_predictions(folder: Path, reader: ShardReader, known: LabelledSet, results: Sequence[SeedResult]) -> None:
+    """predictions.parquet: fraction, seed, id, key, group, label, prediction, probabilities (K)."""
     tables = []
-    for cell in cells:
-        count, flat = len(cell.labels.test), pa.array(cell.probabilities.ravel())
-        rows = rows_of(reader.manifest, cell.labels.test)
+    for one in results:
+        count, flat = len(one.split.test), pa.array(one.probabilities.ravel())
+        rows = reader.manifest.select(["id", "key", "group"]).take(pa.array(one.split.test))
         columns = {
-            "fraction": pa.array(np.full(count, cell.fraction)),
-            "seed": pa.array(np.full(count, cell.seed, np.int64)),
+            "fraction": pa.array(np.full(count, one.fraction)),
+            "seed": pa.array(np.full(count, one.seed, np.int64)),
             **{name: rows[name] for name in ("id", "key", "group")},
-            "label": pa.array(known.labels[cell.labels.test]),
-            "prediction": pa.array(cell.probabilities.argmax(1)),
-            "probabilities": pa.FixedSizeListArray.from_arrays(flat, cell.probabilities.shape[1]),
+            "label": pa.array(known.labels[one.split.test]),
+            "prediction": pa.array(one.probabilities.argmax(1)),
+            "probabilities": pa.FixedSizeListArray.from_arrays(flat, one.probabilities.shape[1]),
         }
         tables.append(pa.table(columns))
     with replacing(folder / PREDICTIONS_NAME) as partial:
         pq.write_table(pa.concat_tables(tables).unify_dictionaries(), partial)
 
 
-def judged(known: LabelledSet, cells: Sequence[Cell], *, draws: int) -> dict[str, Any]:
-    """`cells` and `summary` of result.json: each cell's figures, and for each fraction their mean, deviation and interval."""
+def summarise(known: LabelledSet, results: Sequence[SeedResult], *, draws: int) -> dict[str, Any]:
+    """`cells` and `summary` of result.json: metrics by fraction and seed, and their mean, deviation and interval."""
     described: list[dict[str, Any]] = []
     drawn = []
-    for cell in cells:
-        truth, groups = known.labels[cell.labels.test], known.groups[cell.labels.test]
-        sampled = bootstrap(cell.probabilities, truth, groups if (groups >= 0).any() else None, draws=draws)
+    for one in results:
+        truth, groups = known.labels[one.split.test], known.groups[one.split.test]
+        sampled = bootstrap(one.probabilities, truth, groups if (groups >= 0).any() else None, draws=draws)
         drawn.append(sampled)
         described.append(
             {
-                "fraction": cell.fraction,
-                "seed": cell.seed,
-                "labels": len(cell.labels.used),
+                "fraction": one.fraction,
+                "seed": one.seed,
+                "labels": len(one.split.used),
                 "test_patches": len(truth),
-                "metrics": score(cell.probabilities, truth),
+                "metrics": score(one.probabilities, truth),
                 "intervals": {name: _interval(sampled[name]) for name in METRICS},
-                "fit": cell.fit,
+                "fit": one.fit,
             }
         )
     summary = []
-    for fraction in dict.fromkeys(cell.fraction for cell in cells):
-        own = [place for place, cell in enumerate(cells) if cell.fraction == fraction]
-        first = cells[own[0]].labels.test
-        same_test = all(np.array_equal(first, cells[place].labels.test) for place in own)
-        figures = {}
+    for fraction in dict.fromkeys(one.fraction for one in results):
+        same = [place for place, one in enumerate(results) if one.fraction == fraction]
+        first = results[same[0]].split.test
+        same_test = all(np.array_equal(first, results[place].split.test) for place in same)
+        metrics = {}
         for name in METRICS:
-            mean, deviation = mean_and_deviation([described[place]["metrics"][name] for place in own])
-            # Seeds that are judged on tests of their own have no draws in common.
-            low, high = _interval(combine([drawn[place] for place in own])[name]) if same_test else (None, None)
-            figures[name] = {"mean": mean, "std": deviation, "low": low, "high": high}
+            mean, deviation = mean_and_deviation([described[place]["metrics"][name] for place in same])
+            # Seeds with different test patches have no draws in common.
+            low, high = _interval(combine([drawn[place] for place in same])[name]) if same_test else (None, None)
+            metrics[name] = {"mean": mean, "std": deviation, "low": low, "high": high}
         groups = known.groups[first]
         summary.append(
             {
                 "fraction": fraction,
-                "labels": described[own[0]]["labels"],
-                "seeds": len(own),
+                "labels": described[same[0]]["labels"],
+                "seeds": len(same),
                 "unit": "group" if (groups >= 0).any() else "patch",
                 "units": count_units(groups, len(groups)),
-                "metrics": figures,
+                "metrics": metrics,
             }
         )
     return {"cells": described, "summary": summary}
@@ -103,12 +103,12 @@ def summary_lines(summary: Sequence[dict[str, Any]]) -> list[str]:
     for row in summary:
         parts = []
         for name in ("accuracy", "balanced_accuracy", "auroc"):
-            figure = row["metrics"][name]
-            if figure["mean"] is None:
+            metric = row["metrics"][name]
+            if metric["mean"] is None:
                 continue
-            deviation = "" if figure["std"] is None else f" ± {figure['std']:.3f}"
-            bounds = "" if figure["low"] is None else f" [{figure['low']:.3f}, {figure['high']:.3f}]"
-            parts.append(f"{METRICS[name].title} {figure['mean']:.3f}{deviation}{bounds}")
+            deviation = "" if metric["std"] is None else f" ± {metric['std']:.3f}"
+            bounds = "" if metric["low"] is None else f" [{metric['low']:.3f}, {metric['high']:.3f}]"
+            parts.append(f"{METRICS[name].title} {metric['mean']:.3f}{deviation}{bounds}")
         seeds = f", {row['seeds']} seeds" if row["seeds"] > 1 else ""
         lines.append(f"{row['fraction']:.0%} of the labels ({row['labels']:,}{seeds}): {', '.join(parts)}")
     return lines

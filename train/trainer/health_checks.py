@@ -6,7 +6,7 @@ _NEAR_CHANCE = 0.02  # of the chance loss
 _COLLAPSED = 0.1  # embedding_std, which is 1 for embeddings that are spread over the sphere
 
 
-class Alarms:
+class HealthChecks:
     """Takes the rows of metrics.jsonl in their order. Gives each warning once, also when rows come again after a restart.
 
     chance_loss: of a model that has learnt nothing. grace_steps: for so many steps a loss like that, and embeddings that lie

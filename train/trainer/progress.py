@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from train.records.runs import Run, parse_row
-from train.trainer.health_checks import Alarms
+from train.trainer.health_checks import HealthChecks
 
 _EVERY_SECONDS = 0.3
 _PLAIN_EVERY_SECONDS = 20  # where the console is a file or a pipe: a line now and then
@@ -21,11 +21,11 @@ _PLAIN_EVERY_SECONDS = 20  # where the console is a file or a pipe: a line now a
 
 @contextlib.contextmanager
 def follow(
-    run: Run, *, steps: int, title: str, starting: str, accuracy: str | None = None, alarms: Alarms | None = None
+    run: Run, *, steps: int, title: str, starting: str, accuracy: str | None = None, checks: HealthChecks | None = None
 ) -> Iterator[None]:
     """Show the run's progress while the block runs.
 
-    starting: shown until the first step; accuracy: name of a metric, 0 to 1, to show beside the loss; alarms: their warnings are
+    starting: shown until the first step; accuracy: name of a metric, 0 to 1, to show beside the loss; checks: their warnings are
     printed as they occur.
     """
     console = Console()
@@ -33,7 +33,7 @@ def follow(
     show = _bar if console.is_terminal else _lines
     tail = Tail(run.folder / "metrics.jsonl")
     tail.read()  # rows of an earlier start: those that stand come again
-    watcher = threading.Thread(target=show, args=(tail, steps, title, starting, accuracy, alarms, console, stop), daemon=True)
+    watcher = threading.Thread(target=show, args=(tail, steps, title, starting, accuracy, checks, console, stop), daemon=True)
     watcher.start()
     try:
         with run.mirror.followed() if run.mirror else contextlib.nullcontext():
@@ -43,7 +43,7 @@ def follow(
         watcher.join()
 
 
-def _bar(tail, steps, title, starting, accuracy, alarms, console, stop):
+def _bar(tail, steps, title, starting, accuracy, checks, console, stop):
     pace = Pace(steps)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, console=console) as progress:
@@ -51,7 +51,7 @@ def _bar(tail, steps, title, starting, accuracy, alarms, console, stop):
         last = False
         while True:
             if rows := tail.read():
-                _warn(rows, alarms, title, progress.console)
+                _warn(rows, checks, title, progress.console)
                 step = rows[-1]["step"]
                 progress.update(task, completed=step, note=_note(rows[-1], steps, pace.left(step, time.monotonic()), accuracy))
             if last:
@@ -59,14 +59,14 @@ def _bar(tail, steps, title, starting, accuracy, alarms, console, stop):
             last = stop.wait(_EVERY_SECONDS)
 
 
-def _lines(tail, steps, title, starting, accuracy, alarms, console, stop):
+def _lines(tail, steps, title, starting, accuracy, checks, console, stop):
     pace = Pace(steps)
     console.print(f"{title}: {starting}", highlight=False, markup=False, soft_wrap=True)
     row, shown, quiet_until = None, 0, 0.0
     last = False
     while True:
         if rows := tail.read():
-            _warn(rows, alarms, title, console)
+            _warn(rows, checks, title, console)
             row = rows[-1]
             left = pace.left(row["step"], time.monotonic())
         if row and row["step"] > shown and (last or time.monotonic() > quiet_until):
@@ -77,9 +77,9 @@ def _lines(tail, steps, title, starting, accuracy, alarms, console, stop):
         last = stop.wait(_EVERY_SECONDS)
 
 
-def _warn(rows, alarms, title, console):
+def _warn(rows, checks, title, console):
     for row in rows:
-        for text in alarms.add(row) if alarms else []:
+        for text in checks.add(row) if checks else []:
             console.print(f"{title}: warning: {text}", highlight=False, markup=False, soft_wrap=True)
 
 

@@ -254,7 +254,7 @@ def test_runs_leave_records_and_evaluations_read_them(tmp_path, sets, monkeypatc
         data=str(sets / "breast"), backbone="clean", validation=0.5, storage=settings.storage, epochs=1, threads=1
     )
     pretrain(dataclasses.replace(settings, data=judge.data, name="clean"))
-    few = "the test has 2 groups: intervals over so few say little"
+    few = "the test split has only 2 groups, so its intervals are unreliable"
     result = evaluate(judge).result
     assert (result["warnings"], result["notes"]) == ([few], [])
 

@@ -722,7 +722,7 @@ def test_a_finetuning_that_was_cut_off_goes_on_elsewhere(settings, quick_views, 
         threads=1, draws=10, batch_size=20, name="judged", storage=str(settings["storage"]),
     )  # fmt: skip
     whole = evaluate(dataclasses.replace(judge, storage=str(tmp_path / "folder")))
-    real, trained = evaluation.train_cell, []
+    real, trained = evaluation.train_and_predict, []
 
     def cut_off(config, fraction, *rest, **others):
         if fraction == 1.0:
@@ -730,7 +730,7 @@ def test_a_finetuning_that_was_cut_off_goes_on_elsewhere(settings, quick_views, 
         return real(config, fraction, *rest, **others)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "train_cell", cut_off)
+        patch.setattr(evaluation, "train_and_predict", cut_off)
         with pytest.raises(KeyboardInterrupt):
             evaluate(judge)
     run_job = finetuning.run_job

@@ -15,8 +15,8 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from pipelines.shard_reader import ShardReader
 from sharding.manifest import read_manifest
 from sharding.selection import select
-from train.reporting import gallery as exhibits
-from train.reporting.gallery import leave_exhibits, worst_mistakes
+from train.reporting import gallery as gallery_module
+from train.reporting.gallery import worst_mistakes, write_gallery
 
 NAMES = ["embedding_map.parquet", "gallery.json", "mistakes.json", "thumbnails.parquet"]
 
@@ -40,7 +40,7 @@ def leave(folder, shards, **changes):
         "probabilities": drawn,
         "seed": 7,
     } | changes
-    leave_exhibits(folder, reader, **settings)
+    write_gallery(folder, reader, **settings)
     reader.close()
     return settings
 
@@ -61,7 +61,7 @@ def test_four_files_the_same_every_time(tmp_path, small_set):
 @pytest.mark.parametrize("method", ["PCA", "t-SNE"])
 def test_the_map_has_every_test_patch(tmp_path, small_set, monkeypatch, method):
     if method == "t-SNE":
-        monkeypatch.setattr(exhibits, "_MIN_TSNE", 10)
+        monkeypatch.setattr(gallery_module, "_MIN_TSNE", 10)
     settings = leave(tmp_path, small_set)
     table, how = read_map(tmp_path)
     test = settings["test"]
@@ -88,13 +88,13 @@ def test_the_map_is_made_by_one_thread(monkeypatch):
 
     monkeypatch.setattr("sklearn.manifold.TSNE", Watched)
     with threadpool_limits(2):
-        exhibits._project(features_of(np.arange(60) % 3))
+        gallery_module._project(features_of(np.arange(60) % 3))
     assert threads and set(threads) == {1}
 
 
 def test_a_map_of_many_is_of_some_of_them(tmp_path, small_set, monkeypatch):
     """Drawn by the seed, in the order of the ids."""
-    monkeypatch.setattr(exhibits, "MAX_MAPPED", 12)
+    monkeypatch.setattr(gallery_module, "MAX_MAPPED", 12)
     ids = {}
     for seed in (1, 2):
         settings = leave(tmp_path, small_set, seed=seed)
@@ -108,7 +108,7 @@ def test_a_map_of_many_is_of_some_of_them(tmp_path, small_set, monkeypatch):
 @pytest.mark.parametrize("fewest", [10, 1000])
 def test_features_that_are_all_the_same_have_a_map(tmp_path, small_set, monkeypatch, fewest):
     """Of a backbone that has collapsed; and of a single feature."""
-    monkeypatch.setattr(exhibits, "_MIN_TSNE", fewest)
+    monkeypatch.setattr(gallery_module, "_MIN_TSNE", fewest)
     test = select(read_manifest(small_set), split="test")
     for features in (np.zeros((len(test), 8)), np.ones((len(test), 8)), np.arange(len(test))[:, None]):
         known_features = np.ones((len(select(read_manifest(small_set), split="train")), features.shape[1]), np.float32)
@@ -170,7 +170,7 @@ def test_thumbnails_are_the_patches(tmp_path, small_set, monkeypatch):
     reader = ShardReader(small_set)
     with Image.open(io.BytesIO(reader.read(np.array([patch]))[0].tobytes())) as whole:
         assert np.corrcoef(np.asarray(image).ravel(), np.asarray(whole.convert("RGB")).ravel())[0, 1] > 0.7
-    monkeypatch.setattr(exhibits, "_SIDE", 8)
+    monkeypatch.setattr(gallery_module, "_SIDE", 8)
     leave(tmp_path, small_set)
     assert Image.open(io.BytesIO(pq.read_table(tmp_path / NAMES[3])["jpeg"][0].as_py())).size == (8, 6)
 

@@ -222,7 +222,7 @@ def test_what_was_trained_on_what(full):
         "dddddddddd",
         "python sharding/build.py '신장 <1>' --group-by slide --out 'no shards'",
         "100 (5 %), 2,000 (100 %)",
-        "learnt from 'train', judged on 'test'",
+        "trained on 'train', tested on 'test'",
         "42, 43",
         "resnet18, 64 px",
         "of 12 groups (slides or patients)",

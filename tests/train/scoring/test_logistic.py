@@ -96,7 +96,7 @@ def test_chosen_decay_is_the_best_on_the_validation_part(shift, weakest, stronge
     """Strong where there is nothing to learn, weaker where there is something."""
     features, labels = some_features(7, n=90, width=8, shift=shift)
     held_out = np.random.default_rng(0).random(90) < 0.3
-    parts = {"learnt": np.flatnonzero(~held_out), "chosen_on": np.flatnonzero(held_out), "used": np.arange(90)}
+    parts = {"train": np.flatnonzero(~held_out), "validation": np.flatnonzero(held_out), "used": np.arange(90)}
     head, losses = fit_with_validation(features, labels, **parts, classes=3)
     assert tuple(losses) == DECAYS
     wanted = {}
@@ -110,9 +110,9 @@ def test_chosen_decay_is_the_best_on_the_validation_part(shift, weakest, stronge
     np.testing.assert_array_equal(head.weight, refitted.weight)
 
 
-@pytest.mark.parametrize("empty", ["learnt", "chosen_on", "used"])
+@pytest.mark.parametrize("empty", ["train", "validation", "used"])
 def test_all_parts_need_patches(empty):
     features, labels = some_features(8)
-    parts = dict.fromkeys(("learnt", "chosen_on", "used"), np.arange(4)) | {empty: np.arange(0)}
+    parts = dict.fromkeys(("train", "validation", "used"), np.arange(4)) | {empty: np.arange(0)}
     with pytest.raises(AssertionError, match="all parts"):
         fit_with_validation(features, labels, **parts, classes=3)

@@ -96,7 +96,7 @@ def test_trained_cells_are_what_each_is_alone(settings, pretrained):
 
 def test_what_was_judged_is_not_judged_again(settings, pretrained, monkeypatch):
     """A run of two cells that was cut off in the second."""
-    real, trained = evaluation.train_cell, []
+    real, trained = evaluation.train_and_predict, []
 
     def cut_off(config, fraction, *rest, **others):
         if fraction == 1.0 and not trained:
@@ -104,7 +104,7 @@ def test_what_was_judged_is_not_judged_again(settings, pretrained, monkeypatch):
             raise KeyboardInterrupt
         return real(config, fraction, *rest, **others)
 
-    monkeypatch.setattr(evaluation, "train_cell", cut_off)
+    monkeypatch.setattr(evaluation, "train_and_predict", cut_off)
     given = {"mode": "finetune", "fraction": [0.5, 1.0], "name": "cut off"}
     with pytest.raises(KeyboardInterrupt):
         judge(settings, **given)
@@ -162,7 +162,7 @@ def test_a_set_cut_anew(settings, pretrained, small_set, group_aware):
     test = select(manifest, resplit=shares, split="test", group_aware=group_aware, seed=1)
     np.testing.assert_array_equal(rows["id"], test)
     rule = run.result["split_rule"]
-    assert shares in rule and "chosen on split 'validation'" in rule
+    assert shares in rule and "validated on split 'validation'" in rule
     assert ("whole groups on one side" in rule) is group_aware
     leaks = [text for text in run.result["warnings"] if "test patches are of a group (slide or patient) that was learnt" in text]
     assert bool(leaks) is not group_aware
@@ -227,7 +227,7 @@ def test_early_stopping_keeps_the_best_weights(settings, pretrained):
 def test_without_validation_all_labels_are_learnt_from(settings, pretrained):
     run = judge(settings, mode="finetune", validation=0.0, fraction=[1.0], name="all labels")
     assert not any("validation_loss" in row for row in run.metrics())
-    assert "chosen on" not in run.result["split_rule"]
+    assert "validated on" not in run.result["split_rule"]
 
 
 def test_early_stopping_goes_on_where_it_was(settings, pretrained, monkeypatch):
@@ -277,7 +277,7 @@ def test_the_judged_slides_are_other_ones(settings, pretrained):
 def test_few_slides_are_warned_of(settings, pretrained):
     run = judge(settings)
     units = run.result["summary"][0]["units"]
-    assert units < 10 and f"the test has {units} groups: intervals over so few say little" in run.result["warnings"]
+    assert units < 10 and f"the test split has only {units} groups, so its intervals are unreliable" in run.result["warnings"]
 
 
 def test_a_split_by_patch_is_warned_of(settings, pretrained, tmp_path):
@@ -292,7 +292,7 @@ def test_a_split_by_patch_is_warned_of(settings, pretrained, tmp_path):
     )
     # From random weights: the run `tiny` has seen some of these drawn images in its own set.
     run = judge(settings, data=str(tmp_path / "leaky"), name="leaky", **FROZEN)
-    assert run.result["warnings"][0] == "30 of 30 test patches are of a group (slide or patient) that was learnt from"
+    assert run.result["warnings"][0] == "30 of 30 test patches are of a group (slide or patient) that was trained on"
 
 
 def test_classes_of_unlike_size_are_warned_of(settings, tmp_path):
@@ -300,7 +300,7 @@ def test_classes_of_unlike_size_are_warned_of(settings, tmp_path):
     layout = "{class}/{slide}/{magnification}/{name}"
     build_shards([tmp_path / "images"], tmp_path / "set", layout=layout, split_by="patch", split="train=0.5,test=0.5")
     run = judge(settings, data=str(tmp_path / "set"), name="unlike", fraction=[1.0], **FROZEN)
-    assert any("40 patches of many and 4 of few, so that accuracy says little" in text for text in run.result["warnings"])
+    assert any("40 patches of many and 4 of few, so that accuracy is misleading" in text for text in run.result["warnings"])
 
 
 @pytest.mark.parametrize(
@@ -311,13 +311,13 @@ def test_classes_of_unlike_size_are_warned_of(settings, tmp_path):
         ({"backbone": "nowhere"}, "nowhere: no run of that name"),
         ({"fraction": [0.0]}, "fraction 0 is out of range"),
         ({"fraction": [0.5, 0.5]}, "--fraction 0.5 0.5: give each share once"),
-        ({"validation": 0.0}, "--validation 0 leaves nothing to choose on"),
+        ({"validation": 0.0}, "--validation 0 leaves no validation part"),
         ({"seeds": 0}, "--seeds 0: give at least 1"),
         ({"draws": 0}, "--draws 0: give at least 1"),
         ({"head": "mlp"}, "--head mlp is for --mode linear with --protocol adam or sgd"),
         ({"mode": "knn", "neighbours": 0}, "--neighbours 0"),
         ({"classes": ["carcinoma"]}, "there is no class 'carcinoma'"),
-        ({"classes": ["benign"]}, "has 1 classes: judging needs labels of at least two"),
+        ({"classes": ["benign"]}, "has 1 classes: an evaluation needs labels of at least two"),
         ({"resplit": "train=0.5,rest=0.5"}, "there is no split 'test'; resplit makes train, rest"),
         ({"resplit": "train=0.5"}, "shares sum to 0.5, not to 1"),
         ({"mode": "finetune", "patience": -1}, "--patience -1"),
@@ -333,7 +333,7 @@ def test_what_cannot_be_judged_is_one_sentence(settings, pretrained, changes, se
 def test_a_set_without_labels_is_one_sentence(settings, pretrained, tmp_path):
     write_tree(tmp_path / "images", breast_files({"a": 6}))
     build_shards([tmp_path / "images"], tmp_path / "plain", unlabelled=True)
-    with pytest.raises(ValueError, match="has 0 classes: judging needs labels of at least two"):
+    with pytest.raises(ValueError, match="has 0 classes: an evaluation needs labels of at least two"):
         judge(settings, data=str(tmp_path / "plain"), name="plain")
 
 

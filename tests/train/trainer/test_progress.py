@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from train.records.runs import Run, write_text
 from train.trainer import progress
-from train.trainer.health_checks import Alarms
+from train.trainer.health_checks import HealthChecks
 from train.trainer.progress import Pace, Tail, follow
 
 CHANCE = math.log(2 * 128 - 1)
@@ -27,12 +27,12 @@ def line_of(step, **changes):
     return json.dumps(row_of(step, **changes)) + "\n"
 
 
-# Alarms
+# HealthChecks
 
 
 def said(rows, patience=10):
-    alarms = Alarms(chance_loss=CHANCE, grace_steps=patience)
-    return [text for row in rows for text in alarms.add(row)]
+    checks = HealthChecks(chance_loss=CHANCE, grace_steps=patience)
+    return [text for row in rows for text in checks.add(row)]
 
 
 @pytest.mark.parametrize(("share", "warned"), [(0.979, False), (0.981, True), (1.0, True), (1.5, True)])
@@ -142,7 +142,12 @@ def test_what_is_shown(tmp_path, monkeypatch, capsys, terminal):
     path = tmp_path / "metrics.jsonl"
     path.write_text(line_of(10) + line_of(17))  # of an earlier start, whose checkpoint was at step 10
     with follow(
-        run, steps=40, title="tiny [x]", starting="starting", accuracy="top1", alarms=Alarms(chance_loss=CHANCE, grace_steps=10)
+        run,
+        steps=40,
+        title="tiny [x]",
+        starting="starting",
+        accuracy="top1",
+        checks=HealthChecks(chance_loss=CHANCE, grace_steps=10),
     ):
         write_text(path, line_of(10))
         assert looked.wait(20)
