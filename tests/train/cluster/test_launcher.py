@@ -194,7 +194,7 @@ def test_a_worker_that_does_not_reach_the_head_ends(tmp_path):
                 head.accept()[0].close()
             assert watching.poll() is None
             head.close()
-            assert f"{address} has not been reached for 1 s" in watching.communicate(timeout=60)[0]
+            assert f"{address} could not be reached for 1 s" in watching.communicate(timeout=60)[0]
         finally:
             watching.kill()
             watching.wait()
