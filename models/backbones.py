@@ -73,14 +73,14 @@ def _has_fixed_input_size(name: str) -> bool:
                 config, architecture, _ = load_model_config_from_hf(place)
         else:
             config, architecture, _ = load_model_config_from_path(place)
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, AttributeError, TypeError) as error:  # the last two: other JSON than timm writes
         advice = (
             "check the name and the connection, or give a copy on disk as local-dir:FOLDER"
             if source == "hf-hub"
             else "give the folder of a model saved for timm (config.json and model.safetensors)"
         )
         raise ValueError(f"backbone {name!r}: its config.json cannot be read ({one_line(error)}): {advice}") from error
-    if not timm.is_model(architecture):
+    if not isinstance(architecture, str) or not timm.is_model(architecture):
         raise ValueError(f"backbone {name!r} is of architecture {architecture!r}, which timm {timm.__version__} does not know")
     registered = timm.models.get_pretrained_cfg(architecture)
     return config.get("fixed_input_size", False) or (registered is not None and registered.fixed_input_size)

@@ -33,6 +33,7 @@ _OPTIONS["s3a"], _OPTIONS["https"] = _OPTIONS["s3"], _OPTIONS["http"]
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds
 MAX_JSON_BYTES = 2**30  # of a dataset.json or run.json, which is read in one request
 _KEPT = ": what was fetched is kept"
+_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # what a file system without hard links answers
 _SLOWEST = 2**20  # bytes per second: slower writes time out
 # Names that drivers give to the time when a file was written.
 _TIMES = ("LastModified", "last_modified", "mtime", "updated", "modified", "created")
@@ -140,8 +141,8 @@ class RemoteFolder:
             create("pipe_file", path, data, mode="create")
             return
         partial = "{}/.{}.{}.partial".format(*path.rsplit("/", 1), secrets.token_hex(4))
-        create("pipe_file", partial, data)
         try:
+            create("pipe_file", partial, data)
             create("link", partial, path)
         finally:
             self.remove(partial.removeprefix(f"{self._path}/"))
@@ -212,6 +213,11 @@ class RemoteFolder:
                 if isinstance(error, FileNotFoundError):
                     hint = ": see whether the bucket is there" if done in ("written", "created") else ""
                     raise NotThere(f"{place} is not there ({_error_text(error)}){hint}") from error
+                if method == "link" and getattr(error, "errno", None) in _NO_LINKS:
+                    raise ValueError(
+                        f"{place} cannot be created: this file system has no hard links; give the folder without file://, or"
+                        " another place"
+                    ) from error
                 if isinstance(error, NotImplementedError) or getattr(error, "errno", None) == errno.ENOSYS:
                     raise ValueError(f"{place} cannot be {done}: this store or its driver cannot do that; use s3://") from error
                 if isinstance(error, PermissionError) or status in (401, 403) or "Credentials" in type(error).__name__:

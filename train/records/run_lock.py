@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import platform
 import re
@@ -79,6 +80,11 @@ class StoreLock:
         with self._renewing:
             if self._holds(self._version) and self._create(self._version + 1):
                 return
+            # Somebody removed the lock's objects. Take it again, unless another process does so at this moment.
+            if not self._versions() and self._create(self._version + 1):
+                if self._versions() == [self._version]:
+                    return
+                self._store.remove(_name(self._version))
         holder = self._newest()[1]
         host = holder["host"] if holder else "another node"
         raise LockLost(
@@ -158,11 +164,22 @@ class StoreLock:
         return 0, None
 
     def _versions(self) -> list[int]:
-        found = (re.fullmatch(r"\.lease(?:-(\d+))?", name) for name in self._store.entries())
+        found = (re.fullmatch(r"\.lease(?:-([1-9][0-9]{0,17}))?", name) for name in self._store.entries())
         return [int(match[1] or 0) for match in found if match]
 
     def _read(self, version: int) -> dict[str, Any]:
-        return json.loads(self._store.read(_name(version), 0, _CONTENT_BYTES))
+        """Raises NotThere, and ValueError for a content that is damaged: nobody can tell from it whether a run goes on."""
+        data = self._store.read(_name(version), 0, _CONTENT_BYTES)
+        try:
+            content = json.loads(data)
+            texts = [content["id"], content["host"], content["lock"] or ""]
+            if not (all(isinstance(text, str) for text in texts) and math.isfinite(content["time"])):
+                raise TypeError
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{self._store.url}/{_name(version)}, the lock of this run, is damaged: if no process trains the run, remove it"
+            ) from error
+        return content
 
 
 def _name(version: int) -> str:

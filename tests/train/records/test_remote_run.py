@@ -7,6 +7,7 @@ import functools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -432,6 +433,48 @@ def test_a_lock_is_taken_renewed_and_released(lock_url, tmp_path):
     assert json.loads(RemoteFolder(lock_url).read(".lease-3", 0, 1000))["process"] == os.getpid()
     lock.release()
     assert at_store(lock_url) == set()
+
+
+def test_a_lock_whose_objects_were_removed_is_taken_again(lock_url, tmp_path):
+    lock = lock_at(lock_url, tmp_path)
+    lock.acquire()
+    RemoteFolder(lock_url).remove(".lease-1")
+    lock.renew()
+    assert at_store(lock_url) == {".lease-2"}
+    RemoteFolder(lock_url).remove(".lease-2")
+    hold(lock_url, "node-7")
+    with pytest.raises(LockLost, match="node-7"):
+        lock.renew()
+
+
+@pytest.mark.parametrize("name", [".lease-007", ".lease-0", ".lease-\u0663", ".lease-x", ".lease-" + "9" * 30])
+def test_what_is_no_version_is_no_lock(url, tmp_path, name):
+    RemoteFolder(url).write(name, b"garbage")
+    lock = lock_at(url, tmp_path)
+    lock.acquire()
+    assert at_store(url) == {name, ".lease-1"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b'{"id": "x"', b"\xff\xfegarbage", b"{}", b"[1]", b"null", b'{"id": "x", "host": "y", "lock": null, "time": NaN}',
+     b'{"id": "x", "host": "y", "lock": null, "time": "now"}', b'{"id": 1, "host": "y", "lock": null, "time": 1}'],
+)  # fmt: skip
+def test_a_damaged_lock_is_named(url, tmp_path, content):
+    RemoteFolder(url).write(".lease-3", content)
+    with pytest.raises(ValueError, match=rf"{re.escape(url)}/\.lease-3, the lock of this run, is damaged: .* remove it"):
+        lock_at(url, tmp_path).acquire()
+    assert RemoteFolder(url).read(".lease-3", 0, 1000) == content
+
+
+def test_a_file_system_without_hard_links_is_named(url, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", fails)
+    with pytest.raises(ValueError, match="this file system has no hard links"):
+        lock_at(url, tmp_path).acquire()
+    assert at_store(url) == set()
 
 
 def test_a_live_one_is_refused_with_its_host(url, quick, tmp_path, capsys):

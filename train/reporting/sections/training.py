@@ -61,7 +61,7 @@ def _method_of(run: RunView) -> type[Method]:
     """What the run learnt by. Method itself for one that is no longer registered."""
     if run.is_evaluation:
         return Supervised
-    return METHODS.get(run.record["stage"]["config"]["method"], Method)
+    return METHODS.get(run.record["stage"]["config"].get("method"), Method)
 
 
 def _curves(runs: Sequence[RunView]) -> list[Html]:
