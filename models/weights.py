@@ -138,7 +138,8 @@ def apply_init(backbone: nn.Module, name: str, init: str) -> list[str]:
     if init == "imagenet":
         size = getattr(backbone, "image_size", None)
         backbone.load_state_dict(imagenet_weights(name, size))
-        return [f"{name}: timm's ImageNet weights loaded, {len(backbone.state_dict())} tensors"]
+        whose = "its own" if ":" in name else "timm's ImageNet"
+        return [f"{name}: {whose} weights loaded, {len(backbone.state_dict())} tensors"]
     if not os.path.exists(init):
         raise ValueError(f"--init {init}: no such file or folder; give scratch, imagenet, or the path of weights or of a run")
     return load_backbone_weights(backbone, init).lines()
@@ -146,8 +147,13 @@ def apply_init(backbone: nn.Module, name: str, init: str) -> list[str]:
 
 def weights_hash(module: nn.Module) -> str:
     """The SHA-256, in hex, over names, types, shapes and bytes of all parameters and (persistent) buffers."""
+    return tensors_hash(module.state_dict())
+
+
+def tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
+    """`weights_hash` of a state dict."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         # A view as bytes: numpy knows no bfloat16.
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

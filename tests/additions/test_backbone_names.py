@@ -10,6 +10,8 @@ from models.backbones import build_backbone
 from models.weights import apply_init, weights_hash
 from sharding.cli import parse, run_script
 from train.config import EvaluateConfig, PretrainConfig
+from train.records.init_weights import resolve_init
+from train.records.provenance import learnt_before
 from train.records.runs import read_json
 from train.stages.evaluation import evaluate
 from train.stages.pretraining import pretrain
@@ -58,6 +60,19 @@ def test_it_is_pretrained_and_judged(saved, small_set, tmp_path):
     assert judged.folder.parent == tmp_path / "runs"
 
 
+def test_the_weights_behind_a_name_are_part_of_the_key(saved, tmp_path):
+    """And nobody knows what they learnt from."""
+    _, name = saved("test_resnet")
+    before = resolve_init("imagenet", str(tmp_path), backbone=name)
+    assert before.key == resolve_init("imagenet", str(tmp_path), backbone=name).key != "imagenet"
+    assert before.chain == [name] and [stage.kind for stage in learnt_before(before)] == ["unknown"]
+    torch.manual_seed(9)
+    save_for_hf(timm.create_model("test_resnet", num_classes=5), name.removeprefix("local-dir:"), safe_serialization=True)
+    assert resolve_init("imagenet", str(tmp_path), backbone=name).key != before.key
+    plain = resolve_init("imagenet", str(tmp_path), backbone="test_resnet")
+    assert (plain.key, plain.chain, learnt_before(plain)) == ("imagenet", ["ImageNet"], [])
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -76,7 +91,8 @@ def test_wrong_names_are_refused(name, words):
 def test_a_damaged_config_is_refused(saved):
     _, name = saved("test_resnet")
     path = f"{name.removeprefix('local-dir:')}/config.json"
-    for text in ("{", "{}", '{"architecture": "mine"}'):
+    odd = ['{"architecture": 5}', '{"architecture": "test_resnet", "pretrained_cfg": ["x"]}', "[1]", "null", '"x"']
+    for text in ("{", "{}", '{"architecture": "mine"}', *odd):
         with open(path, "w") as file:
             file.write(text)
         with pytest.raises(ValueError, match=r"^backbone 'local-dir:.*(config.json cannot be read|timm .* does not know)"):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models.weights import CARD_NAME
+from models.weights import CARD_NAME, imagenet_weights, tensors_hash
 from train.records.runs import Run, find_run, read_json
 
 
@@ -34,6 +34,8 @@ def resolve_init(init: str, storage: str, *, backbone: str | None = None) -> Ini
     if init == "scratch":
         return InitialWeights("scratch", "scratch", [], {})
     if init == "imagenet":
+        if backbone and ":" in backbone:  # a model on disk or on the hub, whose weights may change and may be of anything
+            return InitialWeights("imagenet", tensors_hash(imagenet_weights(backbone)), [backbone], {})
         return InitialWeights("imagenet", "imagenet", ["ImageNet"], {})
     run = find_run(init, storage)
     if run is not None:

@@ -97,8 +97,10 @@ def learnt_before(parent: InitialWeights) -> list[LearntStage]:
 
     Raises ValueError if the weights' record is damaged.
     """
-    if parent.source in ("scratch", "imagenet"):
+    if parent.key in ("scratch", "imagenet"):
         return []
+    if parent.source == "imagenet":  # of a model on disk or on the hub
+        return [LearntStage(parent.chain[0], "unknown", [], np.zeros(0, np.uint64))]
     source = Path(parent.source)
     path = (source if parent.run else source.parent) / RECORD_NAME
     if not path.exists():

@@ -34,7 +34,8 @@ def embed(config: EmbedConfig) -> Path:
 
     Raises ValueError where the folder holds other embeddings, and for what evaluation would refuse as well.
     """
-    parent = resolve_init(config.backbone, config.storage)
+    own = config.architecture if config.backbone == "imagenet" else None
+    parent = resolve_init(config.backbone, config.storage, backbone=own)
     architecture = config.architecture or parent.card.get("backbone")
     if architecture is None:
         raise ValueError(f"{config.backbone} has no model card that says what it is: give --architecture, a timm model name")

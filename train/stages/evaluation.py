@@ -149,7 +149,8 @@ def _start(config: EvaluateConfig) -> Start:
         run = find_run(config.backbone, config.storage)
         card = resolve_init(config.backbone, config.storage).card if run else {}
         return Start(InitialWeights("scratch", "scratch", [], {}), card.get("backbone", config.backbone), _size(config, card))
-    parent = resolve_init(config.backbone, config.storage)
+    own = config.architecture if config.backbone == "imagenet" else None
+    parent = resolve_init(config.backbone, config.storage, backbone=own)
     architecture = config.architecture or parent.card.get("backbone")
     if architecture is None:
         raise ValueError(f"{config.backbone} has no model card that says what it is: give --architecture, a timm model name")
