@@ -63,7 +63,7 @@ SCRIPTS = (
     "tune/grid.py",
     "tune/random_weights.py",
 )
-MOST_LINES = 400  # of a script
+MOST_LINES = 400
 
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
@@ -226,6 +226,12 @@ def test_no_folder_hides_a_package_or_stays_behind(folder):
 def test_scripts_are_short():
     lengths = {script: len(source_of(ROOT / script).splitlines()) for script in SCRIPTS}
     assert max(lengths.values()) < MOST_LINES, lengths
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_long_module_says_why(module):
+    text = source_of(MODULES[module])
+    assert len(text.splitlines()) <= MOST_LINES or f"more than {MOST_LINES} lines" in (ast.get_docstring(ast.parse(text)) or "")
 
 
 def test_all_scripts_are_known():

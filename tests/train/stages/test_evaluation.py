@@ -164,7 +164,8 @@ def test_a_set_cut_anew(settings, pretrained, small_set, group_aware):
     rule = run.result["split_rule"]
     assert shares in rule and "validated on split 'validation'" in rule
     assert ("whole groups on one side" in rule) is group_aware
-    leaks = [text for text in run.result["warnings"] if "test patches are of a group (slide or patient) that was trained on" in text]
+    of_leaks = "test patches are of a group (slide or patient) that was trained on"
+    leaks = [text for text in run.result["warnings"] if of_leaks in text]
     assert bool(leaks) is not group_aware
 
 
