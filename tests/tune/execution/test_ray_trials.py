@@ -161,6 +161,7 @@ def test_early_stopping_by_the_probe(ray_here, study_file, tmp_path, small_set, 
         assert not Run(tmp_path / "runs" / name).finished
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(400)
 def test_trials_with_several_workers(ray_here, study_file):
     """Two Ray Train workers for a trial: the trial itself takes nothing that they need."""
