@@ -58,6 +58,6 @@ def test_every_command(tmp_path, one_thread):
     assert "4 of 4 finished" in printed["tune/grid.py"]  # as the page says: the study takes the runs that are there
     table = (tmp_path / "paper-tables" / "test-slides.md").read_text()
     assert all(f"| {stage} |" in table for stage in ("linear", "linear-random", "supervised")) and "**" in table
-    assert "the test has 4 groups" in (tmp_path / "report.html").read_text()
+    assert "the test split has only 4 groups" in (tmp_path / "report.html").read_text()
     for file in ("views.png", "paper.html", "runs/simclr/report.html", "embeddings/part-00000.parquet"):
         assert (tmp_path / file).stat().st_size > 1000, file

@@ -80,16 +80,15 @@ class StoreLock:
         with self._renewing:
             if self._holds(self._version) and self._create(self._version + 1):
                 return
-            # Somebody removed the lock's objects. Take it again, unless another process does so at this moment.
-            if not self._versions() and self._create(self._version + 1):
-                if self._versions() == [self._version]:
-                    return
-                self._store.remove(_name(self._version))
         holder = self._newest()[1]
-        host = holder["host"] if holder else "another node"
+        if holder is None:  # another process may have trained the run meanwhile, so this one must not go on from what it has
+            raise LockLost(
+                f"{self._store.url}: the lock of this run is gone. Another process has trained the run meanwhile, or somebody"
+                " removed the lock; the same command resumes from the newest checkpoint"
+            )
         raise LockLost(
-            f"{self._store.url} is being trained by another process, on {host}, which took it over when this one was not heard"
-            " of: end one of them"
+            f"{self._store.url} is being trained by another process, on {holder['host']}, which took it over when this one was"
+            " not heard of: end one of them"
         )
 
     def release(self) -> None:
