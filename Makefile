@@ -32,11 +32,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 # In two processes, which take 4 GB. One thread each: tiny models gain nothing from more.
 # A process that crashes ends the run: pytest-xdist may wait for ever after it has replaced one.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 test: $(INSTALLED)
 	$(PYTEST) -m "not faults" $(ARGS)
 
+# In one process: outages and time-outs want the machine to themselves.
+test-faults: PROCESSES = 1
 test-faults: $(INSTALLED)
 	$(PYTEST) -m faults $(ARGS)
 
