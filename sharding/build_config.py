@@ -3,10 +3,11 @@
 import shlex
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from sharding.cli import old_defaults, option, positional, required
-from sharding.manifest import read_dataset
+from sharding.manifest import damaged_field, read_dataset
 from sharding.sources.file_listing import printable
 
 
@@ -70,6 +71,39 @@ def recorded_arguments(config: BuildConfig) -> dict[str, Any]:
     return arguments
 
 
+def recorded_builds(shards: str | Path, dataset: dict) -> list[dict[str, Any]]:
+    """The arguments of the build and of each append that made a set, complete; empty for a set of another packer.
+
+    An argument that did not exist yet has its field's `old_default`.
+    Raises ValueError for an argument that only a newer version knows, and for one of another type than its field's.
+    """
+    path, hints = Path(shards) / "dataset.json", get_type_hints(BuildConfig)
+    if "arguments" not in dataset:
+        return []
+    builds = [dataset["arguments"], *(append["arguments"] for append in dataset["appended"])]
+    for recorded in builds:
+        for name in [*recorded, "sources"]:
+            if name not in hints:
+                raise ValueError(
+                    f"{path}: a newer version of PatchCLR made this set, with the argument {name!r}: use that version, or build "
+                    "into another folder"
+                )
+            if not _is_of_type(recorded.get(name), hints[name]):
+                raise damaged_field(path, f"arguments: {name}")
+    return [old_defaults(BuildConfig) | recorded for recorded in builds]
+
+
+def _is_of_type(value: object, hint: Any) -> bool:
+    """Whether a value from JSON has the type of a field."""
+    if get_origin(hint) is UnionType:
+        return any(_is_of_type(value, each) for each in get_args(hint))
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_is_of_type(each, get_args(hint)[0]) for each in value)
+    if get_origin(hint) is Literal:
+        return isinstance(value, str)
+    return type(value) in ((int, float) if hint is float else (hint,))
+
+
 def commands_of(shards: str | Path) -> list[list[str]]:
     """The arguments of the commands that pack this set: of the build, then of each append.
 
@@ -93,16 +127,13 @@ def packed_by(shards: str | Path, place: str | None = None) -> list[str]:
 
 def _commands(shards, out):
     dataset = read_dataset(shards)
-    if "arguments" not in dataset:  # of another packer
-        return []
     end = ["--out", out] if dataset["name"] == PurePosixPath(out).name else ["--out", out, "--name", dataset["name"]]
-    appends = [[*_command_line(append["arguments"]), "--append", *end] for append in dataset.get("appended", ())]
-    return [[*_command_line(dataset["arguments"]), *end], *appends]
+    builds = recorded_builds(shards, dataset)
+    return [[*_command_line(recorded), *(["--append"] if i else []), *end] for i, recorded in enumerate(builds)]
 
 
 def _command_line(recorded: dict[str, Any]) -> list[str]:
-    """The command line that gives the arguments of a dataset.json. Defaults are left out."""
-    recorded = old_defaults(BuildConfig) | recorded
+    """The command line that gives the arguments of `recorded_builds`. Defaults are left out."""
     defaults = {each.name: each.default if each.default is not MISSING else [] for each in fields(BuildConfig)}
     by_column = (recorded["split"] or "").startswith("column:")
     defaults["split_by"] = "group" if recorded["group_by"] and not by_column else "patch"  # what auto means

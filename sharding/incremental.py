@@ -8,10 +8,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sharding.build_config import FIXED_ARGUMENTS, BuildConfig
-from sharding.cli import old_defaults
+from sharding.build_config import FIXED_ARGUMENTS, recorded_builds
 from sharding.field_roles import FieldRoles
-from sharding.manifest import COLUMNS, as_array, read_dataset, read_manifest, read_quarantine, source_digests
+from sharding.manifest import (
+    COLUMNS,
+    as_array,
+    listed_shard_files,
+    read_dataset,
+    read_manifest,
+    read_quarantine,
+    source_digests,
+)
 from sharding.process_pool import ProcessPool, report_progress
 from sharding.shard_writer import file_locations, read_digest
 from sharding.sources.archives import FileReader
@@ -21,32 +28,36 @@ _CHUNK = 512  # files per task
 
 
 class ExistingSet(NamedTuple):
-    """A set at --out: its folder, dataset.json, manifest and quarantine."""
+    """A set at --out: its folder, dataset.json, the arguments that it was built with, manifest and quarantine."""
 
     folder: Path
     dataset: dict
+    arguments: dict[str, Any]
     manifest: pa.Table
     quarantine: pa.Table
 
 
 def read_existing(folder: Path) -> ExistingSet:
-    """Raises ValueError as read_manifest does."""
-    return ExistingSet(folder, read_dataset(folder), read_manifest(folder), read_quarantine(folder))
+    """Raises ValueError as read_manifest and recorded_builds do, and for a set of another packer."""
+    dataset = read_dataset(folder)
+    builds = recorded_builds(folder, dataset)
+    if not builds:
+        raise ValueError(f"{folder} holds a set of another packer: choose another --out, or remove it")
+    listed_shard_files(folder, dataset)
+    return ExistingSet(folder, dataset, builds[0], read_manifest(folder), read_quarantine(folder))
 
 
 def check_arguments(existing: ExistingSet, name: str, arguments: dict[str, Any], *, append: bool) -> None:
     """Raise ValueError at the first argument (or the name) that the set was not built with.
 
-    An append may change all but FIXED_ARGUMENTS. A set that was built before an argument existed has the value that the
-    argument's field in BuildConfig gives for such sets.
+    An append may change all but FIXED_ARGUMENTS.
     """
-    before = old_defaults(BuildConfig) | existing.dataset.get("arguments", {}) | {"name": existing.dataset.get("name")}
-    now = {"name": name} | arguments
+    before, now = existing.arguments | {"name": existing.dataset["name"]}, {"name": name} | arguments
     for key in FIXED_ARGUMENTS if append else now:
-        if now[key] != before.get(key):
+        if now[key] != before[key]:
             flag = "the sources" if key == "sources" else "--" + key.replace("_", "-")
             raise ValueError(
-                f"{existing.folder} holds a set built with {flag} {_text(before.get(key))}, not {_text(now[key])}: choose "
+                f"{existing.folder} holds a set built with {flag} {_text(before[key])}, not {_text(now[key])}: choose "
                 "another --out, or remove it"
             )
 

@@ -12,8 +12,9 @@ dataset.json is written last, so a folder that has one is complete.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -61,9 +62,10 @@ def index_file(number: int) -> str:
 
 
 def read_dataset(shards: str | Path) -> dict:
-    """The content of dataset.json.
+    """The content of dataset.json, with every field that this version reads; `arguments` is missing in sets of other packers.
 
-    Raises ValueError when the folder is missing, is no shard set, or was written in a newer format than this one.
+    Raises ValueError when the folder is missing, is no shard set, or was written in a newer format than this one, and for a file
+    that is damaged, with the name of the field.
     """
     folder = Path(shards)
     if not folder.is_dir():
@@ -73,16 +75,73 @@ def read_dataset(shards: str | Path) -> dict:
         raise ValueError(f"{folder} is not a shard set (it has no dataset.json); pack one with sharding/build.py")
     try:
         dataset = json.loads(path.read_bytes())
+        json.dumps(dataset, ensure_ascii=False).encode()  # fails for half a surrogate pair, which no message could show
         version = dataset["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: pack the set again, or copy the file again") from error
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise ValueError(f"{folder} has format {version}, and this PatchCLR reads format {FORMAT_VERSION}: upgrade PatchCLR")
-    if version < FORMAT_VERSION:
-        raise ValueError(f"{folder} has format {version}, and this PatchCLR reads format {FORMAT_VERSION}: pack the set again")
-    if not isinstance(dataset.get("files"), dict) or not isinstance(dataset.get("classes"), list):
-        raise ValueError(f"{path} is damaged: pack the set again, or copy the file again")
+    if not _is_count(version):
+        raise damaged_field(path, "format_version")
+    if version != FORMAT_VERSION:
+        way_out = "upgrade PatchCLR" if version > FORMAT_VERSION else "pack the set again"
+        raise ValueError(f"{folder} has format {version}, and this PatchCLR reads format {FORMAT_VERSION}: {way_out}")
+    dataset = {"appended": []} | dataset
+    for field, is_valid in _DATASET_FIELDS.items():
+        if not is_valid(dataset.get(field)):
+            raise damaged_field(path, field)
+    if len({tuple(count) for count in dataset["counts"].values()}) != 1:  # every split counts the same classes
+        raise damaged_field(path, "counts")
+    if "arguments" in dataset and not isinstance(dataset["arguments"], dict):
+        raise damaged_field(path, "arguments")
     return dataset
+
+
+def damaged_field(path: Path, field: str) -> ValueError:
+    """The error for a field of dataset.json that is missing or has another type than it should."""
+    return ValueError(f"{path} is damaged (see its field {field!r}): pack the set again, or copy the file again")
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _list_of(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(is_valid, value))
+
+
+def _mapping_of(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(is_valid, value.values()))
+
+
+def _is_append(value: object) -> bool:
+    counts = ("first_id", "patches")
+    return isinstance(value, dict) and isinstance(value.get("arguments"), dict) and all(_is_count(value.get(n)) for n in counts)
+
+
+_DATASET_FIELDS = {
+    "name": _is_text,
+    "classes": _list_of(_is_text),
+    "patches": _is_count,
+    "quarantined": _is_count,
+    "shards": _is_count,
+    "counts": _mapping_of(_mapping_of(_is_count)),
+    "appended": _list_of(_is_append),
+    "files": _mapping_of(_is_text),
+}
+
+
+def listed_shard_files(shards: str | Path, dataset: dict) -> list[str]:
+    """The names of all tars and indexes of a set. Raises ValueError for one that dataset.json does not list."""
+    names = []
+    for number in range(dataset["shards"]):
+        for name in (shard_file(number), index_file(number)):
+            if name not in dataset["files"]:
+                raise ValueError(f"{Path(shards) / 'dataset.json'} does not list {name}: pack the set again, or copy it again")
+            names.append(name)
+    return names
 
 
 def read_manifest(shards: str | Path, *, columns: Sequence[str] | None = None) -> pa.Table:
@@ -92,12 +151,12 @@ def read_manifest(shards: str | Path, *, columns: Sequence[str] | None = None) -
     set was packed is null in every row.
     Raises ValueError as read_dataset does, and when manifest.parquet is missing or damaged.
     """
-    read_dataset(shards)
-    path = Path(shards) / "manifest.parquet"
+    dataset, path = read_dataset(shards), Path(shards) / "manifest.parquet"
     try:
         # Not memory-mapped: the set may be on a network drive that disconnects.
         with pq.ParquetFile(path, memory_map=False) as file:
             table = file.read(columns=columns)
+        table.validate(full=True)  # Parquet has no checksum: an index into a dictionary may be out of its bounds
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: pack the set again, or copy it again") from None
     except (pa.ArrowException, OSError) as error:
@@ -110,7 +169,20 @@ def read_manifest(shards: str | Path, *, columns: Sequence[str] | None = None) -
     if missing:
         order = columns or [*COLUMNS, *(name for name in table.column_names if name not in COLUMNS)]
         table = table.select(order)
+    _check_ranges(table, path, labels=len(dataset["classes"]), shards=dataset["shards"])
     return table.unify_dictionaries().combine_chunks()
+
+
+def _check_ranges(table: pa.Table, path: Path, *, labels: int, shards: int) -> None:
+    """Raise ValueError for a number that cannot be, because readers use it as an index."""
+    limits = {"shard": (0, shards), "label": (-1, labels), "offset": (0, 2**63), "size": (0, 2**63)}
+    for name, (low, end) in {**limits, "width": (1, 2**31), "height": (1, 2**31)}.items():
+        column = table[name] if name in table.column_names else pa.chunked_array([], pa.null())
+        if not len(column) or (column.null_count == len(column) and name not in REQUIRED_COLUMNS):
+            continue  # a packer need not record it
+        least, most = pc.min_max(column).as_py().values() if pa.types.is_integer(column.type) else (-2, -2)
+        if column.null_count or not low <= least <= most < end:
+            raise ValueError(f"{path} is damaged (see its column {name!r}): pack the set again, or copy it again")
 
 
 def fingerprint(shards: str | Path) -> str:
@@ -129,8 +201,8 @@ def read_quarantine(shards: str | Path) -> pa.Table:
     """One row per refused file; columns as in QUARANTINE_COLUMNS. Raises ValueError when the file is missing or damaged."""
     path = Path(shards) / "quarantine.parquet"
     try:
-        return pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
+        return pq.read_table(path).select(list(QUARANTINE_COLUMNS))
+    except (pa.ArrowException, OSError, KeyError) as error:
         raise ValueError(f"{path} is missing or damaged: pack the set again, or copy it again") from error
 
 

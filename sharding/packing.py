@@ -26,7 +26,7 @@ from sharding.field_roles import FieldRoles, assign_roles
 from sharding.images.image_checks import load_decoder
 from sharding.images.image_processing import ImageOptions
 from sharding.incremental import ExistingSet, check_arguments, check_columns, find_new_images, read_existing
-from sharding.manifest import FORMAT_VERSION, decoded, index_file, shard_file
+from sharding.manifest import FORMAT_VERSION, decoded, listed_shard_files
 from sharding.manifest_writer import ShardContents, WrittenShards, read_contents, write_manifest, write_quarantine
 from sharding.new_splits import split_new
 from sharding.philox import shuffle_keys
@@ -216,9 +216,9 @@ def _finish(
         "appended": [],
     }
     if existing:
-        kept = [name(number) for number in range(written.first) for name in (shard_file, index_file)]
-        link_files(existing.folder, folder, kept)
         old = existing.dataset
+        kept = listed_shard_files(existing.folder, old)
+        link_files(existing.folder, folder, kept)
         files |= {name: old["files"][name] for name in kept}
         growth = {"arguments": arguments, "first_id": len(labels_before), "patches": len(labels)}
         dataset |= {"name": old["name"], "arguments": old["arguments"], "appended": [*old["appended"], growth]}

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from sharding.images.image_checks import silent_decoders
 from sharding.images.image_processing import check_stored
-from sharding.manifest import index_file, read_dataset, read_manifest, shard_file
+from sharding.manifest import index_file, listed_shard_files, read_dataset, read_manifest, shard_file
 from sharding.process_pool import ordered_map, report_progress
 from sharding.shard_format import EXTENSIONS, index_text
 
@@ -42,8 +42,8 @@ def verify(shards: str | Path, *, workers: int = 1) -> None:
         raise ValueError(
             f"{folder / 'manifest.parquet'} does not list the {dataset['patches']:,} patches of dataset.json in order"
         )
-    expected = {name(n) for n in range(dataset["shards"]) for name in (shard_file, index_file)}
-    if missing := sorted((expected | {"manifest.parquet", "quarantine.parquet"}) - dataset["files"].keys()):
+    listed_shard_files(folder, dataset)
+    if missing := sorted({"manifest.parquet", "quarantine.parquet"} - dataset["files"].keys()):
         raise ValueError(f"{folder / 'dataset.json'} does not list {missing[0]}")
     for name in sorted(dataset["files"]):
         if not (folder / name).is_file():
