@@ -7,18 +7,16 @@
 
 Ours is the stage of `train/pretrain.py`. lightly has its own views, order, head and loss, with equal parameters. The plain loop
 is torchvision's views, a DataLoader, and all similarities in one matrix. All have the same backbone, initial weights, patches,
-batch size, steps, optimiser and rates, and one command judges them: the linear protocol and kNN, on a labelled set's test split.
-A round is a seed; with --at-once 2, the next contender runs beside.
+batch size, steps, optimiser and rates, and one command evaluates them: the linear protocol and kNN, on a labelled test split. A
+round is a seed; with --at-once 2, the next contender runs beside.
 
 Results: <out>/<date>-equal-work.json and .md. A difference beyond what seeds make is MISSED.
 """
 
 import dataclasses
-import functools
 import itertools
 import tempfile
-from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -70,6 +68,7 @@ class Config:
     image_size: int | None = option(None, "side of the views, pixels; default: 64, on a GPU 224 (dry: 32)")
     batch_size: int | None = option(None, "patches per step; default: 64, on a GPU 256 (dry: 16)")
     epochs: int | None = option(None, "passes over the patches; default: 20, on a GPU 50 (dry: 2)")
+    steps: int | None = option(None, "as many whole epochs as this number of steps has, instead of --epochs")
     seeds: int | None = option(None, "so many seeds, from --seed on; default: 4, on a GPU 3 (dry: 2)")
     seed: int = option(0, "the first of them")
     patches: int | None = option(None, "patches to draw; default: 1800, for a GPU 8192 (dry: 96)")
@@ -82,21 +81,23 @@ class Config:
 
 def main(config: Config) -> None:
     names, sizes = chosen(config.contenders, PRETRAINED), sizes_of(config, SIZES)
-    check_at_least(sizes, seeds=2, epochs=1, batch_size=2, image_size=1, patches=sizes["batch_size"])
-    check_at_least(config, at_once=1)
+    check_at_least(sizes, seeds=1, epochs=1, batch_size=2, image_size=1, patches=sizes["batch_size"])
+    check_at_least(config, at_once=1, steps=1)
     cores, work = cores_of(config.cores), Path(config.work).resolve()
     result = Result(config.out, "equal-work", _PACKAGES, cores=cores, commit=config.commit)
     data = Path(config.data).resolve() if config.data else draw_labelled_set(work, sizes["patches"], sizes["image_size"])
     judged = Path(config.judged_on).resolve() if config.judged_on else data
     learnt_from, judged_on = training_set(data, sizes["batch_size"]), labelled_set(judged)
+    steps_per_epoch = learnt_from["patches"] // sizes["batch_size"]
+    epochs = max(1, config.steps // steps_per_epoch) if config.steps else sizes["epochs"]
     peers = environment_of(config.peers, names)
     names = result.leave_out(peers.missing, names)
-    sized = {name: sizes[name] for name in ("backbone", "image_size", "batch_size", "epochs")}
+    sized = {name: sizes[name] for name in ("backbone", "image_size", "batch_size")} | {"epochs": epochs}
     device: Record = {"device": config.device, "cores": cores, "seed": config.seed}
     task = Task(shards=str(data), judged=str(judged), work="", recipe=config.recipe, **sized, **device)
     seeds = list(range(config.seed, config.seed + sizes["seeds"]))
     settings = {name: value for name, value in settings_of(task).items() if name not in ("seed", "weights")}
-    steps = task.epochs * (learnt_from["patches"] // task.batch_size)
+    steps = epochs * steps_per_epoch
     result.record["versions"] |= peers.versions
     result.record |= {
         "drawn": config.data is None,
@@ -105,21 +106,24 @@ def main(config: Config) -> None:
         "settings": settings | {"bf16": task.bf16, "at_once": config.at_once, "seeds": seeds, "steps": steps},
         "runs": {name: [] for name in names},
     }
-    running: deque[tuple[int, str, Future]] = deque()
+    failed: set[str] = set()
 
-    def take_oldest() -> None:
-        seed, name, future = running.popleft()
-        result.take(name, f"seed {seed}: {name}", future.result, _shown)
+    def run(seed: int, name: str) -> Record:
+        if name in failed:
+            raise RunFailed("it failed before")
+        try:
+            return one_run(name, dataclasses.replace(task, seed=seed), peers, work, config.limit)
+        except RunFailed:
+            failed.add(name)
+            raise
 
-    with ThreadPoolExecutor(config.at_once) as pool:  # of threads that each wait for a process
-        for seed, name in itertools.product(seeds, names):
-            if len(running) == config.at_once:
-                take_oldest()
-            if name not in result.record["failed"]:
-                run = functools.partial(one_run, name, dataclasses.replace(task, seed=seed), peers, work, config.limit)
-                running.append((seed, name, pool.submit(run)))
-        while running:
-            take_oldest()
+    pool = ThreadPoolExecutor(config.at_once)  # of threads that each wait for a process
+    try:
+        jobs = [(seed, name, pool.submit(run, seed, name)) for seed, name in itertools.product(seeds, names)]
+        for seed, name, job in jobs:
+            result.take(name, f"seed {seed}: {name}", job.result, _shown)
+    finally:
+        pool.shutdown(cancel_futures=True)
     result.finish(report_of(result.record))
 
 
@@ -160,7 +164,7 @@ def one_run(name: str, task: Task, peers: Environment, work: Path, limit: float)
             found["curve"] = [round(loss, 6) for loss in epoch_means(losses, task.epochs)]
             found["first_epoch"] = losses[: len(losses) // task.epochs]
             task = dataclasses.replace(task, weights=str(Path(folder) / WEIGHTS))
-        judged = run_contender("contenders.equal_work", "judge", task, limit=limit)
+        judged = run_contender("contenders.equal_work", "evaluate", task, limit=limit)
         found["figures"] = {metric: value for metric, value in judged.items() if metric != "load_before"}
     return found
 

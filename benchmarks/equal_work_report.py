@@ -5,13 +5,11 @@
 pools them and writes one result of all their seeds under today's date.
 """
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from contenders.equal_work import METRICS, MODES, PRETRAINED
 from harness import Result, script
@@ -19,56 +17,21 @@ from report import Block, Record, Report, Table, missing_lines, packed_line, wit
 from scipy.stats import t as student
 
 from sharding.cli import option, positional
+from train.records.runs import read_json
 
 OTHERS = ("lightly", "plain", "plain-joint", "replayed")  # those that ours is compared with
 METRIC_NAMES = tuple(f"{title} {words}" for title in MODES.values() for words in METRICS.values())
 LARGEST = 2.0  # times the spread: of a curve's many points one is far off by chance
 FIRST_LOSS = {False: 1e-4, True: 1e-2}  # on the very same views and weights, at most: in float32 and in bf16 (True)
-_SETS = ("learnt_from", "judged_on")
 _ROWS = 12  # of the table of losses, about
 
 
-class Difference(NamedTuple):
-    """Ours less another's, of the same seeds. low, high: 95 % interval of the mean difference, paired by seed (Student's t).
+def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Record | None:
+    """Ours less another's, of the same seeds. None for fewer than two seeds in common.
 
-    spread: the standard deviation over seeds, of both (the root of their mean variance); seeds: how many.
+    mean; low, high: 95 % interval of the mean difference, paired by seed (Student's t); spread: the standard deviation over
+    seeds, of both (the root of their mean variance); seeds: how many.
     """
-
-    mean: float
-    low: float
-    high: float
-    spread: float
-    seeds: int
-
-    @property
-    def verdict(self) -> str:
-        if abs(self.mean) <= self.spread:
-            return "within the spread"
-        return "not decided" if self.low <= 0 <= self.high else "MISSED"
-
-
-class CurveDifference(NamedTuple):
-    """Of two curves of the mean loss of each epoch, over the same seeds: the mean of their distances, and where they are furthest
-    apart the epoch (1 for the first), the distance there (largest), and the interval of ours less the other's, as of a difference
-    (low, high). spread: as of a difference, over all epochs (the root of the mean variance)."""
-
-    mean: float
-    largest: float
-    epoch: int
-    low: float
-    high: float
-    spread: float
-    seeds: int
-
-    @property
-    def verdict(self) -> str:
-        if self.mean <= self.spread and self.largest <= LARGEST * self.spread:
-            return "within the spread"
-        return "not decided" if self.low <= 0 <= self.high else "MISSED"
-
-
-def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference | None:
-    """Of a metric by seed. None for fewer than two seeds in common."""
     seeds = sorted(ours.keys() & theirs.keys())
     if len(seeds) < 2:
         return None
@@ -76,34 +39,40 @@ def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Differ
     mean = statistics.fmean(differences)
     half = float(student.ppf(0.975, len(seeds) - 1)) * statistics.stdev(differences) / math.sqrt(len(seeds))
     variances = [statistics.variance([whose[seed] for seed in seeds]) for whose in (ours, theirs)]
-    return Difference(mean, mean - half, mean + half, math.sqrt(statistics.fmean(variances)), len(seeds))
+    spread = math.sqrt(statistics.fmean(variances))
+    found = {"mean": mean, "low": mean - half, "high": mean + half, "spread": spread, "seeds": len(seeds)}
+    return found | {"verdict": _verdict(found, within=abs(mean) <= spread)}
 
 
-def epoch_differences(ours: Mapping[int, Sequence[float]], theirs: Mapping[int, Sequence[float]]) -> list[Difference]:
+def _verdict(found: Record, *, within: bool) -> str:
+    return "within the spread" if within else "not decided" if found["low"] <= 0 <= found["high"] else "MISSED"
+
+
+def epoch_differences(ours: Mapping[int, Sequence[float]], theirs: Mapping[int, Sequence[float]]) -> list[Record]:
     """Of each epoch, of curves of the same length by seed. Empty for fewer than two seeds in common."""
-    found = []
-    for epoch in range(len(next(iter(ours.values()), ()))):
-        sides = ({seed: curve[epoch] for seed, curve in curves.items()} for curves in (ours, theirs))
-        if each := difference(*sides):
-            found.append(each)
-    return found
+    epochs = range(len(next(iter(ours.values()), ())))
+    by_epoch = (({seed: curve[epoch] for seed, curve in each.items()} for each in (ours, theirs)) for epoch in epochs)
+    return [found for sides in by_epoch if (found := difference(*sides))]
 
 
-def curve_difference(ours: Mapping[int, Sequence[float]], theirs: Mapping[int, Sequence[float]]) -> CurveDifference | None:
-    """Of curves of the same length by seed. None for fewer than two seeds in common."""
+def curve_difference(ours: Mapping[int, Sequence[float]], theirs: Mapping[int, Sequence[float]]) -> Record | None:
+    """Of two curves of the mean loss of each epoch, over the same seeds; None for fewer than two in common.
+
+    mean: of their distances; largest: the distance where they are furthest apart; of that epoch (1 for the first) also low and
+    high, as of a difference. spread: as of a difference, over all epochs (the root of the mean variance).
+    """
     by_epoch = epoch_differences(ours, theirs)
     if not by_epoch:
         return None
-    furthest = max(by_epoch, key=lambda found: abs(found.mean))
-    return CurveDifference(
-        mean=statistics.fmean(abs(found.mean) for found in by_epoch),
-        largest=abs(furthest.mean),
-        epoch=by_epoch.index(furthest) + 1,
-        low=furthest.low,
-        high=furthest.high,
-        spread=math.sqrt(statistics.fmean(found.spread**2 for found in by_epoch)),
-        seeds=furthest.seeds,
-    )
+    furthest = max(by_epoch, key=lambda found: abs(found["mean"]))
+    mean = statistics.fmean(abs(found["mean"]) for found in by_epoch)
+    largest, spread = abs(furthest["mean"]), math.sqrt(statistics.fmean(found["spread"] ** 2 for found in by_epoch))
+    within = mean <= spread and largest <= LARGEST * spread
+    return {"mean": mean, "largest": largest, "epoch": by_epoch.index(furthest) + 1} | {
+        **{key: furthest[key] for key in ("low", "high", "seeds")},
+        "spread": spread,
+        "verdict": _verdict(furthest, within=within),
+    }
 
 
 def epoch_means(losses: Sequence[float], epochs: int) -> list[float]:
@@ -121,13 +90,6 @@ def metric_of(record: Record, name: str, metric: str) -> dict[int, float]:
 def curves_of(record: Record, name: str, curve: str = "curve") -> dict[int, list[float]]:
     """By seed. curve: the mean of each epoch, or "first_epoch", each step's loss."""
     return {run["seed"]: run[curve] for run in record["runs"].get(name, ()) if curve in run}
-
-
-def first_losses(record: Record) -> float | None:
-    """The largest difference of the first step's loss, ours and on our draws, over the seeds. None: not measured."""
-    ours, replayed = (curves_of(record, name, "first_epoch") for name in ("ours", "replayed"))
-    found = [abs(ours[seed][0] - replayed[seed][0]) for seed in ours.keys() & replayed.keys()]
-    return max(found, default=None)
 
 
 def pooled(results: Mapping[str, Record]) -> Record:
@@ -148,11 +110,12 @@ def pooled(results: Mapping[str, Record]) -> Record:
     return first | {"settings": first["settings"] | {"seeds": seeds}, "runs": runs, "commit": ", ".join(commits)}
 
 
-def _task(record: Record) -> dict[str, Any]:
+def _task(record: Record) -> Record:
     """What must be the same where results are put together."""
-    sets = {name: {key: record[name][key] for key in ("name", "patches", "test") if key in record[name]} for name in _SETS}
     settings = {name: value for name, value in record["settings"].items() if name not in ("seeds", "cores", "at_once")}
-    return {**settings, **sets} | {name: record[name] for name in ("versions", "failed")} | {"contenders": sorted(record["runs"])}
+    for name in ("learnt_from", "judged_on"):
+        settings[name] = {key: record[name][key] for key in ("name", "patches", "test") if key in record[name]}
+    return {**settings, "versions": record["versions"], "failed": record["failed"], "contenders": sorted(record["runs"])}
 
 
 # ---- The report ----
@@ -160,15 +123,16 @@ def _task(record: Record) -> dict[str, Any]:
 
 def report_of(record: Record) -> Report:
     """Of a record of which some runs may be missing."""
-    names = [name for name in OTHERS if name in record["runs"]]
     metrics, curves = [], []
-    for name in names:
+    for name in OTHERS:
         for metric in METRIC_NAMES:
             if found := difference(metric_of(record, "ours", metric), metric_of(record, name, metric)):
-                metrics.append({"other": name, "figure": metric, **found._asdict(), "verdict": found.verdict})
+                metrics.append({"other": name, "figure": metric, **found})
         if curve := curve_difference(curves_of(record, "ours"), curves_of(record, name)):
-            curves.append({"other": name, **curve._asdict(), "verdict": curve.verdict})
-    record = record | {"differences": metrics, "curve_differences": curves, "first_loss_difference": first_losses(record)}
+            curves.append({"other": name, **curve})
+    first, again = (curves_of(record, name, "first_epoch") for name in ("ours", "replayed"))
+    largest = max((abs(first[seed][0] - again[seed][0]) for seed in first.keys() & again.keys()), default=None)
+    record = record | {"differences": metrics, "curve_differences": curves, "first_loss_difference": largest}
     s, learnt, judged = record["settings"], record["learnt_from"], record["judged_on"]
     packed = dict.fromkeys(packed_line(each) for each in (learnt, judged) if "packed_by" in each)
     blocks: list[Block] = [
@@ -182,7 +146,7 @@ def report_of(record: Record) -> Report:
         " put one view after the other through the network, so that batch norm sees them apart. Ours puts them through together,"
         " and so does plain torch with both views as one batch. On our draws, torchvision makes the views that ours made, both as"
         " one batch: two curves of the same numbers, computed twice, that rounding drives apart. Nobody blurs.",
-        f"Judged by train/evaluate.py, with the seed of the pretraining, on the {judged['test']:,} test patches of"
+        f"Evaluated by train/evaluate.py, with the seed of the pretraining, on the {judged['test']:,} test patches of"
         f" {judged['name']!r}, whose groups {'are not' if judged['grouped'] else 'may be'} in its training split: mean ± standard"
         " deviation over the seeds.",
         metrics_table(record),
@@ -191,8 +155,6 @@ def report_of(record: Record) -> Report:
         " is more, and 0 is inside. A curve is within the spread where its mean distance is, and the largest is at most"
         f" {LARGEST:g} times that; otherwise the interval where it is largest decides.",
         *verdict_lines(record),
-        *_batch_norm(record),
-        *_for_scale(record),
         f"Mean loss of an epoch (nothing learnt: {math.log(2 * s['batch_size'] - 1):.3f}), mean ± standard deviation over the"
         " seeds:",
         curve_table(record),
@@ -204,8 +166,8 @@ def verdict_lines(record: Record) -> list[str]:
     lines = []
     for row in record["differences"]:
         lines.append(
-            f"- {row['verdict']}: {row['figure']}, ours less {_title(row['other'])}: {row['mean']:+.4f}"
-            f" [{row['low']:+.4f}, {row['high']:+.4f}], spread over {row['seeds']} seeds {row['spread']:.4f}"
+            f"- {row['verdict']}: {row['figure']}, ours less {_title(row['other'])}: {_interval(row)}, spread over"
+            f" {row['seeds']} seeds {row['spread']:.4f}"
         )
     for row in record["curve_differences"]:
         lines.append(
@@ -219,7 +181,21 @@ def verdict_lines(record: Record) -> list[str]:
         lines.append(f"- {words}: the first step's loss on the same draws: differs by {first:.2g}, wanted at most {enough:g}")
     if not lines:
         lines.append("- not measured: nothing that could be compared has finished with two seeds")
-    return lines + missing_lines(record, PRETRAINED)
+    lines += missing_lines(record, PRETRAINED)
+    # The two plain loops have the same order, views and weights.
+    if norms := epoch_differences(curves_of(record, "plain-joint"), curves_of(record, "plain")):
+        what = f"{_title('plain-joint')}, less {_title('plain')}"
+        lines.append(f"- batch norm alone, loss of each epoch, {what}: {', '.join(map(_interval, norms))}")
+    # What pretraining does to the metrics: were it nothing, equal metrics would say nothing.
+    scales = {name: difference(metric_of(record, "ours", name), metric_of(record, "random", name)) for name in METRIC_NAMES}
+    if found := [f"{name} {_interval(scale, 3)}" for name, scale in scales.items() if scale]:
+        lines.append(f"- for scale, ours less random weights: {', '.join(found)}")
+    return lines
+
+
+def _interval(found: Record, digits: int = 4) -> str:
+    mean, low, high = (f"{found[key]:+.{digits}f}" for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
 
 
 def metrics_table(record: Record) -> Table:
@@ -252,24 +228,6 @@ def _title(name: str) -> str:
     return PRETRAINED[name].title
 
 
-def _batch_norm(record: Record) -> list[str]:
-    """What it alone does: the two plain loops have the same order, views and weights."""
-    by_epoch = epoch_differences(curves_of(record, "plain-joint"), curves_of(record, "plain"))
-    found = [f"{each.mean:+.4f} [{each.low:+.4f}, {each.high:+.4f}]" for each in by_epoch]
-    if not found:
-        return []
-    return [f"- batch norm alone, loss of each epoch, {_title('plain-joint')}, less {_title('plain')}: {', '.join(found)}"]
-
-
-def _for_scale(record: Record) -> list[str]:
-    """What pretraining does to the metrics: were it nothing, equal metrics would say nothing."""
-    found = []
-    for metric in METRIC_NAMES:
-        if scale := difference(metric_of(record, "ours", metric), metric_of(record, "random", metric)):
-            found.append(f"{metric} {scale.mean:+.3f} [{scale.low:+.3f}, {scale.high:+.3f}]")
-    return [f"- for scale, ours less random weights: {', '.join(found)}"] if found else []
-
-
 @dataclass(frozen=True)
 class Config:
     """What is pooled."""
@@ -279,12 +237,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    results = {}
-    for place in config.results:
-        try:
-            results[place] = json.loads(Path(place).read_bytes())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{place} is no result of equal_work.py: {error}") from error
+    results = {place: read_json(Path(place), "give results of equal_work.py") for place in config.results}
     result = Result(config.out, "equal-work")
     today = {name: result.record[name] for name in ("date", "command")}
     result.finish(report_of(pooled(results) | today))

@@ -27,14 +27,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import equal_work_report
 import gpu_check
 import loader
 import ntxent
-import short_pretraining
 import step
 import step_options
 from contenders.loader import LOADERS
-from harness import Result, script, typed
+from harness import Result, chosen, script, typed
 from report import Block, Record, Report, Table, markdown, markdown_lines
 from worker import ROOT
 
@@ -60,106 +60,78 @@ class Setting:
     data: str | None
     commit: str
 
-    @property
-    def device(self) -> str:
-        return "cpu" if self.dry else "cuda"
+    def sizes(self, *names: str) -> list[Any]:
+        sizes = DRY if self.dry else FULL
+        return [each for name in names for each in (f"--{name.replace('_', '-')}", sizes[name])]
 
     @property
-    def sizes(self) -> dict[str, Any]:
-        return DRY if self.dry else FULL
+    def drawn(self) -> list[Any]:
+        """The shard set that the part `data` made, where it did."""
+        return next((["--data", path] for path in sorted(self.work.glob("images-*-shards"))), [])
 
-    @property
-    def drawn(self) -> Path | None:
-        """The shard set that the part `data` made; None where it did not."""
-        return next(iter(sorted(self.work.glob("images-*-shards"))), None)
 
-    def flags(self, *names: str) -> list[Any]:
-        return [each for name in names for each in (f"--{name.replace('_', '-')}", self.sizes[name])]
-
-    @property
-    def one_core(self) -> list[Any]:
-        return ["--cores", 1] if self.dry else []  # on shared cores, threads that wait for each other are slower than one
+def commands(s: Setting, seconds: float) -> dict[str, list[Any]]:
+    """By part its script's name and arguments. seconds: what the part has."""
+    device, size = "cpu" if s.dry else "cuda", (DRY if s.dry else FULL)["image_size"]
+    one_core = ["--cores", 1] if s.dry else []  # on shared cores, threads that wait for each other are slower than one
+    work = ["--work", s.work, "--device", device]
+    of_step = [*work, *s.sizes("backbone", "image_size", "batch_size", "patches")]
+    of_loader = [*work, *s.sizes("patches", "batch_size"), "--size", size, "--rounds", 1, *one_core]
+    of_loader += ["--seconds", 0.1, "--lap", 2] if s.dry else ["--seconds", 3, "--lap", 16]
+    on_device = _DRY_LOADERS if s.dry else [name for name, each in LOADERS.items() if "cuda" in each.devices]
+    pretraining = ["--seeds", 1, "--contenders", "ours", "random", "--recipe", "simclr-mild", *one_core]
+    # The linear classifier on a small network says within a minute whether the backbone learns.
+    pretraining += ["--dry"] if s.dry else ["--backbone", "resnet18", "--image-size", 96, "--batch-size", 256, "--steps", 600]
+    return {
+        "data": ["patch_set.py", "--work", s.work, *s.sizes("patches"), "--size", size],
+        "check": [
+            *("gpu_check.py", "--commit", s.commit, "--seconds", max(1, round(seconds - 5)), *s.sizes("image_size")),
+            *(*s.drawn, *(["--dry"] if s.dry else [])),
+        ],
+        "step": [
+            *("step.py", *of_step, "--rounds", 1, "--seconds", 0.2 if s.dry else 6),
+            *("--limit", max(1, round(seconds)), *one_core),
+        ],
+        "loss": [
+            *("ntxent.py", "--device", device, "--rounds", 1),
+            *(["--timed", 0.02, "--anchors", 64, *one_core] if s.dry else ["--timed", 0.5, "--in-process"]),
+        ],
+        "loader": ["loader.py", *of_loader, "--contenders", *on_device],
+        # Not every CPU's host has the C++ compiler that compiling takes there.
+        "options": [
+            *("step_options.py", *of_step, "--groups", "options", "batches"),
+            *(["--seconds", 0.1, "--batches", 2, 4, "--no-compile"] if s.dry else []),
+        ],
+        "pretraining": ["equal_work.py", *work, *pretraining, *(["--data", s.data] if s.data else [])],
+        "two-pass": [
+            *("step_options.py", *of_step, "--groups", "two-pass"),
+            *(["--seconds", 0.1, "--batches", 4] if s.dry else []),
+        ],
+        "threads": ["loader.py", *of_loader, "--contenders", "ours", "ours-4-threads", "ours-8-threads"],
+    }
 
 
 class Part(NamedTuple):
-    """seconds: that it may take; least: that must be left to begin with it. arguments: the script's name and its arguments, given
-    the setting and the seconds that it has. report: of what the script wrote, which may be cut short."""
+    """seconds: that it may take; least: that must be left to begin with it. report: of what its script wrote, which may be cut
+    short."""
 
     title: str
     seconds: float
     least: float
-    arguments: Callable[[Setting, float], list[Any]]
     report: Callable[[Record], Report] | None
-
-
-def _data(s: Setting, seconds: float) -> list[Any]:
-    return ["patch_set.py", "--work", s.work, *s.flags("patches"), "--size", s.sizes["image_size"]]
-
-
-def _check(s: Setting, seconds: float, *steps: str) -> list[Any]:
-    arguments = ["gpu_check.py", "--commit", s.commit, "--seconds", max(1, round(seconds - 5)), "--steps", *steps]
-    arguments += s.flags("backbone", "image_size", "batch_size")
-    return [*arguments, *(["--data", s.drawn] if s.drawn else []), *(["--dry"] if s.dry else [])]
-
-
-def _correctness(s: Setting, seconds: float) -> list[Any]:
-    return _check(s, seconds, "environment", "decode", "views", "purity")  # the other parts measure speed
-
-
-def _threads(s: Setting, seconds: float) -> list[Any]:
-    return _check(s, seconds, "loader")
-
-
-def _step_sizes(s: Setting) -> list[Any]:
-    return ["--work", s.work, "--device", s.device, *s.flags(*s.sizes)]
-
-
-def _step(s: Setting, seconds: float) -> list[Any]:
-    timed = ["--rounds", 1, "--seconds", 0.2 if s.dry else 6, "--limit", max(1, round(seconds)), *s.one_core]
-    return ["step.py", *_step_sizes(s), *timed]
-
-
-def _loss(s: Setting, seconds: float) -> list[Any]:
-    timed = ["--timed", 0.02, "--anchors", 64, *s.one_core] if s.dry else ["--timed", 0.5, "--in-process"]
-    return ["ntxent.py", "--device", s.device, "--rounds", 1, *timed]
-
-
-def _loader(s: Setting, seconds: float) -> list[Any]:
-    names = _DRY_LOADERS if s.dry else [name for name, contender in LOADERS.items() if "cuda" in contender.devices]
-    sizes = [*s.flags("patches", "batch_size"), "--size", s.sizes["image_size"]]
-    timed = ["--rounds", 1, *(["--seconds", 0.1, "--lap", 2] if s.dry else ["--seconds", 3, "--lap", 16]), *s.one_core]
-    return ["loader.py", "--work", s.work, "--device", s.device, *sizes, *timed, "--contenders", *names]
-
-
-def _options(s: Setting, seconds: float) -> list[Any]:
-    # Not every CPU's host has the C++ compiler that compiling takes there.
-    timed = ["--seconds", 0.1, "--batches", 2, 4, "--no-compile"] if s.dry else []
-    return ["step_options.py", *_step_sizes(s), *timed, "--groups", "options", "batches"]
-
-
-def _two_pass(s: Setting, seconds: float) -> list[Any]:
-    timed = ["--seconds", 0.1, "--batches", 4] if s.dry else []
-    return ["step_options.py", *_step_sizes(s), *timed, "--groups", "two-pass"]
-
-
-def _pretraining(s: Setting, seconds: float) -> list[Any]:
-    sizes = ["--backbone", "test_resnet", "--image-size", 32, "--batch-size", 16, "--patches", 120] if s.dry else []
-    # Half of the time is for the commands' starts and for the classifiers.
-    timed = ["--epochs", 2] if s.dry else ["--seconds", max(1, round(seconds / 2 - 15))]
-    return ["short_pretraining.py", "--work", s.work, *sizes, *timed, *(["--data", s.data] if s.data else [])]
 
 
 # By value: a GPU is lent for minutes, and what comes last may find no time left.
 PARTS = {
-    "data": Part("Patches", 45, 0, _data, None),
-    "check": Part("Correctness on the device", 80, 20, _correctness, gpu_check.report_of),
-    "step": Part("A training step", 190, 30, _step, step.report_of),
-    "loss": Part("NT-Xent", 45, 15, _loss, ntxent.report_of),
-    "loader": Part("The loader", 110, 20, _loader, loader.report_of),
-    "options": Part("Options of a training step", 90, 20, _options, step_options.report_of),
-    "pretraining": Part("A short pretraining", 110, 45, _pretraining, short_pretraining.report_of),
-    "two-pass": Part("Micro-batches in two passes", 30, 15, _two_pass, step_options.report_of),
-    "threads": Part("The loader by threads", 45, 25, _threads, gpu_check.report_of),
+    "data": Part("Patches", 45, 0, None),
+    "check": Part("Correctness on the device", 80, 20, gpu_check.report_of),
+    "step": Part("A training step", 190, 30, step.report_of),
+    "loss": Part("NT-Xent", 45, 15, ntxent.report_of),
+    "loader": Part("The loader", 110, 20, loader.report_of),
+    "options": Part("Options of a training step", 90, 20, step_options.report_of),
+    "pretraining": Part("A short pretraining", 110, 45, equal_work_report.report_of),
+    "two-pass": Part("Micro-batches in two passes", 30, 15, step_options.report_of),
+    "threads": Part("The loader by threads", 45, 25, loader.report_of),
 }
 NEED_NO_DATA = {"data", "loss", "pretraining"}
 
@@ -207,12 +179,8 @@ def main(config: Config) -> None:
 
 def chosen_parts(names: list[str]) -> list[str]:
     """In their order, with the patches where one of them needs these. Raises ValueError for an unknown name."""
-    if unknown := [name for name in names if name not in PARTS]:
-        raise ValueError(f"there is no part {unknown[0]!r}: choose from {', '.join(PARTS)}")
-    chosen = set(names or PARTS)
-    if chosen - NEED_NO_DATA:
-        chosen.add("data")
-    return [name for name in PARTS if name in chosen]
+    wanted = chosen(names, PARTS, "part")
+    return ["data", *(name for name in wanted if name != "data")] if set(wanted) - NEED_NO_DATA else wanted
 
 
 def device_name(*, dry: bool) -> str:
@@ -239,20 +207,20 @@ def run_part(name: str, setting: Setting, result: Result, log: IO[bytes], *, lef
         _note(result, name, {"status": "skipped", "why": why})
         return
     results = setting.work / f"results-{name}"
-    file, *arguments = map(str, part.arguments(setting, seconds))
+    file, *arguments = map(str, commands(setting, seconds)[name])
     if name != "data":
         arguments += ["--out", str(results)]
     shown = typed([f"benchmarks/{file}", *arguments])
     _note(result, name, {"status": "running", "command": shown})  # what stands there if this process is killed
     began, place = time.monotonic(), log.tell()
-    ended = ended_in_time([sys.executable, str(ROOT / "benchmarks" / file), *arguments], setting, log, seconds)
+    code = exit_code([sys.executable, str(ROOT / "benchmarks" / file), *arguments], setting, log, seconds)
     found: Record = {"status": "ok", "seconds": round(time.monotonic() - began, 1), "command": shown}
     log.seek(place)
     said = log.read().decode(errors="replace").strip().splitlines()
-    if not ended.in_time:
+    if code is None:
         found |= {"status": "failed", "why": f"not done after {seconds:.0f} s; what it had found is kept"}
-    elif ended.code:
-        found |= {"status": "failed", "why": f"exit code {ended.code}: {said[-1] if said else 'no output'}"}
+    elif code:
+        found |= {"status": "failed", "why": f"exit code {code}: {said[-1] if said else 'no output'}"}
     if found["status"] == "failed":
         found["said"] = said[-_LAST_LINES:]
     if written := sorted(results.glob("*.json"), key=lambda each: each.stat().st_mtime):
@@ -268,15 +236,9 @@ def _note(result: Result, name: str, part: Record) -> None:
     print(f"{name}: {part['status']}{took}{': ' + part['why'] if 'why' in part else ''}", flush=True)
 
 
-class Ended(NamedTuple):
-    """in_time: or else it was killed; code: its exit code, negative for a signal."""
-
-    in_time: bool
-    code: int
-
-
-def ended_in_time(command: list[str], setting: Setting, log: IO[bytes], seconds: float) -> Ended:
-    """Run a command for at most so many seconds, and end whatever it leaves running. Its output goes to the log."""
+def exit_code(command: list[str], setting: Setting, log: IO[bytes], seconds: float) -> int | None:
+    """Of a command that runs for at most so many seconds; None where it was killed then. Whatever it leaves running is ended. Its
+    output goes to the log."""
     # Temporary files, and what the compiler makes, are where they are removed with the rest; the latter serves later parts. Ray's
     # sockets are elsewhere: the path of a socket may have no more than 107 letters.
     ours = {"TMPDIR": str(setting.work), "TORCHINDUCTOR_CACHE_DIR": str(setting.work / "compiled"), "PYTHONUNBUFFERED": "1"}
@@ -292,16 +254,14 @@ def ended_in_time(command: list[str], setting: Setting, log: IO[bytes], seconds:
         env={"RAY_TMPDIR": "/tmp", **os.environ, **ours},
         start_new_session=True,
     )
-    in_time = True
     try:
-        process.wait(timeout=seconds)
+        return process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
-        in_time = False
+        return None
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    return Ended(in_time, process.returncode)
 
 
 def report_of(record: Record) -> Report:

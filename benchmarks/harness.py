@@ -64,11 +64,11 @@ def cores_of(given: int) -> int:
     return given or available_cores()
 
 
-def chosen(names: Sequence[str], known: Iterable[str]) -> list[str]:
+def chosen(names: Sequence[str], known: Iterable[str], kind: str = "contender") -> list[str]:
     """The named ones, or all, in the order of `known`. Raises ValueError for an unknown name."""
     known = list(known)
     if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"there is no contender {unknown[0]!r}: choose from {', '.join(known)}")
+        raise ValueError(f"there is no {kind} {unknown[0]!r}: choose from {', '.join(known)}")
     return [name for name in known if name in (names or known)]
 
 

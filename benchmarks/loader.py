@@ -16,25 +16,14 @@ Results: <out>/<date>-loader.json and .md, on a GPU <date>-loader-cuda.
 
 import dataclasses
 import functools
-import statistics
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from contenders import loader_peers
 from contenders.loader import CONTENDERS, LOADERS, PARTS, Task
-from harness import (
-    Result,
-    absent,
-    check_at_least,
-    chosen,
-    cores_of,
-    run_contender,
-    script,
-    settings_of,
-)
+from harness import Result, absent, check_at_least, chosen, cores_of, run_contender, script, settings_of
 from patch_set import patch_set
 from peers import LOADER_PEERS, Environment, environment_of
 from report import (
@@ -45,11 +34,12 @@ from report import (
     Target,
     images_line,
     judge,
+    medians,
     missing_lines,
     number,
     ratio,
     rounds_table,
-    spread,
+    summarise,
     target_lines,
     with_failure,
 )
@@ -58,7 +48,6 @@ from sharding.cli import option, required
 
 ALL = LOADERS | loader_peers.CONTENDERS
 NAMES = (*ALL, "parts", "memory")
-TITLES = {name: contender.title for name, contender in ALL.items()}
 _WARM = 2  # batches that are not timed, at least
 _PART_SECONDS = 1.0  # of CPU time, at least, for each part and round
 _PACKAGES = ("torch", "torchvision", "pillow", "nvidia-dali-cuda130", "numba", "numpy")
@@ -72,6 +61,7 @@ TARGETS = (
 )
 GPU_TARGETS = (Target("ours", "rate_to_decode", 0.8, "ours, its rate as a share of decoding alone"),)
 _GROWTH = "memory at batch {:,}, at the end of the last epoch as a multiple of that at the end of the second"
+_COMPARED = {"torchvision": "torchvision", "dali": "DALI", "decode": "decoding"}
 
 
 @dataclass(frozen=True)
@@ -99,19 +89,16 @@ def main(config: Config) -> None:
     names = chosen(config.contenders or [*of_device(config.device), *others], NAMES)
     check_at_least(config, rounds=1, size=1, batch_size=1, patches=config.batch_size, lap=1)
     cores = cores_of(config.cores)
-    kind = "loader-cuda" if config.device == "cuda" else "loader"
-    result = Result(config.out, kind, _PACKAGES, cores=cores)
-    work = Path(config.work).resolve()
+    result = Result(config.out, "loader-cuda" if config.device == "cuda" else "loader", _PACKAGES, cores=cores)
     environments = {name: environment_in(config.peers, name) for name in names if name in LOADER_PEERS}
     missing = absent(ALL, names)
     for environment in environments.values():
         missing |= environment.missing
         result.record["versions"] |= environment.versions
     names = result.leave_out(missing, names)
-    result.record["missing"] |= loader_peers.NOT_INSTALLABLE if config.peers else {}
     result.say("drawing patches and packing them, unless they are there")
     sizes = {"patches": config.patches, "size": config.size, "batch_size": config.batch_size}
-    data = patch_set(config.images, work, cores=cores, **sizes)
+    data = patch_set(config.images, Path(config.work).resolve(), cores=cores, **sizes)
     task = task_of(config, data.shards, data.described["patches"], cores)
     result.record |= {"images": data.described, "timed": settings_of(task)}
 
@@ -124,9 +111,8 @@ def main(config: Config) -> None:
     result.rounds(loaders, config.rounds, measure, lambda run: f"{run['patches_per_s']:,.0f} patches/s")
     alone = functools.partial(dataclasses.replace, task, device="cpu")
     if "parts" in names:
-        job = functools.partial(
-            run_contender, "contenders.loader", "parts", alone(cores=1, seconds=min(_PART_SECONDS, config.seconds))
-        )
+        of_parts = alone(cores=1, seconds=min(_PART_SECONDS, config.seconds))
+        job = functools.partial(run_contender, "contenders.loader", "parts", of_parts)
         result.take("parts", "parts", job, lambda run: f"{run['ms']['loader'][-1]:.3f} CPU ms per patch")
     for size in config.memory_batches if "memory" in names else ():
         job = functools.partial(run_contender, "contenders.loader", "memory", alone(batch_size=size))
@@ -146,53 +132,49 @@ def of_device(device: str) -> list[str]:
 
 
 def task_of(config: Config, shards: str, patches: int, cores: int) -> Task:
-    """Both numbers of batches divide by the cores: torchvision's workers make a batch each, and all as many."""
-    lap = config.lap or patches // config.batch_size
-    warm, lap = (-(-least // cores) * cores for least in (_WARM, lap))
+    """The timed batches divide by the cores: torchvision's workers make a batch each, and all as many."""
+    lap = -(-(config.lap or patches // config.batch_size) // cores) * cores
     size = {"batch_size": config.batch_size, "image_size": config.size}
-    return Task(shards, cores, **size, warm=warm, lap=lap, seconds=config.seconds, rounds=config.rounds, device=config.device)
+    return Task(shards, cores, **size, warm=_WARM, lap=lap, seconds=config.seconds, rounds=config.rounds, device=config.device)
 
 
 # ---- The report ----
 
 
-def summarise(runs: dict[str, list[Record]]) -> Record:
-    """Medians over the rounds, and ratios within a round. A loader with blur is compared with torchvision and DALI with blur."""
-    found = {}
-    for name, rounds in runs.items():
-        if rounds and name in ALL:
-            rates, blur = [run["patches_per_s"] for run in rounds], "-blur" if name.endswith("-blur") else ""
-            others = {"torchvision": f"torchvision{blur}", "dali": f"dali{blur}", "decode": "decode"}
-            ratios = {f"rate_to_{key}": ratio(rounds, runs.get(other), "patches_per_s") for key, other in others.items()}
-            found[name] = {"patches_per_s": statistics.median(rates), "spread": spread(rates), **ratios}
-            found[name]["time_to_ours"] = ratio(runs.get("ours"), rounds, "patches_per_s")
+def summary_of(runs: dict[str, list[Record]]) -> Record:
+    """A loader with blur is compared with torchvision and DALI with blur."""
+    found: Record = {}
+    for blur in ("", "-blur"):
+        mine = {name: each for name, each in runs.items() if name in ALL and name.endswith("-blur") == bool(blur)}
+        others = {"torchvision": f"torchvision{blur}", "dali": f"dali{blur}", "decode": "decode"}
+        ratios = {f"rate_to_{key}": (other, "patches_per_s") for key, other in others.items()}
+        found |= summarise(mine, "patches_per_s", ratios=ratios, among=runs)
+    for name, row in found.items():
+        row["time_to_ours"] = ratio(runs.get("ours"), runs[name], "patches_per_s")
     return found
 
 
 def summarise_parts(found: dict[str, list[float]]) -> Record:
     """found: CPU milliseconds per patch by part and round. Medians over the rounds: of each part ("ms"), of what the whole loader
     takes beyond the sum of its parts ("rest_ms"), of the host's share of the whole ("share"), and the host's rate."""
-    rounds = [dict(zip(found, times, strict=True)) for times in zip(*found.values(), strict=True)]
-    host = [sum(times[name] for name in _HOST) for times in rounds]
-    return {
-        "ms": {name: statistics.median(times) for name, times in found.items()},
-        "rest_ms": statistics.median(2 * times["loader"] - sum(times.values()) for times in rounds),
-        "share": statistics.median(mine / times["loader"] for mine, times in zip(host, rounds, strict=True)),
-        "patches_per_s": statistics.median(1000 / mine for mine in host),
-    }
-
-
-def growth(runs: Sequence[Record]) -> float | None:
-    return runs[0]["resident_bytes"][-1] / runs[0]["resident_bytes"][1] if runs else None
+    rounds: list[Record] = [dict(zip(found, times, strict=True)) for times in zip(*found.values(), strict=True)]
+    for times in rounds:
+        host = sum(times[name] for name in _HOST)
+        rest = 2 * times["loader"] - sum(times.values())
+        times |= {"rest_ms": rest, "share": host / times["loader"], "patches_per_s": 1000 / host}
+    return {"ms": medians(rounds, *found), **medians(rounds, "rest_ms", "share", "patches_per_s")}
 
 
 def report_of(record: Record) -> Report:
     """Of a record of which some runs may be missing."""
     runs, timed = record["runs"], record["timed"]
-    summary = summarise(runs)
+    summary = summary_of(runs)
     parts = summarise_parts(runs["parts"][0]["ms"]) if runs.get("parts") else None
     memory = {int(key.removeprefix("memory ")): found for key, found in runs.items() if key.startswith("memory ")}
-    rows = {**summary, "parts": parts or {}} | {f"memory {size}": {"growth": growth(each)} for size, each in memory.items()}
+    rows: Record = {**summary, "parts": parts or {}}
+    for size, found in memory.items():
+        ends = found[0]["resident_bytes"] if found else None
+        rows[f"memory {size}"] = {"growth": ends and ends[-1] / ends[1]}
     grown = [Target(f"memory {size}", "growth", 1.05, _GROWTH.format(size), at_least=False) for size in memory]
     targets = judge(rows, GPU_TARGETS if timed["device"] == "cuda" else (*TARGETS, *grown))
     record = record | {"summary": summary, "parts": parts, "targets": targets}
@@ -200,7 +182,15 @@ def report_of(record: Record) -> Report:
     if any(name in ALL for name in runs):
         columns = {f"rate / {word}": (f"rate_to_{key}", ".2f") for key, word in _COMPARED.items()}
         columns["time / ours"] = ("time_to_ours", ".2f")
-        blocks += [_speed_text(timed), rounds_table(record, TITLES, "patches_per_s", "patches/s", columns)]
+        titles = {name: contender.title for name, contender in ALL.items()}
+        blocks += [
+            f"Two views of {timed['image_size']} px on the {timed['device']}, batch {timed['batch_size']}. Patches/s of the"
+            f" steady state: after {timed['warm']} batches, {timed['lap']} batches or a multiple of them that takes at least"
+            f" {timed['seconds']:g} s; a fresh process each time, the rounds interleaved. Ratios are medians of the ratios within"
+            " a round; with blur, against others with blur. Spread: from the slowest to the fastest round, as a share of the"
+            " median.",
+            rounds_table(record, titles, "patches_per_s", "patches/s", columns),
+        ]
     if "parts" in runs:
         text = "CPU time of all threads per patch, recipe simclr, on one core with one thread; medians over the rounds."
         blocks += [text, _parts_table(record)]
@@ -212,18 +202,6 @@ def report_of(record: Record) -> Report:
         blocks += [text, _memory_table(record, memory)]
     lines = target_lines(record, lambda value: number(value) if value >= 1000 else f"{value:.3g}")
     return Report(record, "The loader", [*blocks, *lines, *missing_lines(record, ALL)])
-
-
-_COMPARED = {"torchvision": "torchvision", "dali": "DALI", "decode": "decoding"}
-
-
-def _speed_text(timed: Record) -> str:
-    return (
-        f"Two views of {timed['image_size']} px on the {timed['device']}, batch {timed['batch_size']}. Patches/s of the steady"
-        f" state: after {timed['warm']} batches, {timed['lap']} batches or a multiple of them that takes at least"
-        f" {timed['seconds']:g} s; a fresh process each time, the rounds interleaved. Ratios are medians of the ratios within a"
-        " round; with blur, against others with blur. Spread: from the slowest to the fastest round, as a share of the median."
-    )
 
 
 def _parts_table(record: Record) -> Table:

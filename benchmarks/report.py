@@ -48,6 +48,29 @@ def ratio(runs: Sequence[Record] | None, others: Sequence[Record] | None, name: 
     return statistics.median(ratios) if ratios else None
 
 
+def summarise(
+    runs: Mapping[str, Sequence[Record]],
+    value: str,
+    *others: str,
+    ratios: Mapping[str, tuple[str, str]],
+    among: Mapping[str, Sequence[Record]] | None = None,
+) -> Record:
+    """By contender the medians of `value` and of the others over its rounds, the spread of `value`, and ratios within a round.
+
+    ratios: by name the contender that is compared with, and the measurement. among: where those are; None: in `runs`. A
+    contender without a finished run is missing.
+    """
+    return {
+        name: {
+            **medians(found, value, *others),
+            "spread": spread([run[value] for run in found]),
+            **{key: ratio(found, (among or runs).get(other), what) for key, (other, what) in ratios.items()},
+        }
+        for name, found in runs.items()
+        if found
+    }
+
+
 # ---- Targets ----
 
 

@@ -6,7 +6,7 @@
     python benchmarks/scale.py --check --work DISK/bench                    # against one and two real workers on this machine
 
 For every number of GPUs and of patches: patches/s, time per epoch, what the network and the storage have to give, and the first
-bottleneck. Results: <out>/<date>-scale.json, .md and .png; of the check <date>-scale-check.json and .md (scale_check.py).
+bottleneck. Results: <out>/<date>-scale.json and .md; of the check <date>-scale-check.json and .md (scale_check.py).
 
 W ranks (GPUs), V = 2 views of a patch, B patches of a rank in a step, D width of the projection, M = V B anchors of a rank,
 N = W M anchors of all. Times in seconds, volumes in bytes, rates in units per second; machines.yaml says what each constant is. A
@@ -45,7 +45,7 @@ _CACHED = 0.5  # of a node's memory, that its page cache may have; the rest is t
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained. largest_batch: of all ranks together; beyond it more GPUs take smaller parts. None: however large."""
+    """What is trained; machines.yaml says what each field is. largest_batch: None: however large."""
 
     parameters: float
     norms: float
@@ -62,10 +62,14 @@ class Workload:
         """B, patches of a rank in a step; a fraction where the GPUs outnumber the largest batch."""
         return self.batch_per_gpu if self.largest_batch is None else min(self.batch_per_gpu, self.largest_batch / gpus)
 
+    def gathered_bytes(self, gpus: int) -> float:
+        """Of all ranks' embeddings: 4 N D."""
+        return _FLOAT * VIEWS * self.part(gpus) * gpus * self.projection_dim
+
 
 @dataclass(frozen=True)
 class Machine:
-    """A node and what joins it to others.
+    """A node and what joins it to others; machines.yaml says what each field is.
 
     device_patches_per_s: None where the model's own cores decode and augment, which then takes its time from the model.
     sync_norms: batch norm's statistics are those of the global batch.
@@ -81,7 +85,6 @@ class Machine:
     loss_flops_per_s: float
     launch_s: float
     host_core_s: float
-    decode_core_s: float
     link_bytes_per_s: float
     network_bytes_per_s: float
     link_latency_s: float
@@ -95,10 +98,6 @@ class Machine:
 
     def nodes(self, gpus: int) -> int:
         return -(-gpus // self.gpus)
-
-    def host_seconds(self, host_decode: float) -> float:
-        """Of a core, for each patch."""
-        return self.host_core_s + host_decode * self.decode_core_s
 
     def hops(self, gpus: int) -> float:
         """Seconds until a word of one rank is with all others."""
@@ -136,13 +135,8 @@ PARTS = {
 }
 
 
-def gathered_bytes(work: Workload, gpus: int) -> float:
-    """Of all ranks' embeddings: 4 N D."""
-    return _FLOAT * VIEWS * work.part(gpus) * gpus * work.projection_dim
-
-
-def step_parts(work: Workload, machine: Machine, gpus: int, host_decode: float = 0.0) -> dict[str, float]:
-    """Seconds of a step on so many GPUs, by PARTS. host_decode: share of the patches that the host decodes, 0 to 1.
+def step_parts(work: Workload, machine: Machine, gpus: int) -> dict[str, float]:
+    """Seconds of a step on so many GPUs, by PARTS.
 
     compute = max(launch, V B flops_per_view / model_flops)
     loading = B host_core / (cores / GPUs of the node) where the model's own cores load, else 0
@@ -160,15 +154,15 @@ def step_parts(work: Workload, machine: Machine, gpus: int, host_decode: float =
     exchange = 2 * machine.collective(gpus, _FLOAT * work.parameters)
     return {
         "compute": compute,
-        "loading": part * machine.host_seconds(host_decode) / (machine.cores / machine.gpus) if loads else 0.0,
+        "loading": part * machine.host_core_s / (machine.cores / machine.gpus) if loads else 0.0,
         "loss": _LOSS_PRODUCTS * 2 * anchors * gpus * anchors * work.projection_dim / machine.loss_flops_per_s,
-        "gather": 2 * machine.collective(gpus, gathered_bytes(work, gpus)),
+        "gather": 2 * machine.collective(gpus, work.gathered_bytes(gpus)),
         "norms": 3 * work.norms * machine.hops(gpus) if machine.sync_norms else 0.0,
         "reduce": max(0.0, exchange - machine.overlap * _BACKWARD * compute),
     }
 
 
-def limits(work: Workload, machine: Machine, gpus: int, patches: int, host_decode: float = 0.0) -> dict[str, float]:
+def limits(work: Workload, machine: Machine, gpus: int, patches: int) -> dict[str, float]:
     """Patches/s that each stage would let through by itself, all GPUs together, after the first epoch.
 
     the step              W B / step
@@ -179,10 +173,10 @@ def limits(work: Workload, machine: Machine, gpus: int, patches: int, host_decod
                           every shard, whole, in every epoch, since each global batch is dealt to all nodes
     """
     nodes, size = machine.nodes(gpus), patches * work.bytes_per_patch
-    found = {"the step": gpus * work.part(gpus) / sum(step_parts(work, machine, gpus, host_decode).values())}
+    found = {"the step": gpus * work.part(gpus) / sum(step_parts(work, machine, gpus).values())}
     if machine.device_patches_per_s is not None:
         found["decode on the GPU"] = gpus * machine.device_patches_per_s
-    found["the host"] = nodes * machine.cores / machine.host_seconds(host_decode)
+    found["the host"] = nodes * machine.cores / machine.host_core_s
     if size > _CACHED * machine.memory_bytes:
         found["a node's disk"] = nodes * machine.disk_bytes_per_s / work.bytes_per_patch
     if size > machine.disk_bytes:
@@ -190,7 +184,7 @@ def limits(work: Workload, machine: Machine, gpus: int, patches: int, host_decod
     return found
 
 
-def predict(work: Workload, machine: Machine, gpus: int, patches: int, host_decode: float = 0.0) -> Record:
+def predict(work: Workload, machine: Machine, gpus: int, patches: int) -> Record:
     """patches_per_s is the lowest of `limits`; an epoch takes patches / patches_per_s, and the first one as long as fetching the
     set to every node, if that is longer.
 
@@ -199,11 +193,11 @@ def predict(work: Workload, machine: Machine, gpus: int, patches: int, host_deco
     (W - 1) / W bytes in a step. read_*: bytes/s and requests/s of all nodes, such that the first epoch takes no longer than the
     others. walls: what keeps the run from starting, or asks for a setting, in words.
     """
-    stages, step = limits(work, machine, gpus, patches, host_decode), step_parts(work, machine, gpus, host_decode)
+    stages, step = limits(work, machine, gpus, patches), step_parts(work, machine, gpus)
     lowest, nodes = min(stages, key=stages.__getitem__), machine.nodes(gpus)
     rate, size, batch = stages[lowest], patches * work.bytes_per_patch, gpus * work.part(gpus)
-    alone = min(limits(work, machine, 1, patches, host_decode).values())
-    volume = 2 * (gathered_bytes(work, gpus) + _FLOAT * work.parameters) * (gpus - 1) / gpus if nodes > 1 else 0.0
+    alone = min(limits(work, machine, 1, patches).values())
+    volume = 2 * (work.gathered_bytes(gpus) + _FLOAT * work.parameters) * (gpus - 1) / gpus if nodes > 1 else 0.0
     read = nodes * size * rate / patches
     return {
         "gpus": gpus,
@@ -336,7 +330,6 @@ class Config:
     patches: list[int] = option([150_000, 1_500_000, 100_000_000, 1_000_000_000], "numbers of patches")
     batch_per_gpu: int = option(256, "patches of a GPU in a step, at most")
     largest_batch: int = option(8192, "patches of all GPUs in a step, at most (8192 is SimCLR's largest); 0: however many")
-    host_decode: float = option(0.0, "share of the patches that no GPU decodes (PNG), 0 to 1")
     step: str | None = option(None, "a GPU's result of benchmarks/step.py or `make gpu-bench`, for the one machine that is given")
     loader: str | None = option(None, "the same of benchmarks/loader.py")
     out: str = option("benchmarks/results", "folder for the results")
@@ -348,11 +341,7 @@ class Config:
 def main(config: Config) -> None:
     check_at_least(config, batch_per_gpu=1, largest_batch=0, rounds=1)
     for name in ("gpus", "patches"):
-        values = getattr(config, name)
-        if not values or min(values) < 1:
-            raise ValueError(f"--{name} {values}: give numbers from 1")
-    if not 0 <= config.host_decode <= 1:
-        raise ValueError(f"--host-decode {config.host_decode:g} is out of range: give a share from 0 to 1")
+        check_at_least({name: min(getattr(config, name), default=0)}, **{name: 1})
     if (config.step or config.loader) and len(config.machines) != 1:
         raise ValueError("--step and --loader are one machine's results: say with --machines which one's")
     if config.check and config.work is None:
@@ -363,13 +352,14 @@ def main(config: Config) -> None:
 
         scale_check.check(result, Path(str(config.work)).resolve(), config.rounds)
         return
-    result.record |= predictions(config)
-    picture = result.path.with_suffix(".png")
-    plot(result.record, picture)
-    shown: list[Block] = []
-    for node in result.record["machines"]:
-        shown += [_prediction_table(node, brief=True), *_wall_lines(node)]
-    result.finish(report_of(result.record, picture.name), show=shown)
+    report = report_of(result.record | predictions(config))
+    # The columns that a terminal has room for
+    brief: list[Block] = [
+        Table([*each.header[:2], each.header[3], each.header[-1]], [[*row[:2], row[3], row[-1]] for row in each.rows])
+        for each in report.blocks
+        if isinstance(each, Table) and each.header[-1] == "first bottleneck"
+    ]
+    result.finish(report, show=[*brief, *(each for each in report.blocks if isinstance(each, str) and each.startswith("- "))])
 
 
 def predictions(config: Config) -> Record:
@@ -380,8 +370,7 @@ def predictions(config: Config) -> Record:
     machines = []
     for name in config.machines:
         node, found = machine(name, **measured)
-        places = itertools.product(config.patches, config.gpus)
-        rows = [predict(work, node, gpus, patches, config.host_decode) for patches, gpus in places]
+        rows = [predict(work, node, gpus, patches) for patches, gpus in itertools.product(config.patches, config.gpus)]
         machines.append({"name": node.name, "constants": _recorded(found), "predictions": rows})
     rate, source = constants_of("packing")["patches_per_core_s"]
     sets = [
@@ -397,8 +386,7 @@ def predictions(config: Config) -> Record:
         }
         for count in config.patches
     ]
-    shared = {"backbone": BACKBONE, "host_decode": config.host_decode, "constants": _recorded(constants)}
-    return {**shared, "sets": sets, "machines": machines}
+    return {"backbone": BACKBONE, "constants": _recorded(constants), "sets": sets, "machines": machines}
 
 
 def _recorded(constants: Constants) -> Record:
@@ -408,7 +396,7 @@ def _recorded(constants: Constants) -> Record:
 # ---- The report ----
 
 
-def report_of(record: Record, picture: str) -> Report:
+def report_of(record: Record) -> Report:
     header = [
         "patches",
         "stored",
@@ -418,24 +406,16 @@ def report_of(record: Record, picture: str) -> Report:
         "requests to fetch it",
         "packing, core hours",
     ]
-    rows = [
-        [
-            _count(each["patches"]),
-            _bytes(each["bytes"]),
-            f"{each['shards']:,.0f}",
-            _bytes(each["index_bytes"]),
-            _bytes(each["manifest_bytes"]),
-            f"{each['fetch_requests']:,.0f}",
-            _number(each["packing_core_hours"]),
-        ]
-        for each in record["sets"]
-    ]
+    rows = []
+    for each in record["sets"]:
+        sizes = [_bytes(each[name]) for name in ("bytes", "index_bytes", "manifest_bytes")]
+        requests, hours = f"{each['fetch_requests']:,.0f}", _number(each["packing_core_hours"])
+        rows.append([_count(each["patches"]), sizes[0], f"{each['shards']:,.0f}", *sizes[1:], requests, hours])
     blocks: list[Block] = [
         f"Predicted, not measured: SimCLR of {record['backbone']} at 224 px, by the formulas of `benchmarks/scale.py`. Each"
         " constant has its source below; what is assumed was measured by nobody here. The first epoch also fetches the set from"
         " the object store to every node. Read and requests/s: such that the first epoch takes no longer than the others. First"
         " bottleneck: what would have to be faster first. Below each table: what keeps a set from being used as it is.",
-        f"![patches/s by number of GPUs]({picture})",
         "## What a set takes",
         Table(header, rows),
         f"Packing: {record['sets'][0]['packing_source']}, every patch decoded. Sizes are of 10^3, 10^6, ... bytes.",
@@ -447,17 +427,10 @@ def report_of(record: Record, picture: str) -> Report:
     return Report(record, "Pretraining at scale: a cost model", blocks)
 
 
-def _prediction_table(node: Record, *, brief: bool = False) -> Table:
-    """A row for each number of patches and of GPUs. brief: the columns that a terminal has room for."""
-    header = [
-        "patches/s",
-        "per GPU / one alone",
-        "an epoch",
-        "the first one",
-        "network of a node",
-        "read, all nodes",
-        "requests/s",
-    ]
+def _prediction_table(node: Record) -> Table:
+    """A row for each number of patches and of GPUs."""
+    header = [f"{node['name']}: patches, GPUs", "patches/s", "per GPU / one alone", "an epoch", "the first one"]
+    header += ["network of a node", "read, all nodes", "requests/s", "first bottleneck"]
     rows = [
         [
             f"{_count(each['patches'])}, {each['gpus']:,}",
@@ -472,10 +445,7 @@ def _prediction_table(node: Record, *, brief: bool = False) -> Table:
         ]
         for each in node["predictions"]
     ]
-    lines = [[f"{node['name']}: patches, GPUs", *header, "first bottleneck"], *rows]
-    if brief:
-        lines = [[line[i] for i in (0, 1, 3, -1)] for line in lines]
-    return Table(lines[0], lines[1:])
+    return Table(header, rows)
 
 
 def _wall_lines(node: Record) -> list[str]:
@@ -508,45 +478,26 @@ def _constants_table(title: str, constants: Record) -> Table:
     return Table([title, "value", "where from"], rows)
 
 
-def plot(record: Record, path: Path) -> None:
-    """A PNG: patches/s by GPUs, a panel for each machine and a line for each number of patches."""
-    from matplotlib.figure import Figure
-
-    machines = record["machines"]
-    figure = Figure(figsize=(5.2 * len(machines), 4.4), layout="constrained")
-    for axes, node in zip(figure.subplots(1, len(machines), squeeze=False)[0], machines, strict=True):
-        for patches, rows in itertools.groupby(node["predictions"], key=lambda each: each["patches"]):
-            x, y = zip(*((each["gpus"], each["patches_per_s"]) for each in rows), strict=True)
-            axes.plot(x, y, marker=".", linewidth=1.4, label=f"{_count(patches)} patches")
-        axes.set(xscale="log", yscale="log", title=node["name"], xlabel="GPUs", ylabel="patches/s, predicted")
-        axes.set_xticks(x, [f"{count:,}" for count in x], fontsize=7)
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7, loc="upper left")
-    figure.savefig(path, dpi=110)
-
-
 def _number(value: float) -> str:
     return number(value) if value == 0 or 1e-3 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def _scaled(value: float, units: dict[float, str], form: str) -> str:
     """In the largest unit that it reaches."""
-    size, unit = next(((size, unit) for size, unit in units.items() if value >= size), (1, ""))
+    size, unit = next(((size, unit) for size, unit in units.items() if value >= size), (1, units[1]))
     return f"{value / size:{form}}{unit}"
 
 
 def _count(patches: int) -> str:
-    return _scaled(patches, {1e9: " billion", 1e6: " million", 1e3: " thousand"}, "g")
+    return _scaled(patches, {1e9: " billion", 1e6: " million", 1e3: " thousand", 1: ""}, "g")
 
 
 def _bytes(value: float) -> str:
-    units = {1e15: " PB", 1e12: " TB", 1e9: " GB", 1e6: " MB", 1e3: " kB"}
-    return _scaled(value, units, ".3g") if value >= 1e3 else f"{value:.0f} B"
+    return _scaled(value, {1e15: " PB", 1e12: " TB", 1e9: " GB", 1e6: " MB", 1e3: " kB", 1: " B"}, ".3g")
 
 
 def _duration(seconds: float) -> str:
-    return _scaled(seconds, {86400: " d", 3600: " h", 60: " min"}, ",.3g") if seconds >= 60 else f"{seconds:.3g} s"
+    return _scaled(seconds, {86400: " d", 3600: " h", 60: " min", 1: " s"}, ",.3g")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ down. From these and the one worker's patches/s the model predicts the two worke
 import dataclasses
 import datetime
 import functools
+import itertools
 import json
+import math
 import os
 import statistics
 import sys
@@ -20,7 +22,7 @@ from typing import Any
 
 from harness import Result, RunFailed, run_contender, run_fresh
 from patch_set import patch_set
-from report import Record, Report, Table
+from report import Record, Report, Table, medians, spread
 from scale import Machine, Workload, step_parts
 from worker import ROOT, Contender, own_memory
 
@@ -96,7 +98,7 @@ def steady(rows: list[Record]) -> Record:
         raise RunFailed(f"{len(rows)} rows of metrics are too few: the run was cut short")
     median = statistics.median(rates)
     waits = statistics.median(row["data_wait"] for row in rows[FIRST:])
-    return {"patches_per_s": median, "spread": (max(rates) - min(rates)) / median, "rows": len(rates), "data_wait": waits}
+    return {"patches_per_s": median, "spread": spread(rates), "rows": len(rates), "data_wait": waits}
 
 
 def predicted(one: float, exchange: Record) -> float:
@@ -133,17 +135,16 @@ def predicted(one: float, exchange: Record) -> float:
 def summarise(record: Record) -> Record:
     """For each complete round: the two workers' patches/s measured and predicted, and error = predicted / measured - 1; and their
     medians, and the lowest and the highest error."""
-    rounds = []
+    rounds: list[Record] = []
     for pair in record["rounds"]:
         if all(pair.values()):
             one, two = pair["1"]["patches_per_s"], pair["2"]["patches_per_s"]
-            said = predicted(one, pair["exchange"])
-            rounds.append({"one": one, "two": two, "predicted": said, "error": said / two - 1})
+            estimate = predicted(one, pair["exchange"])
+            rounds.append({"one": one, "two": two, "predicted": estimate, "error": estimate / two - 1})
     if not rounds:
         return {"rounds": []}
-    middle = {key: statistics.median(each[key] for each in rounds) for key in ("one", "two", "predicted", "error")}
     errors = [each["error"] for each in rounds]
-    return {"rounds": rounds, **middle, "lowest": min(errors), "highest": max(errors)}
+    return {"rounds": rounds, **medians(rounds, *rounds[0]), "lowest": min(errors), "highest": max(errors)}
 
 
 def memory(shards: str, work: Path) -> Record:
@@ -209,12 +210,14 @@ def exchange(task: Task) -> dict[str, Any]:
 def _exchange_rank(rank: int, folder: str) -> None:
     import torch
     import torch.distributed as dist
-    from step_model import model_step
+    from contenders.step import Task as Step
+    from contenders.step import model_step
 
     torch.set_num_threads(1)
     limit = datetime.timedelta(seconds=LIMIT_S)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=limit)
-    training = model_step(backbone=BACKBONE, image_size=IMAGE_SIZE, batch_size=PART, device="cpu", precision="fp32")
+    timed: dict[str, Any] = {"device": "cpu", "bf16": False, "cores": 1, "seconds": 0.0, "steps": 0}
+    training = model_step(Step("", "", "", BACKBONE, IMAGE_SIZE, PART, **timed))
     parameters = sum(each.numel() for each in training.net.parameters())
     buckets = torch.ones(parameters).split(_BUCKET // 4)
     z_MD, z_ND = torch.ones(2 * PART, DIM), torch.ones(4 * PART, DIM)
@@ -259,19 +262,11 @@ def _median_seconds(work: Callable[[], Any], before: Callable[[], Any]) -> float
 
 def rank(task: Task) -> dict[str, Any]:
     """The peak memory of a process that opens a set and reads its first batches."""
-    import itertools
-
-    import numpy as np
     import torch
-
-    from pipelines.loader import ViewLoader
-    from pipelines.recipes import get_recipe
-    from pipelines.shard_reader import ShardReader
+    from contenders.loader import our_loader
 
     torch.set_num_threads(1)
-    reader = ShardReader(task.shards)
-    ids, recipe = np.arange(len(reader)), get_recipe("simclr")
-    with ViewLoader(reader, ids, batch_size=256, image_size=32, recipe=recipe, seed=1) as loader:
+    with our_loader(task.shards, batch_size=256, image_size=32) as loader:
         for _ in itertools.islice(loader, 4):
             pass
     return {"peak_bytes": own_memory("VmHWM")}
@@ -298,19 +293,17 @@ CONTENDERS = {
 
 def report_of(record: Record) -> Report:
     timed, found = record["timed"], record["summary"]
+    runs = [pair[workers] for pair in record["rounds"] for workers in ("1", "2") if pair[workers]]
+    ranges = [[run[name] for run in runs] or [math.nan] for name in ("spread", "load_before")]
+    (spread_low, spread_high), (load_low, load_high) = ((min(values), max(values)) for values in ranges)
     text = (
         f"{timed['backbone']} at {timed['image_size']} px, {timed['patches_per_worker']} patches of each worker in a step, one"
         f" core and one thread each, on Ray. Patches/s of all workers: the median of the rows of metrics.jsonl after the first"
         f" {timed['left_out']}; one and two workers in turn. Predicted: from the one worker's of the same round and from what was"
-        " measured beside it (below); nothing is fitted. Error: predicted / measured - 1."
+        " measured beside it (below); nothing is fitted. Error: predicted / measured - 1. Within a run rows spread by"
+        f" {spread_low:.0%} to {spread_high:.0%} of the median; load before the runs {load_low:.1f} to {load_high:.1f} on"
+        f" {record['machine']['cores']} cores."
     )
-    runs = [pair[workers] for pair in record["rounds"] for workers in ("1", "2") if pair[workers]]
-    if runs:
-        spreads, loads = [run["spread"] for run in runs], [run["load_before"] for run in runs]
-        text += (
-            f" Within a run rows spread by {min(spreads):.0%} to {max(spreads):.0%} of the median; load before the runs"
-            f" {min(loads):.1f} to {max(loads):.1f} on {record['machine']['cores']} cores."
-        )
     rounds = {f"round {number}": each for number, each in enumerate(found["rounds"], 1)}
     rounds |= {"median": found} if rounds else {}
     rows = [
@@ -318,30 +311,22 @@ def report_of(record: Record) -> Report:
         for title, each in rounds.items()
     ]
     table = Table(["", "1 worker, patches/s", "2 workers, patches/s", "predicted", "error"], rows)
-    return Report(record, "The cost model against one and two workers", [text, table, *lines(record)])
-
-
-def lines(record: Record) -> list[str]:
-    found, taken = record["summary"], record["memory"]
-    exchanges = [pair["exchange"] for pair in record["rounds"] if pair["exchange"]]
-    said = [f"- FAILED: {name}: {why}" for name, why in record["failed"].items()]
-    if found["rounds"]:
-        rounds = len(found["rounds"])
-        spread = f" in the median, from {found['lowest']:+.1%} to {found['highest']:+.1%} over {rounds} rounds"
-        said.append(
-            f"- measured: the model's error for two workers: {found['error']:+.1%}{spread if rounds > 1 else ', in one round'};"
-            f" doubling without any loss would be off by {2 * found['one'] / found['two'] - 1:+.1%}"
+    lines = [f"- FAILED: {name}: {why}" for name, why in record["failed"].items()]
+    if rounds:
+        lines.append(
+            f"- measured: the model's error for two workers: {found['error']:+.1%} in the median, from {found['lowest']:+.1%} to"
+            f" {found['highest']:+.1%}; doubling without any loss would be off by {2 * found['one'] / found['two'] - 1:+.1%}"
         )
-    if exchanges:
-        middle = {key: statistics.median(each[key] for each in exchanges) for key in exchanges[0]}
-        said.append(
+    if exchanges := [pair["exchange"] for pair in record["rounds"] if pair["exchange"]]:
+        middle = medians(exchanges, "parameters", "reduce_s", "gather_s", "hop_s", "slowdown")
+        lines.append(
             f"- measured: {4 * middle['parameters'] / 1e6:.0f} MB of gradients take {1e3 * middle['reduce_s']:.1f} ms through"
             f" gloo on loopback, embeddings {1e3 * middle['gather_s']:.2f} ms, a word {1e3 * middle['hop_s']:.2f} ms; two models"
             f" at once take {middle['slowdown']:.3f} of the time of one (medians over the rounds)"
         )
-    if taken:
-        said.append(
+    if taken := record["memory"]:
+        lines.append(
             f"- measured: memory for each patch: {taken['index_bytes']:.0f} bytes in a rank, {taken['manifest_bytes']:.0f} in the"
             " process that starts the run"
         )
-    return said
+    return Report(record, "The cost model against one and two workers", [text, table, *lines])

@@ -19,15 +19,15 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from contenders.smoke import DISTINCT, PATCHES, QUALITY, RATIOS, SIZE, Ratio, Task
+from contenders.smoke import DISTINCT, PATCHES, QUALITY, RATIOS, SIZE, Task
 from drawn_images import draw_images
-from harness import Result, RunFailed, machine, run_contender, script
-from report import Block, Record, Report, Table, cell, print_blocks
+from harness import Result, RunFailed, chosen, machine, run_contender, script
+from report import Record, Report, Table, cell, medians, print_blocks
 
 from sharding.cli import option
 from sharding.packing import build_shards
@@ -63,11 +63,9 @@ def main(config: Config) -> None:
     runs = config.runs if config.runs is not None else (_UPDATE_RUNS if config.update else 1)
     if runs < 1:
         raise ValueError(f"--runs {runs} is out of range: give at least 1")
-    if unknown := [name for name in config.only if name not in RATIOS]:
-        raise ValueError(f"there is no ratio {unknown[0]!r}: choose from {', '.join(RATIOS)}")
+    wanted = chosen(config.only, RATIOS, "ratio")
     if config.only and config.update:
         raise ValueError("--only and --update: smoke.json holds all ratios of one commit; leave one out")
-    wanted = {name: ratio for name, ratio in RATIOS.items() if not config.only or name in config.only}
     committed = None if config.update else read_json(COMMITTED, "--update writes it")
     result = Result(config.out or "", "smoke", _PACKAGES, cores=1)
     record = result.record
@@ -83,17 +81,16 @@ def main(config: Config) -> None:
             if config.out:
                 result.save()
     found = record["ratios"] = summarise(record["runs"])
-    if config.update:
-        verdicts = [Verdict(name, f"{name}: not measured: {why}", True) for name, why in record["failed"].items()]
-        if not verdicts:
+    if committed is not None:
+        failed, lines = compare(found, committed, wanted, record["failed"])
+    else:
+        failed, lines = [*record["failed"]], [f"- {name}: not measured: {why}" for name, why in record["failed"].items()]
+        if not failed:
             committed = committed_form(record, found)
             write_json(COMMITTED, committed)
             result.say(f"{COMMITTED}")
-    else:
-        assert committed is not None
-        verdicts = compare(found, committed, wanted, record["failed"])
-    print_blocks(result.console, [table(found, committed), *(f"- {verdict.text}" for verdict in verdicts)])
-    if failed := [verdict.name for verdict in verdicts if verdict.failed]:
+    print_blocks(result.console, [table(found, committed), *lines])
+    if failed:
         print(f"FAILED: {', '.join(failed)}", file=sys.stderr, flush=True)
     if config.out:
         result.finish(report_of(record, committed), show=[])
@@ -112,26 +109,21 @@ def drawn(folder: Path, seconds: float) -> Task:
     return Task(str(images), str(built.out), str(folder / "work"), seconds)
 
 
-def one_run(wanted: Mapping[str, Ratio], task: Task, result: Result) -> dict[str, Record]:
+def one_run(wanted: Sequence[str], task: Task, result: Result) -> dict[str, Record]:
     """The ratios that could be measured; the reasons of the others are in the record."""
     found: dict[str, Record] = {}
-    for group in dict.fromkeys(ratio.group for ratio in wanted.values()):
-        mine = {name: ratio for name, ratio in wanted.items() if ratio.group == group}
-        try:
-            times = measured(group, task)
+    for group in dict.fromkeys(RATIOS[name].group for name in wanted):
+        mine = [name for name in wanted if RATIOS[name].group == group]
+        try:  # CPU seconds of the group's sides, round by round
+            times = run_contender("contenders.smoke", group, task, limit=_LIMIT_S)
         except RunFailed as error:  # the others' ratios are worth having; the exit code tells
             result.record["failed"] |= dict.fromkeys(mine, str(error))
             result.say(f"{group}: FAILED: {error}")
             continue
-        for name, ratio in mine.items():
-            found[name] = of_rounds(times[ratio.baseline], times[ratio.ours])
+        for name in mine:
+            found[name] = of_rounds(times[RATIOS[name].baseline], times[RATIOS[name].ours])
             result.say(f"{name}: {found[name]['ratio']:.3g} over {found[name]['rounds']} rounds")
     return found
-
-
-def measured(group: str, task: Task) -> dict[str, list[float]]:
-    """CPU seconds of the group's sides, round by round, from a fresh process. Raises RunFailed."""
-    return run_contender("contenders.smoke", group, task, limit=_LIMIT_S)
 
 
 def of_rounds(baseline: Sequence[float], ours: Sequence[float]) -> Record:
@@ -160,34 +152,28 @@ def summarise(runs: Sequence[Ratios]) -> dict[str, Record]:
 # ---- Comparing ----
 
 
-class Verdict(NamedTuple):
-    """name: of a ratio; text: a sentence on it; failed: whether it is an error."""
-
-    name: str
-    text: str
-    failed: bool
-
-
-def compare(found: Ratios, committed: Mapping[str, Any], wanted: Collection[str], why: Mapping[str, str]) -> list[Verdict]:
-    """What there is to say of the ratios wanted. why: by name, for those that could not be measured."""
-    verdicts, known = [], committed["ratios"]
+def compare(
+    found: Ratios, committed: Mapping[str, Any], wanted: Sequence[str], why: Mapping[str, str]
+) -> tuple[list[str], list[str]]:
+    """The ratios that are an error, and what there is to say. why: by name, for those that could not be measured."""
+    failed, lines, known = [], [], committed["ratios"]
     for name in dict.fromkeys((*wanted, *(known if set(wanted) >= set(RATIOS) else ()))):
         was = known.get(name, {}).get("ratio")
         if name not in found:
+            failed.append(name)
             reason = why.get(name) or "this benchmark does not know it any more; --update drops it"
-            verdicts.append(Verdict(name, f"{name}: not measured: {reason}", True))
+            lines.append(f"- {name}: not measured: {reason}")
             continue
         now = found[name]["ratio"]
         if was is None:
-            verdicts.append(Verdict(name, f"{name}: {now:.3g} is new: --update commits it", False))
-            continue
-        change, at = now / was - 1, f"{name}: {now:.3g}, committed {was:.3g}"
-        if fell(now, was):
-            text = f"{at} ({known[name]['means']}): a fall of {-change:.0%}, more than {FALL:.0%}"
-            verdicts.append(Verdict(name, f"{text}{_elsewhere(committed)}", True))
-        elif change > _RISE:
-            verdicts.append(Verdict(name, f"{at}: a rise of {change:.0%}; --update commits it", False))
-    return verdicts
+            lines.append(f"- {name}: {now:.3g} is new: --update commits it")
+        elif fell(now, was):
+            failed.append(name)
+            fall = f"a fall of {1 - now / was:.0%}, more than {FALL:.0%}"
+            lines.append(f"- {name}: {now:.3g}, committed {was:.3g} ({known[name]['means']}): {fall}{_elsewhere(committed)}")
+        elif now / was - 1 > _RISE:
+            lines.append(f"- {name}: {now:.3g}, committed {was:.3g}: a rise of {now / was - 1:.0%}; --update commits it")
+    return failed, lines
 
 
 def _elsewhere(committed: Mapping[str, Any]) -> str:
@@ -236,9 +222,6 @@ def table(found: Ratios, committed: Mapping[str, Any] | None) -> Table:
 
 def report_of(record: Record, committed: Mapping[str, Any] | None) -> Report:
     runs, known = len(record["runs"]), committed["ratios"] if committed else {}
-    falls = {
-        name: sum(fell(run[name]["ratio"], was["ratio"]) for run in record["runs"] if name in run) for name, was in known.items()
-    }
     against = f"commit {committed['commit']}, {committed['date']} {committed['time']}" if committed else "none is"
     text = (
         f"{runs} runs, in each of which a group's rounds take {record['seconds']:g} CPU seconds; a run takes"
@@ -247,20 +230,21 @@ def report_of(record: Record, committed: Mapping[str, Any] | None) -> Report:
         " (median over the runs). Lowest and highest: of the runs, against their median. Falls: runs that were more than"
         f" {FALL:.0%} below the committed ratio ({against})."
     )
-    rows = []
+    rows, falls = [], {}
     for name, each in record["ratios"].items():
-        mine, ratio = [run[name] for run in record["runs"]], each["ratio"]
-        reach = [f"{pick(one['ratio'] for one in mine) / ratio - 1:+.1%}" for pick in (min, max)]
-        rounds = f"{statistics.median(one['rounds'] for one in mine):g}"
-        middle = f"{statistics.median(one['spread'] for one in mine):.1%}"
-        was = f"{known[name]['ratio']:.3g}" if name in known else "-"
-        fallen = f"{falls[name]} of {runs}" if name in falls else "-"
-        rows.append([RATIOS[name].means, name, rounds, middle, f"{ratio:.3g}", *reach, was, fallen])
+        mine = [run[name] for run in record["runs"]]
+        ratios = [one["ratio"] for one in mine]
+        cells = [f"{medians(mine, 'rounds')['rounds']:g}", f"{medians(mine, 'spread')['spread']:.1%}", f"{each['ratio']:.3g}"]
+        cells += [f"{pick(ratios) / each['ratio'] - 1:+.1%}" for pick in (min, max)]
+        if name in known:
+            was = known[name]["ratio"]
+            falls[name] = sum(fell(ratio, was) for ratio in ratios)
+            cells += [f"{was:.3g}", f"{falls[name]} of {runs}"]
+        rows.append([RATIOS[name].means, name, *cells, *["-"] * (7 - len(cells))])
     header = ["baseline / ours", "name", "rounds", "middle half", "median", "lowest", "highest", "committed", "falls"]
     lines = [f"- {name}: FAILED: {why}" for name, why in record["failed"].items()]
     lines += [f"- {name}: left out: {why}" for name, why in LEFT_OUT.items()]
-    blocks: list[Block] = [text, Table(header, rows), *lines]
-    return Report(record | {"falls": falls}, "Ratios of the smoke benchmark", blocks)
+    return Report(record | {"falls": falls}, "Ratios of the smoke benchmark", [text, Table(header, rows), *lines])
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from contenders.step import CONTENDERS, Task
 from harness import Result, RunFailed, absent, check_at_least, chosen, cores_of, run_contender, script, settings_of
 from patch_set import PatchSet, patch_set
 from peers import Environment, environment_of
-from report import Record, Report, Target, images_line, judge, missing_lines, ratio, rounds_table, spread, target_lines
+from report import Record, Report, Target, images_line, judge, missing_lines, rounds_table, summarise, target_lines
 
 from sharding.cli import option, required
 
@@ -110,11 +110,11 @@ def sizes_of(config: Any, sizes: dict[str, Record]) -> Record:
     return sizes["dry" if config.dry else config.device] | given
 
 
-def task_of(data: PatchSet, sizes: Record, device: str, cores: int, *, seconds: float, bf16: bool | None = None) -> Task:
-    """Without a folder for runs, and without steps. bf16: None where the device is a GPU."""
-    sized = {name: sizes[name] for name in ("backbone", "image_size", "batch_size")}
-    bf16 = device == "cuda" if bf16 is None else bf16
-    return Task(data.shards, data.images, "", **sized, device=device, bf16=bf16, cores=cores, seconds=seconds, steps=0)
+def task_of(data: PatchSet, sizes: Record, device: str, cores: int, *, seconds: float) -> Task:
+    """Without a folder for runs, and without steps; in bf16 on a GPU."""
+    timed: Record = {name: sizes[name] for name in ("backbone", "image_size", "batch_size")}
+    timed |= {"device": device, "bf16": device == "cuda", "cores": cores, "seconds": seconds, "steps": 0}
+    return Task(data.shards, data.images, "", **timed)
 
 
 def one_run(name: str, task: Task, peers: Environment, work: Path, limit: float) -> Record:
@@ -127,19 +127,13 @@ def one_run(name: str, task: Task, peers: Environment, work: Path, limit: float)
 # ---- The report ----
 
 
-def summarise(runs: dict[str, list[Record]]) -> Record:
-    """Medians over the rounds, and ratios within a round of the img/s to the others'."""
-    found = {}
-    for name, rounds in runs.items():
-        if rounds:
-            rates = [run["img_per_s"] for run in rounds]
-            waits = [run["data_wait"] for run in rounds if run["data_wait"] is not None]
-            found[name] = {
-                "img_per_s": statistics.median(rates),
-                "spread": spread(rates),
-                "data_wait": statistics.median(waits) if waits else None,
-                **{f"to_{other}": ratio(rounds, runs.get(other), "img_per_s") for other in CONTENDERS},
-            }
+def summary_of(runs: dict[str, list[Record]]) -> Record:
+    """With the ratios to all others, and the median wait of those that load data."""
+    ratios = {f"to_{other}": (other, "img_per_s") for other in CONTENDERS}
+    found = summarise(runs, "img_per_s", ratios=ratios)
+    for name, row in found.items():
+        waits = [run["data_wait"] for run in runs[name] if run["data_wait"] is not None]
+        row["data_wait"] = statistics.median(waits) if waits else None
     return found
 
 
@@ -185,7 +179,7 @@ def _precision(record: Record) -> str:
 
 def report_of(record: Record) -> Report:
     """Of a record of which some runs may be missing."""
-    summary, timed = summarise(record["runs"]), record["timed"]
+    summary, timed = summary_of(record["runs"]), record["timed"]
     record = record | {"summary": summary, "targets": judge(summary, TARGETS)}
     titles = {name: contender.title for name, contender in CONTENDERS.items()}
     text = (

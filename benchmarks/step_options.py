@@ -4,26 +4,23 @@
     python benchmarks/step_options.py --work DISK/bench --device cuda --groups two-pass
     python benchmarks/step_options.py --work DISK/bench --dry                     # tiny, on the CPU
 
-Three groups of settings, each with the model alone, and the first one also with the loader, in the stage of `train/pretrain.py`:
-`options` (precision, channels last, compiled or not), `batches` (batch sizes) and `two-pass` (a large batch at once, and in
-micro-batches). All run in this one process, in that order: a process for each would spend most of the time on starting.
+Three groups of settings, each with the model alone, and some of the first one also with the loader, in the stage of
+`train/pretrain.py`: `options` (precision, channels last, compiled or not), `batches` (batch sizes) and `two-pass` (a large batch
+at once, and in micro-batches). All run in this one process: a process for each would spend most of the time on starting.
 
 Results: <out>/<date>-step-options-<device>.json and .md. What does not fit into memory, or fails, has its reason in the table.
 """
 
-import contextlib
 import dataclasses
 import gc
-import itertools
 import math
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
-from contenders.step import Task, fresh_memory, peak_gib, pretrained, timed
+from contenders.step import Task, fresh_memory, joint, model
 from harness import Result, chosen, script, settings_of
 from patch_set import patch_set
 from report import Block, Record, Report, Table, cell
@@ -32,7 +29,6 @@ from step import sizes_of, task_of
 from sharding.cli import option, required
 from sharding.process_pool import available_cores
 
-_PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130")
 SIZES: dict[str, Record] = {
     "cpu": {"backbone": "resnet50", "image_size": 224, "batch_size": 8, "patches": 1024, "seconds": 10.0},
     "cuda": {"backbone": "resnet50", "image_size": 224, "batch_size": 256, "patches": 8192, "seconds": 2.0},
@@ -45,45 +41,45 @@ GROUPS = {
     "batches": "Batch sizes.",
     "two-pass": "A large batch at once, and in micro-batches by the two-pass method.",
 }
+_FAST = {"bf16": True, "channels_last": True, "compile": False}
+# By device what is changed of the task, the most telling first, and whether it is measured with the loader too. Few CPUs know
+# bf16, and none TF32.
+OPTIONS: dict[str, list[tuple[Record, bool]]] = {
+    "cuda": [
+        (_FAST, True),
+        (_FAST | {"compile": True}, True),
+        (_FAST | {"channels_last": False}, True),
+        (_FAST | {"bf16": False}, True),
+        (_FAST | {"bf16": False, "tf32": False}, False),
+        (_FAST | {"bf16": False, "channels_last": False}, False),
+        (_FAST | {"bf16": False, "tf32": False, "channels_last": False}, False),
+        (_FAST | {"channels_last": False, "compile": True}, False),
+    ],
+    "cpu": [
+        (_FAST | {"bf16": False}, True),
+        (_FAST | {"bf16": False, "compile": True}, True),
+        (_FAST | {"bf16": False, "channels_last": False}, True),
+    ],
+}
 
 
-class Setting(NamedTuple):
-    """How a step is computed. precision: fp32, tf32 (its products rounded, as the stage has them on a GPU) or bf16. micro_batch:
-    patches, None: all at once. joint: measured with the loader too."""
-
-    precision: str
-    channels_last: bool
-    compile: bool
-    batch_size: int
-    micro_batch: int | None = None
-    joint: bool = False
-
-    @property
-    def text(self) -> str:
-        micro = f" in micro-batches of {self.micro_batch}" if self.micro_batch else ""
-        last = "channels last" if self.channels_last else "channels first"
-        return f"batch {self.batch_size}{micro}, {self.precision}, {last}{', compiled' if self.compile else ''}"
-
-
-def settings(group: str, device: str, batch_size: int, batches: list[int]) -> Iterator[Setting]:
-    """Of a group, the most telling ones first."""
-    best = "bf16" if device == "cuda" else "fp32"  # few CPUs know bf16, and none TF32
+def settings(group: str, task: Task, batches: list[int]) -> Iterator[tuple[Task, bool]]:
+    """Of a group, each with whether it is measured with the loader too."""
+    fastest = dataclasses.replace(task, **OPTIONS[task.device][0][0])
     if group == "options":
-        yield Setting(best, True, False, batch_size, joint=True)
-        yield Setting(best, True, True, batch_size, joint=True)
-        yield Setting(best, False, False, batch_size, joint=True)
-        if device == "cuda":
-            yield Setting("tf32", True, False, batch_size, joint=True)
-            yield Setting("fp32", True, False, batch_size)
-            yield Setting("tf32", False, False, batch_size)
-            yield Setting("fp32", False, False, batch_size)
-            yield Setting(best, False, True, batch_size)
-    elif group == "batches":
-        yield from (Setting(best, True, False, size) for size in batches)
-    else:
-        yield Setting(best, True, False, max(batches))
-        micro = dict.fromkeys(max(1, max(batches) // count) for count in _MICRO_OF)
-        yield from (Setting(best, True, False, max(batches), size) for size in micro)
+        yield from ((dataclasses.replace(task, **changes), joint) for changes, joint in OPTIONS[task.device])
+        return
+    largest = max(batches)
+    micro = [None, *dict.fromkeys(max(1, largest // count) for count in _MICRO_OF)]
+    for size, part in [(size, None) for size in batches] if group == "batches" else [(largest, part) for part in micro]:
+        yield dataclasses.replace(fastest, batch_size=size, micro_batch=part), False
+
+
+def text_of(task: Task) -> str:
+    micro = f" in micro-batches of {task.micro_batch}" if task.micro_batch else ""
+    precision = "bf16" if task.bf16 else "tf32" if task.tf32 and task.device == "cuda" else "fp32"
+    last = "channels last" if task.channels_last else "channels first"
+    return f"batch {task.batch_size}{micro}, {precision}, {last}{', compiled' if task.compile else ''}"
 
 
 @dataclass(frozen=True)
@@ -105,37 +101,43 @@ class Config:
 
 
 def main(config: Config) -> None:
-    groups, sizes = chosen(config.groups, GROUPS), sizes_of(config, SIZES)
+    groups, sizes = chosen(config.groups, GROUPS, "group"), sizes_of(config, SIZES)
     batches = config.batches or _BATCHES["dry" if config.dry else config.device]
     if min(sizes["batch_size"], *batches) < 2:
         raise ValueError("--batch-size and --batches: give at least 2, or there is nothing to contrast a patch with")
     cores, work = available_cores(), Path(config.work).resolve()
-    result = Result(config.out, f"step-options-{config.device}", _PACKAGES)
+    result = Result(config.out, f"step-options-{config.device}", ["torch", "torchvision", "timm", "nvidia-dali-cuda130"])
     data = patch_set(None, work, patches=sizes["patches"], size=sizes["image_size"], batch_size=sizes["batch_size"], cores=cores)
-    task = task_of(data, sizes, config.device, cores, seconds=sizes["seconds"], bf16=False)
+    task = task_of(data, sizes, config.device, cores, seconds=sizes["seconds"])
     result.record |= {"timed": settings_of(task), "runs": {group: [] for group in groups}}
     for group in groups:
-        for setting in settings(group, config.device, sizes["batch_size"], batches):
+        for setting, with_loader in settings(group, task, batches):
             if setting.compile and not config.compile:
                 continue
-            run = {"setting": setting._asdict(), "text": setting.text} | attempt(setting, task, work)
+            run = {"text": text_of(setting)} | attempt(setting, work, with_loader=with_loader)
             result.record["runs"][group].append(run)
             if "failed" in run:
-                result.record["failed"][f"{group}: {setting.text}"] = run["failed"]
+                result.record["failed"][f"{group}: {run['text']}"] = run["failed"]
             result.say(f"{group}: {' | '.join(_cells(run))}")
             result.save()
     result.finish(report_of(result.record))
 
 
-def attempt(setting: Setting, task: Task, work: Path) -> Record:
+def attempt(task: Task, work: Path, *, with_loader: bool) -> Record:
     """model, joint: img/s and peak memory; or what kept one from being measured, after which the next setting is tried."""
     import torch
 
     found: Record = {}
-    ways = {"model": model_alone, "joint": with_loader} if setting.joint else {"model": model_alone}
-    for name, measure in ways.items():
+    for name in ("model", "joint") if with_loader else ("model",):
         try:
-            found[name] = measure(setting, dataclasses.replace(task, batch_size=setting.batch_size), work, found)
+            fresh_memory(task.device)
+            if name == "model":
+                found[name] = model(task)
+                continue
+            # For about as long as the model alone was timed, if it is as fast.
+            steps = max(8, math.ceil(task.seconds * found["model"]["steps"] / found["model"]["seconds"]))
+            with tempfile.TemporaryDirectory(dir=work, prefix="run-", ignore_cleanup_errors=True) as folder:
+                found[name] = joint(dataclasses.replace(task, work=folder, steps=steps))
         except Exception as error:  # torch's and the compiler's are of many kinds; what follows is worth having
             said = " ".join(str(error).split())[:300]
             # torch.cuda.OutOfMemoryError, which a setting may well come to, is no failure.
@@ -145,60 +147,6 @@ def attempt(setting: Setting, task: Task, work: Path) -> Record:
             torch.compiler.reset()  # or it takes the next setting's shapes for variable ones, and compiles for all of them
             gc.collect()
     return found
-
-
-def model_alone(setting: Setting, task: Task, work: Path, found: Record) -> Record:
-    """Steps on views that lie on the device."""
-    import torch
-    from step_model import model_step
-
-    from train.trainer.precision import backend_settings
-
-    fresh_memory(task.device)
-    with backend_settings(torch.device(task.device), deterministic=False), float32(setting.precision):
-        training = model_step(
-            backbone=task.backbone,
-            image_size=task.image_size,
-            batch_size=task.batch_size,
-            device=task.device,
-            precision="bf16" if setting.precision == "bf16" else "fp32",
-            channels_last=setting.channels_last,
-            micro_batch=setting.micro_batch,
-        )
-        if setting.compile:
-            training.net.compile()
-        began = time.perf_counter()
-        run = timed(itertools.repeat(None), lambda batch: training.step(), task)
-        before = time.perf_counter() - began - run["seconds"]  # the first steps, which compile and choose kernels
-    return run | {"first_steps_s": before, "peak_gib": peak_gib(task.device)}
-
-
-@contextlib.contextmanager
-def float32(precision: str) -> Iterator[None]:
-    """A block without TF32 where precision is `fp32`: in convolutions too, which have a switch of their own."""
-    import torch
-
-    if precision != "fp32":
-        yield
-        return
-    convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before = torch.get_float32_matmul_precision(), convolutions.fp32_precision
-    torch.set_float32_matmul_precision("highest")
-    convolutions.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        convolutions.fp32_precision = before[1]
-
-
-def with_loader(setting: Setting, task: Task, work: Path, found: Record) -> Record:
-    """The stage, for about as long as the model alone was timed, if it is as fast."""
-    fresh_memory(task.device)
-    steps = max(8, math.ceil(task.seconds * found["model"]["steps"] / found["model"]["seconds"]))
-    with tempfile.TemporaryDirectory(dir=work, prefix="run-", ignore_cleanup_errors=True) as folder:
-        given = {"work": folder, "bf16": setting.precision == "bf16", "compile": setting.compile, "steps": steps}
-        return pretrained(dataclasses.replace(task, **given), workers=0, channels_last=setting.channels_last)
 
 
 # ---- The report ----

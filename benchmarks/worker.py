@@ -6,10 +6,12 @@ Only the standard library is imported before the contender's own module: the sta
 
 import dataclasses
 import importlib
+import itertools
 import json
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,28 @@ def synchronize(device: str) -> None:
         import torch
 
         torch.cuda.synchronize()
+
+
+def steady_state(
+    batches: Iterator, use: Callable[[Any], Any], *, warm: int, lap: int, seconds: float, device: str
+) -> tuple[int, float, float]:
+    """How many batches were used, the seconds that this took, and those of them spent waiting for the next batch.
+
+    warm: batches that are used before the clock starts; lap: batches at a time, until at least `seconds` have passed.
+    """
+    for batch in itertools.islice(batches, warm):
+        use(batch)
+    synchronize(device)
+    count, waited, started = 0, 0.0, time.perf_counter()
+    while not count or time.perf_counter() - started < seconds:
+        for _ in range(lap):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            use(batch)
+            count += 1
+    synchronize(device)
+    return count, time.perf_counter() - started, waited
 
 
 def main(module: str, name: str, given: str, result: str) -> None:

@@ -1,7 +1,7 @@
 """Contenders of the benchmark of equal work: the project's own stage, lightly, and a loop of torch and torchvision alone.
 
 Each pretrains on the same patches of the same shard set, from the same initial weights of the backbone, for as many steps of the
-same optimiser. It returns the loss of every step and leaves the backbone in the task's folder, where `judge` evaluates it.
+same optimiser. It returns the loss of every step and leaves the backbone in the task's folder, where `evaluated` evaluates it.
 """
 
 import dataclasses
@@ -15,8 +15,11 @@ from typing import Any
 
 from worker import Contender
 
+from contenders.loader import TwoViews, torchvision_transform
+from contenders.ntxent import plain as plain_loss
+from contenders.step import PROJECTION, TEMPERATURE, seeded_backbone
+
 WEIGHTS = "backbone.safetensors"
-PROJECTION, TEMPERATURE = 128, 0.5
 PEAK, DECAY, WARMUP = 3e-4, 1e-6, 0.1  # of Adam: the rate at its peak, the decay of weights; the share of the epochs before it
 METRICS = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy"}
 MODES = {"linear": "linear", "knn": "kNN"}
@@ -24,10 +27,10 @@ MODES = {"linear": "linear", "knn": "kNN"}
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is learnt from what, and where it is judged.
+    """What is learnt from what, and where it is evaluated.
 
     shards: folder of the set to learn from, of which the train split is used; judged: of the labelled one; work: an empty folder
-    of this run; image_size: side of the views, pixels; cores: threads of whatever has threads; weights: what `judge` evaluates.
+    of this run; image_size: side of the views, pixels; cores: threads of whatever has threads; weights: what is evaluated.
     """
 
     shards: str
@@ -66,34 +69,29 @@ class Images:
         return len(self.ids)
 
     def __getitem__(self, place: int) -> tuple[Any, int]:
-        assert self.transform is not None
-        return self.transform(self.image(int(self.ids[place]))), -1
-
-    def image(self, i: int) -> Any:
         import io
 
-        import numpy as np
         from PIL import Image
 
-        (encoded,) = self.reader.read(np.array([i]))
-        return Image.open(io.BytesIO(encoded.tobytes())).convert("RGB")
+        assert self.transform is not None
+        with Image.open(io.BytesIO(self.encoded(int(self.ids[place])))) as file:
+            return self.transform(file.convert("RGB")), -1
+
+    def encoded(self, i: int) -> bytes:
+        import numpy as np
+
+        (found,) = self.reader.read(np.array([i]))
+        return found.tobytes()
 
 
-class Views:
-    """A dataset that makes the two views of each key."""
+class ByKey:
+    """A dataset of the two views that `make` makes of each (epoch, patch id)."""
 
-    def __init__(self, make: Callable[[tuple[int, int]], list[Any]]):
+    def __init__(self, make: Callable[[int, int], Any]):
         self.make = make
 
-    def __getitem__(self, key: tuple[int, int]) -> list[Any]:
-        return self.make(key)
-
-
-def in_our_order(task: Task, images: Images, make: Callable[[tuple[int, int]], list[Any]]) -> Iterable:
-    """Batches of what is made of each (epoch, patch id), in the order in which our loader has them."""
-    from torch.utils.data import DataLoader
-
-    return DataLoader(Views(make), batch_sampler=our_batches(task, images.ids), num_workers=processes(task))  # type: ignore
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        return self.make(*key)
 
 
 def our_batches(task: Task, ids: Any) -> list[list[tuple[int, int]]]:
@@ -109,45 +107,11 @@ def our_batches(task: Task, ids: Any) -> list[list[tuple[int, int]]]:
     return found
 
 
-def full_nt_xent(z0_BD: Any, z1_BD: Any, temperature: float = TEMPERATURE) -> Any:
-    """Equation 1 of Chen et al. 2020 (SimCLR), over both views as anchors: a scalar."""
-    import torch
-    from torch.nn import functional as F
-
-    u_MD = F.normalize(torch.cat([z0_BD, z1_BD]).float(), dim=1)
-    s_MM = u_MD @ u_MD.T / temperature
-    itself_MM = torch.eye(len(u_MD), dtype=torch.bool, device=u_MD.device)
-    other_view_M = torch.arange(len(u_MD), device=u_MD.device).roll(len(z0_BD))
-    return F.cross_entropy(s_MM.masked_fill(itself_MM, -torch.inf), other_view_M)
-
-
 def rate(step: int, *, steps: int, warmup_steps: int) -> float:
     """The learning rate as a share of its peak: up a line, down half a cosine. step: 0 for the first one."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (steps - warmup_steps)))
-
-
-def initial_backbone(task: Task) -> Any:
-    """What all begin with: the seed decides the weights."""
-    import torch
-
-    from models.backbones import build_backbone
-
-    torch.manual_seed(task.seed)
-    return build_backbone(task.backbone, task.image_size)
-
-
-def plain_net(task: Task) -> Any:
-    from torch import nn
-
-    backbone = initial_backbone(task)
-    width = backbone.num_features
-    # Made in this order, the head's weights too are those of ours.
-    return nn.Sequential(
-        backbone,
-        nn.Sequential(nn.Linear(width, width, bias=False), nn.ReLU(), nn.Linear(width, PROJECTION, bias=False)),
-    )
 
 
 def processes(task: Task) -> int:
@@ -230,7 +194,7 @@ def lightly(task: Task) -> list[float]:
     from lightly.transforms import SimCLRTransform
     from torch.utils.data import DataLoader
 
-    images, backbone = Images(task), initial_backbone(task)
+    images, backbone = Images(task), seeded_backbone(task.backbone, task.image_size, task.seed)
     width = backbone.num_features
     head = ProjectionHead([(width, width, None, torch.nn.ReLU(), False), (width, PROJECTION, None, None, False)])
     net = torch.nn.Sequential(backbone, head)
@@ -265,62 +229,49 @@ def lightly_arguments(recipe: str) -> dict[str, Any]:
     }
 
 
-def plain(task: Task) -> list[float]:
-    """torchvision on Pillow, DataLoader, one view after the other through the network, all similarities in one matrix; in our
-    order of the patches, with torch's random numbers for the views."""
-    net, images = plain_net(task), Images(task)
-    return run_loop(task, net, _plain_batches(task, images), lambda views: full_nt_xent(*map(net, views)), patches=len(images))
+def plain(task: Task, *, jointly: bool, our_draws: bool = False) -> list[float]:
+    """A DataLoader, all similarities in one matrix, and our order of the patches.
 
-
-def plain_joint(task: Task) -> list[float]:
-    """As plain, but both views of a batch go through the network together, so that batch norm sees them as one batch."""
-    net, images = plain_net(task), Images(task)
-    return run_loop(task, net, _plain_batches(task, images), functools.partial(_joint_loss, net), patches=len(images))
-
-
-def _joint_loss(net: Any, views: list[Any]) -> Any:
+    jointly: both views of a batch go through the network together, so that batch norm sees them as one batch; or else one after
+    the other. our_draws: torchvision makes the views that we drew; or else its own, with torch's random numbers, on Pillow.
+    """
     import torch
+    from torch.utils.data import DataLoader
 
-    return full_nt_xent(*net(torch.cat(views)).chunk(2))
+    images, backbone = Images(task), seeded_backbone(task.backbone, task.image_size, task.seed)
+    width = backbone.num_features
+    # Made in this order, the head's weights too are those of ours.
+    layers = [torch.nn.Linear(width, width, bias=False), torch.nn.ReLU(), torch.nn.Linear(width, PROJECTION, bias=False)]
+    net = torch.nn.Sequential(backbone, torch.nn.Sequential(*layers))
+    criterion = plain_loss(task.batch_size, TEMPERATURE, task.device)
+    two_views = TwoViews(torchvision_transform(task.recipe, task.image_size))
+    make = functools.partial(_our_views, task, images) if our_draws else lambda epoch, i: two_views(images.encoded(i))
+    order = our_batches(task, images.ids)
+    batches: Iterable = DataLoader(ByKey(make), batch_sampler=order, num_workers=processes(task))  # type: ignore[arg-type]
+
+    def loss_of(views: list[Any]) -> Any:
+        z = net(torch.cat(views)).chunk(2) if jointly else list(map(net, views))
+        return criterion(torch.stack(list(z)).float())
+
+    return run_loop(task, net, batches, loss_of, patches=len(images))
 
 
-def _plain_batches(task: Task, images: Images) -> Iterable:
-    from contenders.loader import torchvision_transform
-
-    transform = torchvision_transform(task.recipe, task.image_size)
-
-    def two_views(key: tuple[int, int]) -> list[Any]:
-        image = images.image(key[1])
-        return [transform(image), transform(image)]
-
-    return in_our_order(task, images, two_views)
-
-
-def replayed(task: Task) -> list[float]:
-    """The plain loop, but torchvision makes the views that we drew, and both views of a batch are normalised together."""
+def _our_views(task: Task, images: Images, epoch: int, i: int) -> list[Any]:
     import numpy as np
 
     from pipelines.recipes import get_recipe
     from pipelines.torchvision_reference import reference_views
     from pipelines.views import draw_views
 
-    recipe, images = get_recipe(task.recipe), Images(task)
-    net = plain_net(task)
-
-    def two_views(key: tuple[int, int]) -> list[Any]:
-        epoch, ids = key[0], np.array(key[1:])
-        sizes = images.reader.sizes[ids]
-        parameters = draw_views(images.reader.draw_keys(ids), seed=task.seed, epoch=epoch, recipe=recipe, sizes=sizes)
-        return list(reference_views(images.reader.read(ids), parameters, recipe=recipe, image_size=task.image_size)[:, 0])
-
-    batches = in_our_order(task, images, two_views)
-    return run_loop(task, net, batches, functools.partial(_joint_loss, net), patches=len(images))
+    recipe, ids = get_recipe(task.recipe), np.array([i])
+    drawn = draw_views(images.reader.draw_keys(ids), seed=task.seed, epoch=epoch, recipe=recipe, sizes=images.reader.sizes[ids])
+    return list(reference_views(images.reader.read(ids), drawn, recipe=recipe, image_size=task.image_size)[:, 0])
 
 
-# ---- Judging ----
+# ---- Evaluation ----
 
 
-def judge(task: Task) -> dict[str, float]:
+def evaluated(task: Task) -> dict[str, float]:
     """What `train/evaluate.py` finds for `task.weights` on the test split: by MODES and METRICS, such as "kNN accuracy"."""
     from train.config import EvaluateConfig
     from train.stages.evaluation import evaluate
@@ -344,10 +295,10 @@ def judge(task: Task) -> dict[str, float]:
     return found
 
 
-def _pretrain(title: str, train: Callable[[Task], list[float]]) -> Contender:
+def _pretrain(title: str, train: Callable[..., list[float]], **given: Any) -> Contender:
     def run(task: Task) -> dict[str, Any]:
         began = time.monotonic()
-        losses = train(task)
+        losses = train(task, **given)
         return {"losses": losses, "seconds": time.monotonic() - began}
 
     return Contender(title, run, pinned=False)
@@ -357,9 +308,9 @@ def _pretrain(title: str, train: Callable[[Task], list[float]]) -> Contender:
 PRETRAINED = {
     "ours": _pretrain("ours", ours),
     "lightly": _pretrain("lightly", lightly),
-    "plain": _pretrain("plain torch and torchvision", plain),
-    "plain-joint": _pretrain("plain, both views as one batch", plain_joint),
-    "replayed": _pretrain("the same on our draws", replayed),
+    "plain": _pretrain("plain torch and torchvision", plain, jointly=False),
+    "plain-joint": _pretrain("plain, both views as one batch", plain, jointly=True),
+    "replayed": _pretrain("the same on our draws", plain, jointly=True, our_draws=True),
     "random": Contender("random weights", None),
 }
-CONTENDERS = PRETRAINED | {"judge": Contender("train/evaluate.py", judge, pinned=False)}
+CONTENDERS = PRETRAINED | {"evaluate": Contender("train/evaluate.py", evaluated, pinned=False)}

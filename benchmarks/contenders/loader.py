@@ -7,17 +7,18 @@ cost nothing. `parts` and `memory` measure our loader alone.
 
 import dataclasses
 import functools
+import io
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from worker import Contender, own_memory, synchronize
+from worker import Contender, own_memory, steady_state
 
 SEED = 42
-EPOCHS = 10  # of the loader whose memory is looked at
+EPOCHS = 10  # of the loader whose memory is measured
 _EPOCH_BATCHES = 2  # of it: as many as are under way at once
 _PART_BATCHES = 4  # that each part works on, or fewer where the set has no more
 _RECIPE = "simclr"
@@ -49,76 +50,88 @@ Batch = Sequence[Any]
 
 def measure(stream: Callable[[Task], Iterator[Batch]], task: Task) -> dict[str, float]:
     """Patches/s of the steady state, by the wall clock."""
-    batches = stream(task)
-    for _ in itertools.islice(batches, task.warm):
-        pass
-    patches = count = 0
-    synchronize(task.device)
-    started = time.perf_counter()
-    while (wall := time.perf_counter() - started) < task.seconds or not count:
-        for batch in itertools.islice(batches, task.lap):
-            patches += len(batch[0])
-            count += 1
-        synchronize(task.device)
+    timed: dict[str, Any] = {"warm": task.warm, "lap": task.lap, "seconds": task.seconds, "device": task.device}
+    count, wall, _ = steady_state(stream(task), lambda batch: None, **timed)
+    patches = count * task.batch_size
     return {"patches_per_s": patches / wall, "patches": patches, "batches": count, "wall_s": wall}
 
 
-# ---- torchvision on Pillow, as in most notebooks ----
+def whole_epochs(epoch: Callable[[], Iterable[Batch]], task: Task) -> Iterator[Batch]:
+    """Epochs between which the clock starts and is read. Within one, a loader may be ahead by any number of batches, and what it
+    had made before would count as made meanwhile."""
+    last = deque(enumerate(epoch(), 1), maxlen=1)
+    count, batch = last[0] if last else (0, ())
+    if count != task.lap:
+        raise ValueError(f"its epoch has {count} batches, not {task.lap}: give patches that divide by the batch and the cores")
+    yield from itertools.repeat(batch, task.warm)
+    while True:
+        yield from epoch()
+
+
+# ---- torchvision: on Pillow, as in most notebooks, and on tensors ----
 
 
 def torchvision(task: Task, *, recipe: str) -> Iterator[Batch]:
-    """A DataLoader with a worker process per core; a GPU is given its batches. Its epochs end where the clock starts and is read:
-    within one, the workers may be ahead by any number of batches, and what they had made before would count as made meanwhile."""
-    from torch.utils.data import DataLoader
+    """A DataLoader with a worker process per core; a GPU is given its batches."""
+    from torch.utils.data import DataLoader, RandomSampler
 
-    from pipelines.shard_reader import ShardReader
-
-    files = ShardReader(task.shards).manifest["source"].to_pylist()
-    data: Any = TwoViews(files, torchvision_transform(recipe, task.image_size))
-    order: Any = _Batches(len(data), task.batch_size, task.warm)
-    on_gpu = task.device == "cuda"
-    loader = DataLoader(data, batch_sampler=order, num_workers=task.cores, persistent_workers=True, pin_memory=on_gpu)
-    while True:
-        for batch in loader:
-            yield [view.to(task.device, non_blocking=True) for view in batch]
-        order.batches = task.lap
-
-
-class _Batches:
-    """So many batches of places in random order, each place once before any comes again."""
-
-    def __init__(self, patches: int, batch_size: int, batches: int) -> None:
-        self.patches, self.batch_size, self.batches = patches, batch_size, batches
-
-    def __iter__(self) -> Iterator[list[int]]:
-        import numpy as np
-
-        generator = np.random.default_rng(SEED)
-        places = (place for _ in itertools.count() for place in generator.permutation(self.patches).tolist())
-        for _ in range(self.batches):
-            yield list(itertools.islice(places, self.batch_size))
+    data: Any = Files(source_files(task.shards), TwoViews(torchvision_transform(recipe, task.image_size)))
+    order = RandomSampler(data, num_samples=task.lap * task.batch_size)  # each patch once before any comes again
+    loader: Iterable = DataLoader(
+        data,
+        task.batch_size,
+        sampler=order,
+        num_workers=task.cores,
+        persistent_workers=True,
+        pin_memory=task.device == "cuda",
+    )
+    for batch in whole_epochs(lambda: loader, task):
+        yield [view.to(task.device, non_blocking=True) for view in batch]
 
 
 class TwoViews:
-    def __init__(self, files: Sequence[str], transform: Callable) -> None:
-        self.files, self.transform = files, transform
+    """An image's bytes -> its two views. It travels to other processes."""
 
-    def __len__(self) -> int:
-        return len(self.files)
+    def __init__(self, transform: Callable) -> None:
+        self.transform = transform
 
-    def __getitem__(self, i: int) -> tuple[Any, Any]:
+    def __call__(self, encoded: bytes) -> tuple[Any, Any]:
         from PIL import Image
 
-        with Image.open(self.files[i]) as file:
+        with Image.open(io.BytesIO(encoded)) as file:
             image = file.convert("RGB")
         return self.transform(image), self.transform(image)
 
 
-def torchvision_transform(recipe: str, size: int) -> Callable:
-    import torchvision.transforms as T
+class Files:
+    """A dataset of what `make` makes of each file's bytes."""
+
+    def __init__(self, files: Sequence[str], make: Callable[[bytes], Any]) -> None:
+        self.files, self.make = files, make
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.make(Path(self.files[i]).read_bytes())
+
+
+def source_files(shards: str) -> list[str]:
+    """The files that a shard set was built from."""
+    from sharding.manifest import read_manifest
+
+    return read_manifest(shards, columns=["source"])["source"].to_pylist()
+
+
+def torchvision_transform(recipe: str, size: int, *, v2: bool = False) -> Callable:
+    """A Pillow image -> a view, or with v2 a tensor (3, H, W) uint8 -> a view, on its device."""
+    import torch
+    from torchvision import transforms
+    from torchvision.transforms import v2 as transforms_v2
 
     from pipelines.recipes import get_recipe, kernel_size
 
+    T: Any = transforms_v2 if v2 else transforms
     r = get_recipe(recipe)
     assert r.crop and r.jitter
     j, blur = r.jitter, []
@@ -131,35 +144,17 @@ def torchvision_transform(recipe: str, size: int) -> Callable:
             T.RandomApply([T.ColorJitter(j.brightness, j.contrast, j.saturation, j.hue)], j.probability),
             T.RandomGrayscale(r.grey),
             *blur,
-            T.ToTensor(),
+            T.ToDtype(torch.float32, scale=True) if v2 else T.ToTensor(),
             T.Normalize(r.mean, r.std),
         ]
     )
-
-
-# ---- On a GPU, without DALI: the files' bytes decoded by torchvision (there nvJPEG), the views made of tensors ----
 
 
 def torchvision_v2(task: Task) -> Iterator[Batch]:
     """torchvision's transforms draw once for a call, so they are called for each view of each image."""
     import torch
-    import torchvision.transforms.v2 as T
 
-    from pipelines.recipes import get_recipe
-
-    r = get_recipe("simclr")
-    assert r.crop and r.jitter
-    j = r.jitter
-    transform = T.Compose(
-        [
-            T.RandomResizedCrop(task.image_size, r.crop.area, r.crop.ratio, antialias=True),
-            T.RandomHorizontalFlip(r.flip),
-            T.RandomApply([T.ColorJitter(j.brightness, j.contrast, j.saturation, j.hue)], j.probability),
-            T.RandomGrayscale(r.grey),
-            T.ToDtype(torch.float32, scale=True),
-            T.Normalize(r.mean, r.std),
-        ]
-    )
+    transform = torchvision_transform(_RECIPE, task.image_size, v2=True)
     for images in _decoded_by_torchvision(task):
         yield [torch.stack([transform(image) for image in images]) for _ in range(2)]
 
@@ -171,7 +166,7 @@ def kornia(task: Task) -> Iterator[Batch]:
 
     from pipelines.recipes import get_recipe
 
-    r = get_recipe("simclr")
+    r = get_recipe(_RECIPE)
     assert r.crop and r.jitter
     j = r.jitter
     transform = torch.nn.Sequential(
@@ -189,36 +184,34 @@ def kornia(task: Task) -> Iterator[Batch]:
 
 
 def _decoded_by_torchvision(task: Task) -> Iterator[list]:
-    """Batches of images, (3, H, W) uint8 on the device, of the bytes as ours reads them."""
+    """Batches of images, (3, H, W) uint8 on the device (by nvJPEG on a GPU), of the bytes as ours reads them."""
     import torch
     from torchvision.io import ImageReadMode, decode_jpeg
 
-    for encoded in _read_in_order(task):
+    for encoded in _encoded(task):
         yield decode_jpeg([torch.tensor(one) for one in encoded], mode=ImageReadMode.RGB, device=task.device)
 
 
 # ---- Ours ----
 
 
-def ours(task: Task, *, recipe: str) -> Iterator[Batch]:
-    """Epoch after epoch of the loader, with its pauses between them."""
+def our_loader(shards: Any, *, recipe: str = _RECIPE, patches: int | None = None, **settings: Any) -> Any:
+    """A ViewLoader of the first patches of a set (None: all). shards: its folder or reader."""
     import numpy as np
 
     from pipelines.loader import ViewLoader
     from pipelines.recipes import get_recipe
     from pipelines.shard_reader import ShardReader
 
-    reader = ShardReader(task.shards)
-    with ViewLoader(
-        reader,
-        np.arange(len(reader)),
-        batch_size=task.batch_size,
-        image_size=task.image_size,
-        recipe=get_recipe(recipe),
-        seed=SEED,
-        device=task.device,
-        threads=task.cores,
-    ) as loader:
+    reader = shards if isinstance(shards, ShardReader) else ShardReader(shards)
+    ids = np.arange(len(reader) if patches is None else min(patches, len(reader)))
+    return ViewLoader(reader, ids, recipe=get_recipe(recipe), seed=SEED, **settings)
+
+
+def ours(task: Task, *, recipe: str, threads: int = 0) -> Iterator[Batch]:
+    """Epoch after epoch of the loader, with its pauses between them. threads: 0 for one per core."""
+    sizes: dict[str, Any] = {"batch_size": task.batch_size, "image_size": task.image_size}
+    with our_loader(task.shards, recipe=recipe, device=task.device, threads=threads or task.cores, **sizes) as loader:
         while True:
             for batch in loader:
                 yield batch.views
@@ -263,14 +256,9 @@ def dali(task: Task, *, recipe: str) -> Iterator[Batch]:
             sigma = fn.random.uniform(range=list(blur.sigma))
             if coin(blur.probability):
                 x = fn.gaussian_blur(x, sigma=sigma)
-        return fn.crop_mirror_normalize(
-            x,
-            dtype=types.FLOAT,
-            output_layout="CHW",
-            mean=[255 * mean for mean in r.mean],
-            std=[255 * std for std in r.std],
-            mirror=fn.random.coin_flip(probability=r.flip),
-        )
+        mean, std = ([255 * each for each in values] for values in (r.mean, r.std))
+        flip = fn.random.coin_flip(probability=r.flip)
+        return fn.crop_mirror_normalize(x, dtype=types.FLOAT, output_layout="CHW", mean=mean, std=std, mirror=flip)
 
     @pipeline_def(enable_conditionals=True)
     def graph():
@@ -281,25 +269,23 @@ def dali(task: Task, *, recipe: str) -> Iterator[Batch]:
             random_shuffle=True,
             missing_component_behavior="error",
         )
-        images = fn.decoders.image(encoded, output_type=types.RGB, **_decoder(task.device))
+        images = fn.decoders.image(encoded, output_type=types.RGB, **our_decoder(task.device))
         return view(images), view(images)
 
-    pipeline = graph(batch_size=task.batch_size, num_threads=task.cores, device_id=_device_id(task.device), seed=SEED)
+    device_id = 0 if task.device == "cuda" else None
+    pipeline = graph(batch_size=task.batch_size, num_threads=task.cores, device_id=device_id, seed=SEED)
     while True:
         yield pipeline.run()
 
 
 def decode(task: Task) -> Iterator[Batch]:
     """What every contender has to do at least: the bytes as ours reads them, decoded by DALI on the device."""
-    return decoded(_read_in_order(task), task)
+    pipeline = decode_pipeline(_encoded(task), task.batch_size, threads=task.cores, decoder=our_decoder(task.device))
+    while True:
+        yield pipeline.run()
 
 
-def decode_on_host(task: Task) -> Iterator[Batch]:
-    """The same on the CPU, whatever the device."""
-    return decode(dataclasses.replace(task, device="cpu"))
-
-
-def _read_in_order(task: Task) -> Iterator[list]:
+def _encoded(task: Task) -> Iterator[list]:
     """The bytes of batches, epoch after epoch in ours' order."""
     import numpy as np
 
@@ -314,32 +300,25 @@ def _read_in_order(task: Task) -> Iterator[list]:
         yield from map(reader.read, np.split(order[: steps * task.batch_size], steps))
 
 
-def _decoder(device: str) -> dict[str, Any]:
-    """DALI's decoder's settings; on a GPU those of ours."""
-    if device == "cpu":
-        return {"device": "cpu"}
+def our_decoder(device: str) -> dict[str, Any]:
+    """The settings of DALI's decoder that our loader has."""
     from pipelines.dali_graph import _GPU_DECODER
 
-    return _GPU_DECODER
+    return _GPU_DECODER if device == "cuda" else {"device": "cpu"}
 
 
-def _device_id(device: str) -> int | None:
-    return 0 if device == "cuda" else None
-
-
-def decoded(encoded: Iterator[list], task: Task) -> Iterator[Batch]:
-    """DALI's decoder on the device behind lists of encoded images. Each batch is one list of images."""
+def decode_pipeline(batches: Iterable[list], batch_size: int, *, threads: int, decoder: dict[str, Any]) -> Any:
+    """A DALI pipeline that decodes lists of encoded images and does nothing else. It works ahead."""
     import nvidia.dali.fn as fn
     import nvidia.dali.types as types
     from nvidia.dali.pipeline import Pipeline
 
-    device_id = _device_id(task.device)
-    pipeline = Pipeline(batch_size=task.batch_size, num_threads=task.cores, device_id=device_id, prefetch_queue_depth=2)
+    device_id = 0 if decoder["device"] == "mixed" else None
+    pipeline = Pipeline(batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=2)
     with pipeline:
-        source = fn.external_source(source=encoded, dtype=types.UINT8, ndim=1)
-        pipeline.set_outputs(fn.decoders.image(source, output_type=types.RGB, **_decoder(task.device)))
-    while True:
-        yield pipeline.run()
+        encoded = fn.external_source(source=batches, batch=True, dtype=types.UINT8, ndim=1)
+        pipeline.set_outputs(fn.decoders.image(encoded, output_type=types.RGB, **decoder))
+    return pipeline
 
 
 # ---- Our loader, part by part ----
@@ -356,16 +335,12 @@ PARTS = {
 
 
 def parts(task: Task) -> dict[str, Any]:
-    """CPU milliseconds per patch of every part, round by round. One core and one thread, so no part waits for another.
-
-    The time is that of all threads of the process (time.process_time).
-    """
+    """CPU milliseconds per patch of every part, round by round, of all threads of the process. One core and one thread, so that
+    no part waits for another."""
     import numpy as np
     import torch
 
-    from pipelines.loader import ViewLoader
     from pipelines.recipes import get_recipe
-    from pipelines.sampler import epoch_order
     from pipelines.shard_reader import ShardReader
     from pipelines.view_kernels import parameter_rows, view_step
     from pipelines.views import draw_views
@@ -374,39 +349,40 @@ def parts(task: Task) -> dict[str, Any]:
     torch.set_num_threads(1)
     recipe, reader = get_recipe(_RECIPE), ShardReader(task.shards)
     count = min(_PART_BATCHES, len(reader) // task.batch_size)
-    order = epoch_order(np.arange(len(reader)), seed=SEED, epoch=0)[: count * task.batch_size]
-    batches = np.split(order, count)
+    patches = count * task.batch_size
+    batches = np.split(np.arange(patches), count)
 
     def draw(ids):
         return draw_views(reader.draw_keys(ids), seed=SEED, epoch=0, recipe=recipe, sizes=reader.sizes[ids])
 
     drawn = [draw(ids) for ids in batches]
-    pipeline = decoded(map(reader.read, itertools.cycle(batches)), task)
-    images = [np.array(batch[0].at(i)) for batch in itertools.islice(pipeline, count) for i in range(task.batch_size)]
+    cycle = map(reader.read, itertools.cycle(batches))
+    pipeline = decode_pipeline(cycle, task.batch_size, threads=1, decoder=our_decoder("cpu"))
+    images = [np.array(images.at(i)) for (images,) in (pipeline.run() for _ in batches) for i in range(task.batch_size)]
     rows = np.concatenate([parameter_rows(parameters, recipe) for parameters in drawn])
     out = np.empty((3, task.image_size, task.image_size), np.float32)
-    loader = ViewLoader(
-        reader, order, batch_size=task.batch_size, image_size=task.image_size, recipe=recipe, seed=SEED, threads=1
-    )
-    work: dict[str, Callable[[], Any]] = {
-        "reading": lambda: [reader.read(ids) for ids in batches],
-        "drawing": lambda: [draw(ids) for ids in batches],
-        "rows": lambda: [parameter_rows(parameters, recipe) for parameters in drawn],
-        "decoding": lambda: deque(itertools.islice(pipeline, count), maxlen=0),
-        "views": lambda: deque(
-            (view_step(out, image, row) for image, both in zip(images, rows, strict=True) for row in both), maxlen=0
-        ),
-        "loader": lambda: deque(loader, maxlen=0),  # a whole epoch: before it and after it nothing is under way
-    }
-    assert list(work) == list(PARTS)
-    for once in work.values():  # compiles, maps and allocates
-        once()
-    found: dict[str, list[float]] = {name: [] for name in work}
-    with loader:
-        for _ in range(task.rounds):
-            for name, once in work.items():
-                found[name].append(_cpu_ms(once, task.seconds) / len(order))
-    return {"patches": len(order), "ms": found}
+    sizes: dict[str, Any] = {"batch_size": task.batch_size, "image_size": task.image_size}
+
+    def make_views() -> None:
+        for image, both in zip(images, rows, strict=True):
+            for row in both:
+                view_step(out, image, row)
+
+    with our_loader(reader, patches=patches, threads=1, **sizes) as loader:
+        work: dict[str, Callable[[], Any]] = {
+            "reading": lambda: [reader.read(ids) for ids in batches],
+            "drawing": lambda: [draw(ids) for ids in batches],
+            "rows": lambda: [parameter_rows(parameters, recipe) for parameters in drawn],
+            "decoding": lambda: [pipeline.run() for _ in batches],
+            "views": make_views,
+            "loader": lambda: deque(loader, maxlen=0),  # a whole epoch: before it and after it nothing is under way
+        }
+        for once in work.values():  # compiles, maps and allocates
+            once()
+        found: dict[str, list[float]] = {name: [] for name in PARTS}
+        for _, (name, once) in itertools.product(range(task.rounds), work.items()):
+            found[name].append(_cpu_ms(once, task.seconds) / patches)
+    return {"patches": patches, "ms": found}
 
 
 def _cpu_ms(once: Callable[[], Any], seconds: float) -> float:
@@ -424,33 +400,17 @@ def memory(task: Task) -> dict[str, Any]:
 
     The tars' pages that it has mapped are in it, as the system counts them.
     """
-    import numpy as np
-
-    from pipelines.loader import ViewLoader
-    from pipelines.recipes import get_recipe
-    from pipelines.shard_reader import ShardReader
-
-    reader = ShardReader(task.shards)
     resident = []
-    with ViewLoader(
-        reader,
-        np.arange(min(len(reader), _EPOCH_BATCHES * task.batch_size)),
-        batch_size=task.batch_size,
-        image_size=task.image_size,
-        recipe=get_recipe(_RECIPE),
-        seed=SEED,
-        threads=task.cores,
-    ) as loader:
+    sizes: dict[str, Any] = {"batch_size": task.batch_size, "image_size": task.image_size}
+    with our_loader(task.shards, patches=_EPOCH_BATCHES * task.batch_size, threads=task.cores, **sizes) as loader:
         for _ in range(EPOCHS):
             deque(loader, maxlen=0)
             resident.append(own_memory("VmRSS"))
     peak = max(own_memory("VmHWM"), *resident)  # Linux counts by thread and adds up now and then, so the peak may lag a little
-    return {"resident_bytes": resident, "peak_bytes": peak, "epoch_batches": len(loader)}
+    return {"resident_bytes": resident, "peak_bytes": peak}
 
 
-def loader(
-    title: str, stream: Callable[..., Iterator[Batch]], *devices: str, needs: tuple[str, ...] = (), **given: Any
-) -> Contender:
+def loader(title: str, stream: Callable[..., Iterator[Batch]], *devices: str, needs: tuple[str, ...] = (), **given: Any):
     """stream: (task, **given) -> batches without end, which are timed."""
     run = functools.partial(measure, functools.partial(stream, **given))
     return Contender(title, run, needs=needs, devices=devices or ("cpu", "cuda"))
@@ -468,7 +428,8 @@ LOADERS = {
     "dali": loader("DALI's own operators, approximate", dali, recipe="simclr"),
     "dali-blur": loader("DALI's own operators, approximate, blur", dali, "cpu", recipe="simclr-blur"),
     "decode": loader("decoding alone, DALI", decode),
-    "decode-on-host": loader("decoding alone, DALI on the CPU", decode_on_host, "cuda"),
+    "ours-4-threads": loader("ours, simclr, 4 threads", ours, "threads", recipe="simclr", threads=4),
+    "ours-8-threads": loader("ours, simclr, 8 threads", ours, "threads", recipe="simclr", threads=8),
 }
 CONTENDERS = LOADERS | {
     "parts": Contender("CPU time by part", parts, devices=("cpu",)),

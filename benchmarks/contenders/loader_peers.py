@@ -6,50 +6,24 @@ since they need different versions of the same packages. Writing the format is n
 """
 
 import io
-import itertools
 import logging
 import os
 import tempfile
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from contenders.loader import SEED, Batch, Task, loader, torchvision_transform
+from contenders.loader import SEED, Batch, Files, Task, TwoViews, loader, source_files, torchvision_transform, whole_epochs
 
 _SHARDS_PER_CORE = 4  # of tars: a process takes whole ones
 _CHUNK = 64  # patches in a chunk of those that chunk them
 
-# Packages on the index that do not install, and why
-NOT_INSTALLABLE = {
-    "solo-learn": "not installed: the newest release on the index, 1.0.2, wants torch 1.9.1, which Python 3.11 does not have",
-}
 
-
-def whole_epochs(epoch: Callable[[], Iterable[Batch]], task: Task) -> Iterator[Batch]:
-    """Epochs between which the clock starts and is read. Within one, a loader may be ahead by any number of batches, and what it
-    had made before would count as made meanwhile."""
-    last = deque(enumerate(epoch(), 1), maxlen=1)
-    count, batch = last[0] if last else (0, ())
-    if count != task.lap:
-        raise ValueError(f"its epoch has {count} batches, not {task.lap}: give patches that divide by the batch and the cores")
-    yield from itertools.repeat(batch, task.warm)
-    while True:
-        yield from epoch()
-
-
-class _Views:
-    """An image's bytes -> two views. It travels to other processes."""
+class _Views(TwoViews):
+    """Two views of what each package hands over."""
 
     def __init__(self, task: Task) -> None:
-        self.transform = torchvision_transform("simclr", task.image_size)
-
-    def __call__(self, encoded: bytes) -> tuple[Any, Any]:
-        from PIL import Image
-
-        with Image.open(io.BytesIO(encoded)) as file:
-            image = file.convert("RGB")
-        return self.transform(image), self.transform(image)
+        super().__init__(torchvision_transform("simclr", task.image_size))
 
     def of_sample(self, sample: dict[str, bytes]) -> tuple[Any, Any]:
         return self(sample["image"])
@@ -60,16 +34,10 @@ class _Views:
         return default_collate([self.of_sample(sample) for sample in samples])
 
 
-def _files(task: Task) -> list[str]:
-    from pipelines.shard_reader import ShardReader
-
-    return ShardReader(task.shards).manifest["source"].to_pylist()
-
-
 def _write_tars(task: Task, folder: str) -> list[str]:
     import webdataset
 
-    files = _files(task)
+    files = source_files(task.shards)
     pattern, most = f"{folder}/shard-%06d.tar", -(-len(files) // (_SHARDS_PER_CORE * task.cores))
     with webdataset.ShardWriter(pattern, maxcount=most, verbose=0) as writer:
         for number, path in enumerate(files):
@@ -93,15 +61,10 @@ def litdata(task: Task) -> Iterator[Batch]:
         os.environ["DATA_OPTIMIZER_CACHE_FOLDER"] = f"{folder}/cache"  # by default one place for all on this machine
         import litdata as lit
 
-        lit.optimize(
-            fn=_litdata_sample,
-            inputs=_files(task),
-            output_dir=f"{folder}/chunks",
-            chunk_size=_CHUNK,
-            num_workers=task.cores,
-            verbose=False,
-        )
-        data = lit.StreamingDataset(f"{folder}/chunks", shuffle=True, drop_last=True, seed=SEED, transform=_Views(task).of_sample)
+        chunks, files = f"{folder}/chunks", source_files(task.shards)
+        written: dict[str, Any] = {"chunk_size": _CHUNK, "num_workers": task.cores, "verbose": False}
+        lit.optimize(fn=_litdata_sample, inputs=files, output_dir=chunks, **written)
+        data = lit.StreamingDataset(chunks, shuffle=True, drop_last=True, seed=SEED, transform=_Views(task).of_sample)
         data_loader = lit.StreamingDataLoader(data, batch_size=task.batch_size, num_workers=task.cores, persistent_workers=True)
         yield from whole_epochs(lambda: data_loader, task)
 
@@ -116,7 +79,7 @@ def mosaicml(task: Task) -> Iterator[Batch]:
 
     with tempfile.TemporaryDirectory() as folder:
         with MDSWriter(out=folder, columns={"image": "bytes"}) as writer:
-            for path in _files(task):
+            for path in source_files(task.shards):
                 writer.write({"image": Path(path).read_bytes()})
         data_loader = DataLoader(
             StreamingDataset(local=folder, shuffle=True, shuffle_seed=SEED, batch_size=task.batch_size),
@@ -135,7 +98,7 @@ def spdl(task: Task) -> Iterator[Batch]:
     from spdl.pipeline import PipelineBuilder
     from torch.utils.data import default_collate
 
-    files, views, generator = _files(task), _Views(task), np.random.default_rng(SEED)
+    files, views, generator = source_files(task.shards), _Views(task), np.random.default_rng(SEED)
 
     def epoch() -> Iterator[Batch]:
         pipeline = (
@@ -202,34 +165,22 @@ def ffcv(task: Task) -> Iterator[Batch]:
 
     with tempfile.TemporaryDirectory() as folder:
         fields = {name: RGBImageField(write_mode="jpg", jpeg_quality=90) for name in ("first", "second")}
-        DatasetWriter(f"{folder}/patches.beton", fields, num_workers=1).from_indexed_dataset(_Twice(_files(task)))
-        data_loader = Loader(
-            f"{folder}/patches.beton",
-            batch_size=task.batch_size,
-            num_workers=task.cores,
-            order=OrderOption.RANDOM,
-            seed=SEED,
-            pipelines={"first": view(), "second": view()},
-        )
+        images = Files(source_files(task.shards), _same_pixels_twice)
+        DatasetWriter(f"{folder}/patches.beton", fields, num_workers=1).from_indexed_dataset(images)
+        sizes: dict[str, Any] = {"batch_size": task.batch_size, "num_workers": task.cores, "seed": SEED}
+        pipelines = {"first": view(), "second": view()}
+        data_loader = Loader(f"{folder}/patches.beton", order=OrderOption.RANDOM, pipelines=pipelines, **sizes)
         yield from whole_epochs(lambda: data_loader, task)
 
 
-class _Twice:
-    """Each image's pixels, for two fields."""
+def _same_pixels_twice(encoded: bytes) -> tuple[Any, Any]:
+    """For two fields."""
+    import numpy as np
+    from PIL import Image
 
-    def __init__(self, files: list[str]) -> None:
-        self.files = files
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, place: int) -> tuple[Any, Any]:
-        import numpy as np
-        from PIL import Image
-
-        with Image.open(self.files[place]) as file:
-            pixels = np.asarray(file.convert("RGB"))
-        return pixels, pixels
+    with Image.open(io.BytesIO(encoded)) as file:
+        pixels = np.asarray(file.convert("RGB"))
+    return pixels, pixels
 
 
 # In the order of the rounds, after the others; only where --peers or --contenders asks for them

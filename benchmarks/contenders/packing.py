@@ -5,13 +5,14 @@ The benchmark adds the start of the process and the sync to the disk.
 """
 
 import dataclasses
+import functools
 import io
 import json
 import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -106,36 +107,19 @@ def _decode_share(files: Sequence[str]) -> tuple[int, float, float]:
 # ---- Ours ----
 
 
-def ours_decode(task: Task) -> dict[str, Any]:
-    return _ours(task, check="decode")
-
-
-def ours_header(task: Task) -> dict[str, Any]:
-    return _ours(task, check="header")
-
-
-def _ours(task: Task, **settings: Any) -> dict[str, Any]:
+def ours(task: Task, *, check: str) -> dict[str, Any]:
     from sharding.packing import build_shards
 
     started = time.monotonic()
-    summary = build_shards(
-        [task.images], Path(task.out) / "shards", layout=task.layout, workers=task.workers, encode="keep", **settings
-    )
+    settings: dict[str, Any] = {"layout": task.layout, "workers": task.workers, "encode": "keep", "check": check}
+    summary = build_shards([task.images], Path(task.out) / "shards", **settings)
     return _report(summary.packed, time.monotonic() - started)
 
 
 # ---- The others, each as its guide shows it, with the files' own bytes ----
 
 
-def webdataset(task: Task) -> dict[str, Any]:
-    return _webdataset(task, check=False)
-
-
-def webdataset_pillow(task: Task) -> dict[str, Any]:
-    return _webdataset(task, check=True)
-
-
-def _webdataset(task: Task, *, check: bool) -> dict[str, Any]:
+def webdataset(task: Task, *, check: bool) -> dict[str, Any]:
     from webdataset import ShardWriter
 
     if check:
@@ -214,23 +198,24 @@ def _extension(path: str) -> str:
     return path.rpartition(".")[2].lower()
 
 
+def _contender(title: str, run: Callable[..., dict[str, Any]], needs: str = "", package: str = "", **given: Any) -> Contender:
+    return Contender(title, functools.partial(run, **given), (needs,) if needs else (), package)
+
+
 # In the order of the rounds
 CONTENDERS = {
-    "decode-dali": Contender(
-        "bare decode, DALI with a thread per core", decode_dali, needs=("nvidia.dali",), package="nvidia-dali-cuda130"
+    "decode-dali": _contender("bare decode, DALI with a thread per core", decode_dali, "nvidia.dali", "nvidia-dali-cuda130"),
+    "decode-nvimgcodec": _contender(
+        "bare decode, nvImageCodec in a process per core", decode_nvimgcodec, "nvidia.nvimgcodec", "nvidia-nvimgcodec-cu13"
     ),
-    "decode-nvimgcodec": Contender(
-        "bare decode, nvImageCodec in a process per core",
-        decode_nvimgcodec,
-        needs=("nvidia.nvimgcodec",),
-        package="nvidia-nvimgcodec-cu13",
-    ),
-    "ours-decode": Contender("ours, --check decode, a process per core", ours_decode),
-    "ours-header": Contender("ours, --check header, a process per core", ours_header),
+    "ours-decode": _contender("ours, --check decode, a process per core", ours, check="decode"),
+    "ours-header": _contender("ours, --check header, a process per core", ours, check="header"),
     "tar": Contender("GNU tar, one process", None),
-    "webdataset": Contender("webdataset.ShardWriter, one process", webdataset, ("webdataset",), "webdataset"),
-    "webdataset-pillow": Contender("the same after Pillow's verify and load", webdataset_pillow, ("webdataset",), "webdataset"),
-    "litdata": Contender("litdata.optimize, a process per core", litdata, ("litdata",), "litdata"),
-    "mosaicml": Contender("streaming.MDSWriter, one process", mosaicml, ("streaming",), "mosaicml-streaming"),
+    "webdataset": _contender("webdataset.ShardWriter, one process", webdataset, "webdataset", "webdataset", check=False),
+    "webdataset-pillow": _contender(
+        "the same after Pillow's verify and load", webdataset, "webdataset", "webdataset", check=True
+    ),
+    "litdata": _contender("litdata.optimize, a process per core", litdata, "litdata", "litdata"),
+    "mosaicml": _contender("streaming.MDSWriter, one process", mosaicml, "streaming", "mosaicml-streaming"),
 }
 DECODERS = ("decode-dali", "decode-nvimgcodec")

@@ -72,54 +72,38 @@ def per_unit(once: Callable[[], Any], units: int, again: Callable[[], Any] = lam
     return spent / (calls * units)
 
 
-# ---- Views ----
+# ---- Each group's sides: as many functions as there are sides, ready to be timed ----
 
 
 @contextlib.contextmanager
 def views(task: Task) -> Iterator[dict[str, Side]]:
     """Every lap has the same patches and the same draws."""
-    from pipelines.shard_reader import ShardReader
-
-    reader = ShardReader(task.shards)
-    sides = {f"torchvision, {name}": _torchvision(reader, name) for name in _FEW}
-    with contextlib.ExitStack() as stack:
-        yield sides | {name: stack.enter_context(_ours(reader, name)) for name in (*_FEW, "pathology")}
-
-
-def _torchvision(reader: Any, recipe: str) -> Side:
     import torch
     from torch.utils.data import default_collate
 
-    from contenders.loader import TwoViews, torchvision_transform
+    from contenders.loader import Files, TwoViews, our_loader, source_files, torchvision_transform
 
-    data = TwoViews(reader.manifest["source"].to_pylist(), torchvision_transform(recipe, SIZE))
-
-    def once() -> None:
+    def torchvision(recipe: str) -> None:
         torch.manual_seed(SEED)
+        data = Files(files, transforms[recipe])
         default_collate([data[i] for i in range(_FEW[recipe])])
 
-    return functools.partial(per_unit, once, _FEW[recipe])
+    def ours(loader: Any) -> None:  # a whole epoch: before it and after it nothing is under way
+        loader.load_state_dict({"epoch": 0, "step": 0})
+        for _ in loader:
+            pass
 
-
-@contextlib.contextmanager
-def _ours(reader: Any, recipe: str) -> Iterator[Side]:
-    import numpy as np
-
-    from pipelines.loader import ViewLoader
-    from pipelines.recipes import get_recipe
-
-    ids = np.arange(_DRAWN)
-    with ViewLoader(reader, ids, batch_size=_BATCH, image_size=SIZE, recipe=get_recipe(recipe), seed=SEED, threads=1) as loader:
-
-        def once() -> None:  # a whole epoch: before it and after it nothing is under way
-            loader.load_state_dict({"epoch": 0, "step": 0})
-            for _ in loader:
-                pass
-
-        yield functools.partial(per_unit, once, _DRAWN)
-
-
-# ---- Packing ----
+    files = source_files(task.shards)
+    transforms = {recipe: TwoViews(torchvision_transform(recipe, SIZE)) for recipe in _FEW}
+    sides: dict[str, Side] = {}
+    with contextlib.ExitStack() as stack:
+        for recipe, few in _FEW.items():
+            sides[f"torchvision, {recipe}"] = functools.partial(per_unit, functools.partial(torchvision, recipe), few)
+        for recipe in (*_FEW, "pathology"):
+            sizes: dict[str, Any] = {"patches": _DRAWN, "batch_size": _BATCH, "image_size": SIZE}
+            loader = stack.enter_context(our_loader(task.shards, recipe=recipe, threads=1, **sizes))
+            sides[recipe] = functools.partial(per_unit, functools.partial(ours, loader), _DRAWN)
+        yield sides
 
 
 @contextlib.contextmanager
@@ -129,7 +113,7 @@ def packing(task: Task) -> Iterator[dict[str, Side]]:
     from drawn_images import LAYOUT, image_files
 
     from contenders.packing import Task as Packing
-    from contenders.packing import decode_dali, ours_decode, ours_header
+    from contenders.packing import decode_dali, ours
 
     out = Path(task.work) / "packed"
     files = Packing(task.images, str(out), 1, LAYOUT)
@@ -146,14 +130,11 @@ def packing(task: Task) -> Iterator[dict[str, Side]]:
     emptied()
     work: dict[str, Callable[[], Any]] = {
         "decoding": lambda: decode_dali(files),
-        "checked": lambda: ours_decode(files),
+        "checked": lambda: ours(files, check="decode"),
         "tarfile": tar,
-        "kept": lambda: ours_header(files),
+        "kept": lambda: ours(files, check="header"),
     }
-    yield {name: functools.partial(per_unit, once, PATCHES, emptied) for name, once in work.items()}
-
-
-# ---- The loss ----
+    yield {side: functools.partial(per_unit, once, PATCHES, emptied) for side, once in work.items()}
 
 
 @contextlib.contextmanager
@@ -171,9 +152,6 @@ def loss(task: Task) -> Iterator[dict[str, Side]]:
     yield {f"{name} {anchors}": passes(make, anchors) for anchors in (512, 4096) for name, make in makers.items()}
 
 
-# ---- Heads ----
-
-
 @contextlib.contextmanager
 def heads(task: Task) -> Iterator[dict[str, Side]]:
     from contenders import heads as benchmark
@@ -184,8 +162,6 @@ def heads(task: Task) -> Iterator[dict[str, Side]]:
     sides = {"plain": benchmark.plain, "ours": benchmark.ours}
     yield {who: functools.partial(per_unit, functools.partial(train, *given), job.epochs) for who, train in sides.items()}
 
-
-# ---- The training step ----
 
 _BACKBONE, _STEP_SIZE, _STEP_BATCH, _STEPS = "test_resnet", 32, 32, 8
 
@@ -264,18 +240,13 @@ def _loop(task: Task, numbers: Iterator[int]) -> float:
     return (last - first) / _STEPS
 
 
-# ---- Starting ----
-
-
 @contextlib.contextmanager
 def start(task: Task) -> Iterator[dict[str, Side]]:
     """Processes from their start to their end; files and bytecode are in memory after the first time."""
 
     def process(*arguments: str) -> Side:
-        command = [sys.executable, *arguments]
-        return functools.partial(
-            per_unit, lambda: subprocess.run(command, check=True, capture_output=True, timeout=120, cwd=ROOT), 1
-        )
+        settings: dict[str, Any] = {"check": True, "capture_output": True, "timeout": 120, "cwd": ROOT}
+        return functools.partial(per_unit, lambda: subprocess.run([sys.executable, *arguments], **settings), 1)
 
     yield {
         "pyarrow": process("-c", "import pyarrow.parquet"),
@@ -285,37 +256,29 @@ def start(task: Task) -> Iterator[dict[str, Side]]:
 
 
 _VIEWS = "two views of 224 px, recipe {}: torchvision on Pillow, recipe {} / ours"
+_PATCH = "a patch of 224 px: {} / packing with --check {}"
+_LOSS = "NT-Xent of 2N = {:,}, D = 128, both passes: the plain formula / ours"
+_STEP = f"a step of {_BACKBONE}, {_STEP_BATCH} patches of {_STEP_SIZE} px: the model in torch alone / the whole training loop"
+_START = "a process: import pyarrow.parquet / {} --help"
 RATIOS = {
     "views": Ratio("views", "torchvision, simclr", "simclr", _VIEWS.format("simclr", "simclr")),
     "views-blur": Ratio("views", "torchvision, simclr-blur", "simclr-blur", _VIEWS.format("simclr-blur", "simclr-blur")),
     "views-pathology": Ratio("views", "torchvision, simclr", "pathology", _VIEWS.format("pathology", "simclr")),
-    "packing": Ratio("packing", "decoding", "checked", "a patch of 224 px: decoding by DALI / packing with --check decode"),
-    "packing-header": Ratio("packing", "tarfile", "kept", "a patch of 224 px: Python's tarfile / packing with --check header"),
-    "loss-512": Ratio("loss", "plain 512", "ours 512", "NT-Xent of 2N = 512, D = 128, both passes: the plain formula / ours"),
-    "loss-4096": Ratio(
-        "loss", "plain 4096", "ours 4096", "NT-Xent of 2N = 4,096, D = 128, both passes: the plain formula / ours"
-    ),
+    "packing": Ratio("packing", "decoding", "checked", _PATCH.format("decoding by DALI", "decode")),
+    "packing-header": Ratio("packing", "tarfile", "kept", _PATCH.format("Python's tarfile", "header")),
+    "loss-512": Ratio("loss", "plain 512", "ours 512", _LOSS.format(512)),
+    "loss-4096": Ratio("loss", "plain 4096", "ours 4096", _LOSS.format(4096)),
     "heads": Ratio("heads", "plain", "ours", "a linear head on 640 x 512 features, Adam: a plain torch loop / ours"),
-    "step": Ratio(
-        "step",
-        "plain",
-        "loop",
-        f"a step of {_BACKBONE}, {_STEP_BATCH} patches of {_STEP_SIZE} px: the model in torch alone / the whole training loop",
-    ),
-    "start-build": Ratio("start", "pyarrow", "build", "a process: import pyarrow.parquet / sharding/build.py --help"),
-    "start-pretrain": Ratio("start", "pyarrow", "pretrain", "a process: import pyarrow.parquet / train/pretrain.py --help"),
+    "step": Ratio("step", "plain", "loop", _STEP),
+    "start-build": Ratio("start", "pyarrow", "build", _START.format("sharding/build.py")),
+    "start-pretrain": Ratio("start", "pyarrow", "pretrain", _START.format("train/pretrain.py")),
 }
 
 
 # ---- The measurement ----
 
 GROUPS: dict[str, Callable[[Task], contextlib.AbstractContextManager[dict[str, Side]]]] = {
-    "views": views,
-    "packing": packing,
-    "loss": loss,
-    "heads": heads,
-    "step": step,
-    "start": start,
+    each.__name__: each for each in (views, packing, loss, heads, step, start)
 }
 
 
@@ -325,8 +288,7 @@ def measure(group: str, task: Task) -> dict[str, list[float]]:
         for side in sides.values():  # compiles, maps and allocates
             side()
         found: dict[str, list[float]] = {name: [] for name in sides}
-        until = cpu_seconds() + task.seconds
-        rounds = 0
+        until, rounds = cpu_seconds() + task.seconds, 0
         while rounds < LEAST_ROUNDS or cpu_seconds() < until:
             for name, side in sides.items():
                 found[name].append(side())

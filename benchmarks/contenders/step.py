@@ -7,17 +7,17 @@ import dataclasses
 import itertools
 import math
 import os
-import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
-from worker import Contender, synchronize
+from worker import Contender, steady_state
 
 SEED = 42
 WARM = 3  # steps that are not timed, at least
+PROJECTION, TEMPERATURE = 128, 0.5
 _ROWS = 8  # of metrics.jsonl over the timed steps, about
 _ENDLESS = 10**12
-_PROJECTION, _TEMPERATURE = 128, 0.5
+_RATE, _WEIGHT_DECAY = 0.01, 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +25,9 @@ class Task:
     """What is trained, and how it is timed.
 
     shards: folder of the shard set; images: of the files that it was built from; work: an empty one, for runs. image_size: side
-    of the views, pixels. bf16: under autocast, else float32. seconds: steps are timed for at least so long; steps: of the
-    project's own loop, which is told beforehand how many to take. compile: None is the stage's own choice.
+    of the views, pixels. bf16: under autocast, else float32, whose products a GPU rounds to TF32 where tf32 is True, as the stage
+    does. seconds: steps are timed for at least so long; steps: of the project's own loop, which is told beforehand how many to
+    take. compile, channels_last: None is the stage's own choice. micro_batch: in two passes, so many patches at a time.
     """
 
     shards: str
@@ -41,22 +42,18 @@ class Task:
     seconds: float
     steps: int
     compile: bool | None = None
+    channels_last: bool | None = None
+    micro_batch: int | None = None
+    tf32: bool = True
+
+    @property
+    def precision(self) -> str:
+        return "bf16" if self.bf16 else "fp32"
 
 
 def timed(batches: Iterator, step: Callable[[Any], None], task: Task) -> dict[str, Any]:
     """img_per_s: views, two of each patch; data_wait: the share of the time spent waiting for batches, 0 to 1."""
-    for batch in itertools.islice(batches, WARM):
-        step(batch)
-    synchronize(task.device)
-    steps, waited, started = 0, 0.0, time.perf_counter()
-    while time.perf_counter() - started < task.seconds or not steps:
-        asked = time.perf_counter()
-        batch = next(batches)
-        waited += time.perf_counter() - asked
-        step(batch)
-        steps += 1
-    synchronize(task.device)
-    seconds = time.perf_counter() - started
+    steps, seconds, waited = steady_state(batches, step, warm=WARM, lap=1, seconds=task.seconds, device=task.device)
     return {
         "img_per_s": 2 * task.batch_size * steps / seconds,
         "data_wait": waited / seconds,
@@ -73,35 +70,19 @@ def fresh_memory(device: str) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def peak_gib(device: str) -> float | None:
-    """The most that tensors took since `fresh_memory`; None on a CPU."""
-    if device == "cuda":
-        import torch
-
-        return round(torch.cuda.max_memory_allocated() / 2**30, 3)
-    return None
-
-
 # ---- Ours ----
 
 
 def loader(task: Task) -> dict[str, Any]:
     """The views as the loop asks for them, and nothing done with them."""
-    import numpy as np
     import torch
 
-    from pipelines.loader import ViewLoader
-    from pipelines.recipes import get_recipe
-    from pipelines.shard_reader import ShardReader
+    from contenders.loader import our_loader
 
-    reader = ShardReader(task.shards)
-    with ViewLoader(
-        reader,
-        np.arange(len(reader)),
+    with our_loader(
+        task.shards,
         batch_size=task.batch_size,
         image_size=task.image_size,
-        recipe=get_recipe("simclr"),
-        seed=SEED,
         device=task.device,
         dtype=torch.bfloat16 if task.bf16 and task.device == "cuda" else torch.float32,
         channels_last=task.device == "cuda",
@@ -110,52 +91,113 @@ def loader(task: Task) -> dict[str, Any]:
         return timed(epochs, lambda batch: None, task) | {"data_wait": None}
 
 
-def model(task: Task) -> dict[str, Any]:
-    """Steps on one batch that lies on the device, computed as the stage computes them."""
+class Training(NamedTuple):
+    """step: takes one; net: what it trains, to be compiled in place."""
+
+    net: Any
+    step: Callable[[], None]
+
+
+def model_step(task: Task) -> Training:
+    """Steps of SimCLR with LARS as the loop takes them, always on the same random views, which lie on the device.
+
+    What the loop sets for the whole process is the caller's: `train.trainer.precision.backend_settings`.
+    """
     import torch
-    from step_model import model_step, step_flops
+
+    from models.backbones import build_backbone
+    from train.trainer.grad_cache import grad_cache_backward
+    from train.trainer.loop import ViewModel
+    from train.trainer.methods import SimCLR
+    from train.trainer.optim import build_optimizer
+    from train.trainer.precision import default_on_cuda
+
+    torch.manual_seed(SEED)
+    method, device, size = SimCLR(PROJECTION, TEMPERATURE), task.device, task.image_size
+    features: Any = build_backbone(task.backbone, size)
+    net: Any = ViewModel(features, method.build_head(int(features.num_features))).to(device)
+    views_VBCSS = torch.randn(2, task.batch_size, 3, size, size, device=device)
+    if task.bf16 and device == "cuda":
+        views_VBCSS = views_VBCSS.bfloat16()
+    if default_on_cuda(task.channels_last, torch.device(device)):
+        net = net.to(memory_format=torch.channels_last)
+        views_VBCSS = views_VBCSS.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    optimizer = build_optimizer("lars", net, weight_decay=_WEIGHT_DECAY, fused=device == "cuda")
+    for group in optimizer.param_groups:
+        group["lr"] = _RATE
+    net.train()
+    label_B = torch.full((task.batch_size,), -1, device=device)
+
+    def autocast() -> torch.autocast:
+        return torch.autocast(device, torch.bfloat16, enabled=task.bf16)
+
+    def loss_of(z_VBD: torch.Tensor) -> torch.Tensor:
+        return method.loss(z_VBD, label_B, None)
+
+    def reseed(number: int) -> None:
+        torch.manual_seed(number)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        if task.micro_batch is None:
+            with autocast():
+                loss = loss_of(net(views_VBCSS))
+            loss.backward()
+        else:
+            grad_cache_backward(net, views_VBCSS, loss_of, micro_batch=task.micro_batch, reseed=reseed, autocast=autocast)
+        optimizer.step()
+
+    return Training(net, step)
+
+
+def step_flops(training: Training) -> int:
+    """Floating-point operations of a step (a multiply and an add are two), by taking one. Before the net is compiled: the
+    compiler's own kernels are not counted."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        training.step()
+    return counter.get_total_flops()
+
+
+def model(task: Task) -> dict[str, Any]:
+    """Steps on one batch that lies on the device, computed as the stage computes them. peak_gib: the most that tensors took."""
+    import torch
 
     from train.trainer.precision import backend_settings, compile_model
 
-    device = torch.device(task.device)
+    device, on_gpu = torch.device(task.device), task.device == "cuda"
     with backend_settings(device, deterministic=False):
-        training = model_step(
-            backbone=task.backbone,
-            image_size=task.image_size,
-            batch_size=task.batch_size,
-            device=task.device,
-            precision="bf16" if task.bf16 else "fp32",
-        )
-        flops = step_flops(training)
-        compiled = compile_model(training.net, task.compile, device)
-        fresh_memory(task.device)
-        found = timed(itertools.repeat(None), lambda batch: training.step(), task)
+        convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+        before = convolutions.fp32_precision
+        if on_gpu and not task.tf32:  # convolutions have a switch of their own; backend_settings puts back that of products
+            torch.set_float32_matmul_precision("highest")
+            convolutions.fp32_precision = "ieee"
+        try:
+            training = model_step(task)
+            flops = step_flops(training)
+            compiled = compile_model(training.net, task.compile, device)
+            fresh_memory(task.device)
+            found = timed(itertools.repeat(None), lambda batch: training.step(), task)
+        finally:
+            convolutions.fp32_precision = before
     return found | {
         "data_wait": None,
         "flops_per_step": flops,
         "compiled": compiled,
-        "gpu": torch.cuda.get_device_name() if task.device == "cuda" else None,
-        "peak_gib": peak_gib(task.device),
+        "gpu": torch.cuda.get_device_name() if on_gpu else None,
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3) if on_gpu else None,
     }
 
 
-def joint(task: Task) -> dict[str, Any]:
-    return pretrained(task, workers=0)
-
-
-def ray(task: Task) -> dict[str, Any]:
-    os.environ["RAY_ADDRESS"] = "local"  # whatever cluster this machine is part of
-    return pretrained(task, workers=1)
-
-
-def pretrained(task: Task, *, workers: int, **settings: Any) -> dict[str, Any]:
-    """The stage as a user starts it, with further settings of its config. Its metrics' first row, which holds all that is done
-    once, is left out."""
+def joint(task: Task, *, workers: int = 0) -> dict[str, Any]:
+    """The stage as a user starts it. Its metrics' first row, which holds all that is done once, is left out."""
     from sharding.manifest import read_manifest
     from train.config import PretrainConfig
     from train.stages.pretraining import pretrain
 
-    patches = len(read_manifest(task.shards))
+    fresh_memory(task.device)
+    patches = len(read_manifest(task.shards, columns=["id"]))
     row = max(WARM, -(-task.steps // _ROWS))
     wanted = task.batch_size * (row + task.steps)
     config = PretrainConfig(
@@ -167,10 +209,11 @@ def pretrained(task: Task, *, workers: int, **settings: Any) -> dict[str, Any]:
         epochs=math.ceil(wanted / (patches - patches % task.batch_size)),
         image_size=task.image_size,
         batch_size=task.batch_size,
-        projection_dim=_PROJECTION,
-        temperature=_TEMPERATURE,
-        precision="bf16" if task.bf16 else "fp32",
+        projection_dim=PROJECTION,
+        temperature=TEMPERATURE,
+        precision=task.precision,  # type: ignore[arg-type]
         compile=task.compile,
+        channels_last=task.channels_last,
         workers=workers,
         threads=task.cores,
         log_every=row,
@@ -178,9 +221,13 @@ def pretrained(task: Task, *, workers: int, **settings: Any) -> dict[str, Any]:
         seed=SEED,
         storage=task.work,
     )
-    rows = pretrain(dataclasses.replace(config, **settings)).metrics()
-    losses = {"loss_first": rows[0]["loss"], "loss_last": rows[-1]["loss"]}
-    return summarise_rows(rows, task.batch_size) | losses | {"peak_gib": rows[-1].get("gpu_memory_gib")}
+    rows = pretrain(config).metrics()
+    return summarise_rows(rows, task.batch_size) | {"peak_gib": rows[-1].get("gpu_memory_gib")}
+
+
+def ray(task: Task) -> dict[str, Any]:
+    os.environ["RAY_ADDRESS"] = "local"  # whatever cluster this machine is part of
+    return joint(task, workers=1)
 
 
 def summarise_rows(rows: list[dict[str, Any]], batch_size: int) -> dict[str, Any]:
@@ -212,10 +259,10 @@ def lightly(task: Task) -> dict[str, Any]:
     from lightly.transforms import SimCLRTransform
 
     dataset = LightlyDataset(task.images, transform=SimCLRTransform(input_size=task.image_size, gaussian_blur=0.0))
-    backbone = _backbone(task)
-    head = SimCLRProjectionHead(backbone.num_features, backbone.num_features, _PROJECTION)
+    backbone = seeded_backbone(task.backbone, task.image_size, SEED)
+    head = SimCLRProjectionHead(backbone.num_features, backbone.num_features, PROJECTION)
     net = torch.nn.Sequential(backbone, head).to(task.device)
-    criterion = NTXentLoss(temperature=_TEMPERATURE)
+    criterion = NTXentLoss(temperature=TEMPERATURE)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.06)
 
     def step(batch):
@@ -238,9 +285,9 @@ def simclr(task: Task) -> dict[str, Any]:
     from torchvision.datasets import ImageFolder
 
     dataset = ImageFolder(task.images, transform=TransformsSimCLR(size=task.image_size))
-    backbone = _backbone(task)
-    net = SimCLR(backbone, _PROJECTION, backbone.num_features).to(task.device)
-    criterion = NT_Xent(task.batch_size, _TEMPERATURE, 1).to(task.device)
+    backbone = seeded_backbone(task.backbone, task.image_size, SEED)
+    net = SimCLR(backbone, PROJECTION, backbone.num_features).to(task.device)
+    criterion = NT_Xent(task.batch_size, TEMPERATURE, 1).to(task.device)
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-4)
 
     def step(batch):
@@ -257,13 +304,14 @@ def simclr(task: Task) -> dict[str, Any]:
     return timed(_loaded(dataset, task), step, task)
 
 
-def _backbone(task: Task) -> Any:
+def seeded_backbone(name: str, image_size: int, seed: int) -> Any:
+    """The seed decides its weights."""
     import torch
 
     from models.backbones import build_backbone
 
-    torch.manual_seed(SEED)
-    return build_backbone(task.backbone, task.image_size)
+    torch.manual_seed(seed)
+    return build_backbone(name, image_size)
 
 
 def _loaded(dataset: Any, task: Task) -> Iterator:

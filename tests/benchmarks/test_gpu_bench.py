@@ -1,4 +1,4 @@
-"""The GPU benchmark, its check of correctness, and the short pretraining."""
+"""The GPU benchmark and its check of correctness."""
 
 import importlib
 import json
@@ -10,9 +10,7 @@ from pathlib import Path
 import gpu_bench
 import gpu_check
 import pytest
-import short_pretraining
-from gpu_bench import PARTS, Config, Part, Setting, chosen_parts, main, report_of
-from harness import RunFailed, draw_labelled_set
+from gpu_bench import PARTS, Config, Part, Setting, chosen_parts, commands, main, report_of
 from report import Report, markdown
 
 from sharding.cli import build_parser
@@ -43,20 +41,17 @@ def parts(tmp_path, monkeypatch):
     (tmp_path / "benchmarks" / "it.py").write_text(SCRIPT)
     how, beats = tmp_path / "do", tmp_path / "beats"
 
-    def part(do, seconds=30.0, least=0.0):
-        return Part(
-            "It",
-            seconds,
-            least,
-            lambda s, _: ["it.py", "--do", do(), "--beats", beats],
-            lambda found: Report(found, "It", [f"- {found}"]),
-        )
+    def show(found):
+        return Report(found, "It", [f"- {found}"])
 
-    made = {
-        "first": part(lambda: "end"),
-        "second": part(how.read_text, seconds=2.0),
-        "last": part(lambda: "end", least=20.0),
-    }
+    made = {"first": Part("It", 30, 0, show), "second": Part("It", 2, 0, show), "last": Part("It", 30, 20, show)}
+
+    def command(do):
+        return ["it.py", "--do", do, "--beats", beats]
+
+    monkeypatch.setattr(
+        gpu_bench, "commands", lambda *_: {name: command(how.read_text() if name == "second" else "end") for name in made}
+    )
     monkeypatch.setattr(gpu_bench, "PARTS", made)
     monkeypatch.setattr(gpu_bench, "NEED_NO_DATA", set(made))
     monkeypatch.setattr(gpu_bench, "ROOT", tmp_path)
@@ -138,16 +133,16 @@ def test_every_part_is_a_command_that_its_script_takes(tmp_path, name, dry):
     """Its flags and their values, without running it."""
     (tmp_path / "images-8-shards").mkdir()
     setting = Setting(tmp_path, dry, str(tmp_path / "set"), "c0ffee")
-    script, *arguments = map(str, PARTS[name].arguments(setting, 33.3))
+    script, *arguments = map(str, commands(setting, 33.3)[name])
     module = importlib.import_module(Path(script).stem)
     parser = build_parser(module.Config, prog=script, description="", exit_on_error=False)
     values = parser.parse_args(arguments if name == "data" else [*arguments, "--out", "out"])
-    if name in ("check", "threads"):
+    if name == "check":
         assert values["data"] == str(tmp_path / "images-8-shards")
     if name == "pretraining":
         assert values["data"] == str(tmp_path / "set")
-    assert values.get("device", setting.device) == setting.device
-    assert values.get("dry") in ((dry,) if name in ("check", "threads") else (None, False))  # the others are given their sizes
+    assert values.get("device", "cpu" if dry else "cuda") == ("cpu" if dry else "cuda")
+    assert values.get("dry") in ((dry,) if name in ("check", "pretraining") else (None, False))  # others are given their sizes
 
 
 def test_a_cut_off_step_is_shown_as_far_as_it_came(head):
@@ -168,70 +163,6 @@ def test_a_cut_off_step_is_shown_as_far_as_it_came(head):
     assert "This result cannot be shown (KeyError: 'timed'); it is in the JSON file." in text and "| check | ok |" in text
 
 
-# A short pretraining
-
-
-def _pretraining(tmp_path, monkeypatch, failing=(), **settings):
-    asked = []
-
-    def pretrained(config, data, runs, name, epochs):
-        asked.append((name.rpartition("-")[2] if name.endswith("pilot") else "run", epochs))
-        return {"epoch_s": 3.0, "epochs": epochs}
-
-    def judged(config, data, runs, weights):
-        asked.append((weights if weights in ("scratch", "imagenet") else "pretrained", None))
-        if asked[-1][0] in failing:
-            raise RunFailed("exit code 2: it cannot be had")
-        figure = {"mean": 0.5, "std": None, "low": 0.25, "high": 0.75}
-        return {"accuracy": figure, "balanced_accuracy": figure | {"low": None}, "auroc": figure | {"mean": None}, "units": 9}
-
-    monkeypatch.setattr(short_pretraining, "pretrained", pretrained)
-    monkeypatch.setattr(short_pretraining, "judged", judged)
-    described = {"name": "oral", "fingerprint": "c0ffee", "packed_by": ["python sharding/build.py oral --unlabelled"]}
-    monkeypatch.setattr(short_pretraining, "set_of", lambda data: described)
-    code = 0
-    try:
-        short_pretraining.main(short_pretraining.Config(str(tmp_path), str(tmp_path / "out"), data=str(tmp_path), **settings))
-    except SystemExit as error:
-        code = error.code
-    (path,) = (tmp_path / "out").glob("*-short-pretraining.json")
-    return asked, json.loads(path.read_text()), code
-
-
-def test_as_many_epochs_as_fit(tmp_path, monkeypatch):
-    asked, record, code = _pretraining(tmp_path, monkeypatch, seconds=31.0)
-    assert asked == [("pilot", 2), ("run", 10), ("pretrained", None), ("scratch", None), ("imagenet", None)]
-    assert (record["epochs"], code) == (10, 0)
-    rows = short_pretraining.report_of(record).blocks[-1].rows
-    assert rows[0] == ["pretrained, 10 epochs", "0.500 [0.250, 0.750]", "0.500", "-"]
-    assert _pretraining(tmp_path / "other", monkeypatch, epochs=3)[0][0] == ("run", 3)  # no pilot
-
-
-def test_weights_that_are_not_there_are_no_failure(tmp_path, monkeypatch):
-    _, record, code = _pretraining(tmp_path, monkeypatch, failing={"imagenet"})
-    text = markdown(short_pretraining.report_of(record))
-    assert code == 0 and "'oral' was packed by `python sharding/build.py oral --unlabelled` (fingerprint c0ffee)." in text
-    assert "| ImageNet (not there: exit code 2: it cannot be had) | - | - | - |" in text
-    _, record, code = _pretraining(tmp_path / "other", monkeypatch, failing={"scratch"})
-    text = markdown(short_pretraining.report_of(record))
-    assert code == 1 and "| random weights (FAILED: exit code 2: it cannot be had) | - | - | - |" in text
-
-
-@pytest.mark.faults
-def test_the_stages_are_run_and_their_metrics_found(tmp_path):
-    """Runs two commands that import torch and DALI, and a third that fails."""
-    config = short_pretraining.Config(str(tmp_path), backbone="test_resnet", image_size=32, batch_size=16, patches=60)
-    data, runs = draw_labelled_set(tmp_path, 60, 32), tmp_path / "runs"
-    found = short_pretraining.pretrained(config, data, runs, "one", 1)
-    assert found["epochs"] == 1 and found["steps"] >= 1
-    assert found["epoch_s"] == pytest.approx(2 * 16 * found["steps"] / found["img_per_s"], rel=0.01)
-    assert found["loss_last"] > 0 and 0 <= found["data_wait"] <= 1
-    found = short_pretraining.judged(config, data, runs, "one")
-    assert all(0 <= found["accuracy"][name] <= 1 for name in ("low", "mean", "high"))
-    with pytest.raises(RunFailed, match="no run of that name"):
-        short_pretraining.judged(config, data, runs, "other")
-
-
 # The check
 
 
@@ -244,31 +175,29 @@ def run_check(run_main):
 
 
 def test_on_a_cpu_nothing_differs_from_the_cpu(tmp_path, run_check):
-    record, text, code = run_check(tmp_path, steps=["decode", "views", "purity"])
+    """All four steps on 48 patches, with several DALI pipelines each."""
+    record, text, code = run_check(tmp_path)
     steps = record["steps"]
-    assert code == 0 and [*steps] == ["environment", "data", "decode", "views", "purity"] and "| purity |" in text
+    assert code == 0 and [*steps] == ["environment", "decode", "views", "purity"] and "| purity |" in text
     assert all(result["max"] == 0 and result["same_in_other_batch"] for name, result in steps["decode"].items() if ", " in name)
     assert steps["views"]["simclr, as stored"]["max"] == 0
     assert steps["views"]["colour alone"]["max"] < 0.01  # torch's and Numba's rounding
     assert steps["purity"]["all_identical"]
 
 
-def test_a_failed_step_is_reported_and_leaves_the_others(tmp_path, run_check, capfd):
-    record, _, code = run_check(tmp_path, steps=["model", "views"], data="no/such/set", backbone="resnot")
-    assert code == 1 and [step["status"] for step in record["steps"].values()] == ["ok", "failed", "failed", "failed"]
-    assert "no/such/set" in record["steps"]["data"]["error"] and "resnot" in record["steps"]["model"]["error"]
-    assert capfd.readouterr().err.endswith("FAILED: data, views, model\n")
+def test_a_failed_step_is_reported_and_leaves_the_others(tmp_path, run_check, monkeypatch, capfd):
+    import gpu_pixels
+
+    monkeypatch.setattr(gpu_pixels, "decode", lambda check, found: found.update(first=1) or {}["it broke"])
+    record, _, code = run_check(tmp_path, steps=["decode", "environment"])
+    assert code == 1 and {name: step["status"] for name, step in record["steps"].items()} == {
+        "environment": "ok",
+        "decode": "failed",
+    }
+    assert record["steps"]["decode"]["first"] == 1 and record["steps"]["decode"]["error"] == "KeyError: 'it broke'"
+    assert capfd.readouterr().err.endswith("FAILED: decode\n")
     with pytest.raises(ValueError, match="no step 'modle'"):
         gpu_check.main(gpu_check.Config(out=str(tmp_path), dry=True, steps=["modle"]))
-
-
-@pytest.mark.faults
-def test_rates_are_there(tmp_path, run_check):
-    """Trains two models, one of them by the stage."""
-    record, _, code = run_check(tmp_path, steps=["model", "loader", "joint"])
-    steps = record["steps"]
-    assert code == 0 and steps["loader"]["1 threads"]["patches_per_s"] > 0 and steps["model"]["img_per_s"] > 0
-    assert steps["joint"]["joint_to_model"] > 0 and 0 <= steps["joint"]["data_wait"] <= 1
 
 
 @pytest.mark.faults

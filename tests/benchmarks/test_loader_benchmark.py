@@ -3,13 +3,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from contenders import loader as contenders
-from contenders.loader import LOADERS, Task, measure
+import worker
+from contenders.loader import LOADERS, Files, Task, TwoViews, measure, torchvision_transform, whole_epochs
 from contenders.loader_peers import CONTENDERS as PEER_CONTENDERS
-from contenders.loader_peers import whole_epochs
 from hypothesis import given
 from hypothesis import strategies as st
-from loader import Config, environment_in, main, of_device, report_of, summarise, summarise_parts, task_of
+from loader import Config, environment_in, main, of_device, report_of, summarise_parts, summary_of, task_of
 from peers import LOADER_PEERS, Environment
 
 from pipelines.shard_reader import ShardReader
@@ -41,7 +40,7 @@ PARTS |= {"loader": [100, 100, 150]}
 
 
 def test_ratios():
-    summary = summarise(RUNS)
+    summary = summary_of(RUNS)
     assert summary["ours"]["patches_per_s"] == 400 and summary["ours"]["spread"] == 0.5
     assert summary["ours"]["rate_to_torchvision"] == 5  # of 5, 3 and 40
     assert summary["ours"]["rate_to_dali"] == 1  # of 1.25, 0.75 and 1
@@ -83,7 +82,7 @@ def test_targets(head):
 
 def test_whole_laps_are_timed_after_the_first_batches(monkeypatch):
     clock = {"now": 0.0}
-    monkeypatch.setattr(contenders.time, "perf_counter", lambda: clock["now"])
+    monkeypatch.setattr(worker.time, "perf_counter", lambda: clock["now"])
 
     def stream(task):
         for number in itertools.count():
@@ -98,8 +97,7 @@ def test_whole_laps_are_timed_after_the_first_batches(monkeypatch):
 @given(st.integers(1, 200), st.integers(1, 64))
 def test_every_worker_makes_as_many_batches(steps, cores):
     task = task_of(Config("w", batch_size=BATCH), ".", steps * BATCH + 1, cores)
-    assert task.warm % cores == task.lap % cores == 0
-    assert 2 <= task.warm < 2 + cores and steps <= task.lap < steps + cores
+    assert task.lap % cores == 0 and steps <= task.lap < steps + cores
     assert task_of(Config("w", batch_size=BATCH, lap=5), ".", 100 * BATCH, 4).lap == 8
 
 
@@ -120,25 +118,15 @@ def test_two_views_of_every_patch(shards, name):
 
 def test_torchvision_makes_two_views_of_files_and_of_tensors(shards):
     files = ShardReader(shards).manifest["source"].to_pylist()
-    data = contenders.TwoViews(files, contenders.torchvision_transform("simclr-blur", SIZE))
+    data = Files(files, TwoViews(torchvision_transform("simclr-blur", SIZE)))
     one, other = data[PATCHES - 1]
-    assert one.shape == other.shape == (3, SIZE, SIZE) and not one.equal(other) and "GaussianBlur" in repr(data.transform)
-    assert "GaussianBlur" not in repr(contenders.torchvision_transform("simclr", SIZE))
+    assert one.shape == other.shape == (3, SIZE, SIZE) and not one.equal(other) and "GaussianBlur" in repr(data.make.transform)
+    assert "GaussianBlur" not in repr(torchvision_transform("simclr", SIZE))
     stream = _stream("torchvision-v2", shards)
     views = torch.stack(list(next(stream)))
     assert views.shape == (2, BATCH, 3, SIZE, SIZE) and -3 < views.min() < views.max() < 3
     assert len(views.flatten(2).mean(-1).unique()) == 2 * BATCH  # each drawn by itself
     stream.close()
-
-
-@given(st.integers(1, 20), st.integers(1, 8), st.integers(1, 8))
-def test_batches_hold_every_file_before_any_comes_again(patches, batch_size, count):
-    batches = list(contenders._Batches(patches, batch_size, count))
-    assert [len(batch) for batch in batches] == [batch_size] * count
-    places = list(itertools.chain.from_iterable(batches))
-    for start in range(0, len(places), patches):
-        part = places[start : start + patches]
-        assert len(set(part)) == len(part) and set(part) <= set(range(patches))
 
 
 def test_decoding_has_every_patch_once_in_each_epoch(shards):
@@ -161,7 +149,7 @@ def test_others_are_timed_by_whole_epochs():
 
 
 def test_contenders_of_each_device(tmp_path):
-    assert set(of_device("cuda")) ^ set(of_device("cpu")) >= {"torchvision-v2", "kornia", "decode-on-host", "parts", "memory"}
+    assert set(of_device("cuda")) ^ set(of_device("cpu")) >= {"torchvision-v2", "kornia", "parts", "memory"}
     assert {"ours", "ours-blur", "torchvision", "dali", "decode"} <= set(of_device("cuda")) & set(of_device("cpu"))
     assert set(PEER_CONTENDERS) == set(LOADER_PEERS) and not set(LOADER_PEERS) & {*of_device("cpu"), *of_device("cuda")}
     (tmp_path / "spdl" / "bin").mkdir(parents=True)
@@ -173,17 +161,17 @@ def test_contenders_of_each_device(tmp_path):
 
 @pytest.mark.faults
 def test_the_command(images, tmp_path, run_main):
-    """Starts eight processes that import torch and DALI, which takes a minute on a busy machine."""
+    """Starts seven processes that import torch and DALI, which takes a minute on a busy machine."""
     usual = {"batch_size": BATCH, "size": SIZE, "patches": PATCHES, "seconds": 0.1, "cores": 1, "rounds": 1}
-    names = ["parts", "dali", "torchvision", "ours", "memory", "webdataset", "litdata"]
+    names = ["parts", "torchvision", "ours", "memory", "webdataset", "litdata"]
     config = Config(
         str(tmp_path), str(tmp_path / "results"), None, str(images), contenders=names, memory_batches=[4, 100], **usual
     )
     record, text, code = run_main(main, config)
     assert code == 1 and [*record["failed"]] == ["memory 100"] and "larger than the" in record["failed"]["memory 100"]
     assert record["missing"] == {"litdata": "not installed: --peers FOLDER does that"}
-    assert [*record["runs"]] == ["torchvision", "ours", "dali", "webdataset", "parts", "memory 4", "memory 100"]
-    for name in ("torchvision", "ours", "dali", "webdataset"):
+    assert [*record["runs"]] == ["torchvision", "ours", "webdataset", "parts", "memory 4", "memory 100"]
+    for name in ("torchvision", "ours", "webdataset"):
         (run,) = record["runs"][name]
         assert run["batches"] % 3 == 0 and run["patches"] == run["batches"] * BATCH and run["wall_s"] >= 0.1
     ms = {name: times[0] for name, times in record["runs"]["parts"][0]["ms"].items()}

@@ -27,12 +27,12 @@ def smoke(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "drawn", lambda folder, seconds: Task("", "", "", seconds))
 
     def run(times, **settings):
-        def measured(group, task):
+        def run_contender(module, group, task, limit):
             if isinstance(times[group], str):
                 raise RunFailed(times[group])
             return {side: [seconds] * 5 for side, seconds in times[group].items()}
 
-        monkeypatch.setattr(benchmark, "measured", measured)
+        monkeypatch.setattr(benchmark, "run_contender", run_contender)
         main(Config(**settings))
 
     run(TIMES, update=True)

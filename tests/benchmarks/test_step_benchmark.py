@@ -6,16 +6,16 @@ import pytest
 import step
 import step_options
 import torch
+import worker
 from contenders import step as contenders
-from contenders.step import WARM, Task, summarise_rows, timed
+from contenders.step import PROJECTION, WARM, Task, model_step, step_flops, summarise_rows, timed
 from harness import RunFailed
 from hypothesis import given
 from hypothesis import strategies as st
 from patch_set import PatchSet
 from report import judge
-from step import TARGETS, Config, main, model_lines, report_of, summarise, utilisation
-from step_model import METHOD, model_step, step_flops
-from step_options import Setting, attempt, settings
+from step import TARGETS, Config, main, model_lines, report_of, summary_of, utilisation
+from step_options import attempt, settings, text_of
 
 
 def _task(**changes) -> Task:
@@ -25,7 +25,7 @@ def _task(**changes) -> Task:
 
 def test_steps_after_the_first_ones_are_timed(monkeypatch):
     clock = {"now": 0.0}
-    monkeypatch.setattr(contenders.time, "perf_counter", lambda: clock["now"])
+    monkeypatch.setattr(worker.time, "perf_counter", lambda: clock["now"])
 
     def batches():
         for number in itertools.count():
@@ -74,10 +74,10 @@ RUNS = {
 
 
 def test_targets():
-    found = judge(summarise(RUNS), TARGETS)
+    found = judge(summary_of(RUNS), TARGETS)
     assert [target["reached"] for target in found] == pytest.approx([10, 0.95, 88 / 90, 90 / 29, 95 / 40, 0.02])
     assert [target["enough"] for target in found] == [None, True, False, True, False, True]
-    slow = judge(summarise({"model": [_run(100)], "joint": [_run(94, 0.021)]}), TARGETS)
+    slow = judge(summary_of({"model": [_run(100)], "joint": [_run(94, 0.021)]}), TARGETS)
     assert [target["enough"] for target in slow] == [None, False, None, None, None, False]
 
 
@@ -147,22 +147,17 @@ def test_the_command(tmp_path, run_main):
 # The model alone
 
 
-def _model_step(batch_size=4, **changes):
-    usual = {"backbone": "test_resnet", "image_size": 32, "device": "cpu", "precision": "fp32"}
-    return model_step(**(usual | {"batch_size": batch_size} | changes))
-
-
 def test_operations_grow_with_the_batch():
-    few, many = (step_flops(_model_step(batch_size)) for batch_size in (4, 8))
-    features = 2 * 4 * 128 * 2 * METHOD.projection_dim  # far less than the convolutions
+    few, many = (step_flops(model_step(_task(batch_size=batch_size))) for batch_size in (4, 8))
+    features = 2 * 4 * 128 * 2 * PROJECTION  # far less than the convolutions
     assert 2 * few <= many < 2 * few + 100 * features
-    weights = sum(p.numel() for p in _model_step().net.parameters() if p.ndim > 1)
+    weights = sum(p.numel() for p in model_step(_task()).net.parameters() if p.ndim > 1)
     assert few > 3 * 2 * weights * 2 * 4  # forward, and twice that backward, of 2 x 4 views, at least once for each weight
 
 
-@pytest.mark.parametrize("changes", [{}, {"micro_batch": 2}, {"channels_last": True}, {"precision": "bf16"}])
+@pytest.mark.parametrize("changes", [{}, {"micro_batch": 2}, {"channels_last": True}, {"bf16": True}])
 def test_a_step_changes_the_first_weights_and_the_last(changes):
-    training = _model_step(**changes)
+    training = model_step(_task(**changes))
     before = {name: p.detach().clone() for name, p in training.net.named_parameters()}
     training.step()
     # Those between have none of the gradient in the first step: the norms that end a branch begin at 0.
@@ -175,41 +170,28 @@ def test_a_step_changes_the_first_weights_and_the_last(changes):
 
 
 def test_one_thing_changes_at_a_time():
-    found = list(settings("options", "cuda", 256, [64]))
-    assert found[0] == Setting("bf16", True, False, 256, joint=True) and len(set(found)) == len(found) == 8
-    assert {setting.precision for setting in found} == {"bf16", "tf32", "fp32"}
-    assert not any(setting.joint for setting in found if setting.precision == "fp32")  # which the stage does not have on a GPU
-    micro = [(setting.batch_size, setting.micro_batch) for setting in settings("two-pass", "cuda", 256, [64, 1024])]
+    task = _task(device="cuda", batch_size=256)
+    found = [(text_of(setting), with_loader) for setting, with_loader in settings("options", task, [64])]
+    assert found[0] == ("batch 256, bf16, channels last", True) and len(set(found)) == len(found) == 8
+    assert not any(with_loader for text, with_loader in found if "fp32" in text)  # which the stage does not have on a GPU
+    micro = [(setting.batch_size, setting.micro_batch) for setting, _ in settings("two-pass", task, [64, 1024])]
     assert micro == [(1024, None), (1024, 256), (1024, 64)]
-    assert [setting.micro_batch for setting in settings("two-pass", "cpu", 4, [2, 4])] == [None, 1]
-
-
-@pytest.mark.parametrize("precision", ["fp32", "tf32"])
-def test_float32_is_float32_only_where_it_is_asked_for(precision):
-    torch.set_float32_matmul_precision("high")
-    try:
-        with step_options.float32(precision):
-            ieee = precision == "fp32"
-            assert torch.get_float32_matmul_precision() == ("highest" if ieee else "high")
-            assert torch.backends.cudnn.conv.fp32_precision == ("ieee" if ieee else "tf32")
-        assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.conv.fp32_precision == "tf32"
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    assert [setting.micro_batch for setting, _ in settings("two-pass", _task(), [2, 4])] == [None, 1]
+    assert [setting.batch_size for setting, _ in settings("batches", _task(), [2, 4])] == [2, 4]
 
 
 def test_what_fails_stands_in_the_table_and_the_next_is_tried(monkeypatch, tmp_path):
-    def joint(setting, task, work, found):
+    def joint(task):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to\nallocate 3 GiB")
 
-    monkeypatch.setattr(step_options, "with_loader", joint)
-    run = attempt(Setting("fp32", True, False, 4, joint=True), _task(), tmp_path)
+    monkeypatch.setattr(step_options, "joint", joint)
+    run = attempt(_task(), tmp_path, with_loader=True)
     assert run["model"]["steps"] == 1 and run["no_memory"].startswith("joint: OutOfMemoryError: CUDA out of memory. Tried to all")
-    broken = attempt(Setting("fp32", True, False, 4, joint=True), _task(backbone="resnot"), tmp_path)
+    broken = attempt(_task(backbone="resnot"), tmp_path, with_loader=True)
     assert broken["failed"].startswith("model: ValueError: backbone 'resnot'")
     timed = {"backbone": "resnot", "image_size": 32, "device": "cpu", "seconds": 1.0}
     runs = {"options": [{"text": "one"} | run, {"text": "other"} | broken], "batches": []}
     _, table = step_options.report_of({"timed": timed, "runs": runs}).blocks
-    assert (
-        table.rows[0][0] == f"one (no memory: {run['no_memory']})" and table.rows[0][1] != "-" and table.rows[0][3:] == ["-"] * 3
-    )
+    reason = f"one (no memory: {run['no_memory']})"
+    assert table.rows[0][0] == reason and table.rows[0][1] != "-" and table.rows[0][3:] == ["-"] * 3
     assert table.rows[1] == [f"other (FAILED: {broken['failed']})", *["-"] * 5]
