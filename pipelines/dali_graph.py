@@ -35,6 +35,14 @@ AHEAD = 2  # batches in the graph at once: one being made while the other is bei
 _GPU_DECODER = {"device": "mixed", "hw_decoder_load": 0.0, "jpeg_fancy_upsampling": True}
 
 
+class ImageTooSmall(RuntimeError):
+    """An image is smaller than the manifest says. index: its place in the batch."""
+
+    def __init__(self, index: int):
+        super().__init__(f"image {index} of the batch is smaller than the manifest says")
+        self.index = index
+
+
 def _one_number(outs, ins):
     for i in range(len(outs[0])):
         outs[0][i][0] = 1
@@ -52,9 +60,10 @@ def _view_operator():
     step_at = view_step_at()
 
     def make_views(done, image, rows, place):
-        for view in range(rows.shape[0]):
-            step_at(place[0] + view * place[1], image.ctypes, rows[view].ctypes, place[2], image.shape[0], image.shape[1])
         done[0] = 1
+        for view in range(rows.shape[0]):
+            at = place[0] + view * place[1]
+            done[0] &= step_at(at, image.ctypes, rows[view].ctypes, place[2], image.shape[0], image.shape[1])
 
     return NumbaFunction(
         run_fn=make_views,
@@ -134,17 +143,26 @@ class DaliGraph:
             self.get()
 
     def put(self, encoded: list[np.ndarray], parameters: ViewParameters) -> None:
-        """Start a batch of B patches with their parameters. At most AHEAD batches may be in flight."""
+        """Start a batch of B patches with their parameters. At most AHEAD batches may be in flight.
+
+        If anything is raised, the graph is closed: DALI would join the part of the batch that it has with the next one.
+        """
         assert len(self._in_flight) < AHEAD, len(self._in_flight)
-        self._feed(encoded, parameters)
-        self._pipeline.schedule_run()
+        try:
+            self._feed(encoded, parameters)
+            self._pipeline.schedule_run()
+        except BaseException:
+            self.close()
+            raise
 
     def _feed(self, encoded, parameters):
         feed, rows = self._pipeline.feed_input, parameter_rows(parameters, self.recipe)
-        feed("encoded", encoded)
         views = None
         if self.step == "numba":
             views = self._memory.take((self.recipe.views, len(rows), 3, self.image_size, self.image_size))
+        self._in_flight.append((rows, views))  # before DALI has the address: the memory must not return to the pool
+        feed("encoded", encoded)
+        if views is not None:
             bytes_of_view, bytes_of_patch = (stride * views.element_size() for stride in views.stride()[:2])
             addresses = views.data_ptr() + bytes_of_patch * np.arange(len(rows), dtype=np.int64)
             feed("rows", rows)
@@ -159,18 +177,20 @@ class DaliGraph:
                 feed(f"wide_end{view}", size + margin)
                 feed(f"roi_start{view}", margin.astype(np.float32))
                 feed(f"roi_end{view}", (size + margin).astype(np.float32))
-        self._in_flight.append((rows, views))
 
     def get(self) -> torch.Tensor:
         """Wait for the oldest batch: (V, B, 3, S, S) float32 on the device, whose memory is not reused while it is referenced.
 
-        Raises RuntimeError if DALI cannot decode a patch; the graph is then unusable and must be closed.
+        Raises RuntimeError if DALI cannot decode a patch, and ImageTooSmall; the graph is then unusable and must be closed.
         """
         # On a GPU the host does not wait: torch's stream waits for DALI's, and DALI reuses its memory after torch's stream.
         outputs = self._pipeline.share_outputs(torch.cuda.current_stream() if self.device == "cuda" else None)
         rows, views = self._in_flight.popleft()
         try:
             if views is not None:
+                done = np.asarray(outputs[0].as_tensor())
+                if not done.all():
+                    raise ImageTooSmall(int(done.argmin()))
                 return views
             return torch.stack([self._finished(sums, rows[:, view]) for view, sums in enumerate(outputs)])
         finally:
@@ -185,6 +205,10 @@ class DaliGraph:
     def pending(self) -> int:
         """Number of batches in flight."""
         return len(self._in_flight)
+
+    @property
+    def is_closed(self) -> bool:
+        return self._pipeline._pipe is None
 
     def close(self) -> None:
         """End DALI's threads, dropping batches in flight; only then free the memory that they are written to."""

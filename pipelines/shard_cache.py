@@ -30,10 +30,9 @@ from stat import S_ISREG
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from pipelines.remote_folder import MAX_JSON_BYTES, Interrupted, NotThere, RemoteFolder, is_url
-from sharding.manifest import read_dataset
+from sharding.manifest import read_dataset, read_manifest
 
 # Bytes of one request for any other file: what a failure costs, and what each thread holds in memory.
 _REQUEST_BYTES = 8 * 2**20
@@ -164,7 +163,7 @@ class RemoteSet:
         if self.limit_bytes is None:
             return
         manifest = self.folder / "manifest.parquet"
-        table = pq.read_table(manifest, columns=["offset", "size"])
+        table = read_manifest(self.folder, columns=["offset", "size"])
         # The end of the last image: the tar is a little longer.
         largest = int(np.max(table["offset"].to_numpy() + table["size"].to_numpy(), initial=0))
         needed = manifest.stat().st_size + largest

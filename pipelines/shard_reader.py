@@ -44,6 +44,10 @@ class ShardReader:
         table = read_manifest(self.folder, columns=["shard", "offset", "size", "label", "height", "width"])
         self.shards, self._offset, self._size = (table[name].to_numpy() for name in ("shard", "offset", "size"))
         self.labels = table["label"].to_numpy().astype(np.int64)
+        if table["height"].null_count or table["width"].null_count:
+            raise ValueError(
+                f"{self.folder}: its manifest lacks the images' width and height: pack the set with sharding/build.py"
+            )
         self.sizes = np.stack([table[name].to_numpy() for name in ("height", "width")], axis=1)
         self._mapped: dict[int, _Mapped] = {}
         _allow_open_files(int(self.shards.max(initial=-1)) + 1)

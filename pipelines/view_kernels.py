@@ -388,14 +388,25 @@ def view_step(out, image, row):
     _finish(out, row)
 
 
+@njit(cache=True)
+def _box_fits(row, height, width):
+    """Whether the box, which is drawn from the size in the manifest, lies in the image as it was decoded."""
+    top, left, box_height, box_width = row[Column.TOP], row[Column.LEFT], row[Column.HEIGHT], row[Column.WIDTH]
+    return (
+        top >= 0 and left >= 0 and box_height >= 1 and box_width >= 1 and top + box_height <= height and left + box_width <= width
+    )
+
+
 @functools.cache
 def view_step_at():
     """view_step as a C function, compiled once and cached on disk. Its arguments: addresses of out, image and row, S, and the
-    image's height and width. The address of out is an integer, so that callers can compute with it."""
+    image's height and width. The address of out is an integer, so that callers can compute with it.
+
+    Returns 1, or 0 for a box that does not lie in the image, without a view: Numba checks no bounds."""
     pointer, integer = numba.types.CPointer, numba.types.int64
 
     @numba.cfunc(
-        numba.types.void(
+        integer(
             pointer(numba.types.float32),
             pointer(numba.types.uint8),
             pointer(numba.types.float32),
@@ -406,14 +417,14 @@ def view_step_at():
         cache=True,
     )
     def step(out, image, row, side, height, width):
-        view_step(
-            numba.carray(out, (3, side, side)),
-            numba.carray(image, (height, width, 3)),
-            numba.carray(row, (COLUMNS,)),
-        )
+        parameters = numba.carray(row, (COLUMNS,))
+        if not _box_fits(parameters, height, width):
+            return 0
+        view_step(numba.carray(out, (3, side, side)), numba.carray(image, (height, width, 3)), parameters)
+        return 1
 
     assert step.address is not None
-    at = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3)(step.address)
+    at = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3)(step.address)
     at.step = step  # type: ignore[attr-defined]  # keeps the compiled code alive
     return at
 
