@@ -22,7 +22,6 @@ from train.cluster.ray_cluster import NodeActors, alive_nodes, connect, possible
 from train.cluster.resources import WorkerResources, resources_per_worker
 from train.config import worker_range
 from train.records.checkpoint_store import LOCK_TIMEOUT_S, CheckpointStore
-from train.records.provenance import RECORD_NAME
 from train.records.remote_run import Mirror, fetch_source
 from train.records.retry import await_folder
 from train.records.run_lock import StoreLock
@@ -62,13 +61,12 @@ def run_job(job: Job, workers: str | int, gpus_per_worker: float | None = None, 
 
 @contextlib.contextmanager
 def mirrored(job: Job) -> Iterator[None]:
-    """A block in which the job is trained, on any nodes. For a run at a URL, it first uploads the record that this process wrote
-    and waits until no other process trains the run; at the end it downloads the workers' files."""
+    """A block in which the job is trained, on any nodes. For a run at a URL, it first waits until no other process trains the
+    run; at the end it downloads the workers' files."""
     if job.url is None:
         yield
         return
     mirror = Mirror(job.url)
-    mirror.push(RECORD_NAME)
     StoreLock(mirror.store, mirror.folder).wait()
     yield
     mirror.pull(whole=True)

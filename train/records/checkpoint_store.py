@@ -12,10 +12,8 @@ from pathlib import Path
 from train.records.checkpoints import CHECKPOINTS, Background, keep_newest, newest_in
 from train.records.remote_run import Mirror
 from train.records.retry import RETRY_TIMEOUT_S, retry_io
-from train.records.run_lock import exclusive_lock
-from train.records.uploader import RunUploader
+from train.records.uploader import LOCK_TIMEOUT_S, RunUploader, locked_run
 
-LOCK_TIMEOUT_S = 30.0  # a worker whose driver was killed may live on for so long
 _TRIES = 12  # of each request to the object store while a run is trained: about two minutes of pauses
 
 
@@ -47,17 +45,9 @@ class CheckpointStore:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """A block in which no other process trains the run. When it ends, a run at a URL has all its files there.
-
-        Raises ValueError where another process still trains it after lock_timeout_s.
-        """
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with exclusive_lock(self._folder, self._lock_timeout_s):
-            if self._mirror is None:
-                yield
-                return
-            with RunUploader(self._mirror) as self._uploader:
-                yield
+        """See `locked_run`."""
+        with locked_run(self._folder, self._mirror, self._lock_timeout_s) as self._uploader:
+            yield
 
     def newest(self) -> str | None:
         """The name of the newest checkpoint; None where there is none."""

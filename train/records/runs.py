@@ -15,7 +15,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ from pipelines.remote_folder import RemoteFolder, is_url
 from sharding.cli import old_defaults
 from train.records.data import place_of
 from train.records.remote_run import CELLS, RESULT_NAME, Mirror
+from train.records.uploader import locked_run
+
+RECORD_NAME = "run.json"
 
 # Raise a stage's version when the same config and data would come out with other figures.
 STAGE_VERSIONS = {"pretrain": 2, "linear": 3, "knn": 1, "finetune": 3, "supervised": 3}
@@ -99,9 +102,14 @@ class Run:
         return Run(self.folder / CELLS / name, Mirror(f"{self.url}/{CELLS}/{name}") if self.mirror else None)
 
     @property
+    def exists(self) -> bool:
+        """Whether a stage was begun here."""
+        return (self.folder / RECORD_NAME).exists()
+
+    @property
     def record(self) -> dict[str, Any]:
         """run.json. Raises ValueError when there is none."""
-        return read_json(self.folder / "run.json", "this is no run's folder: give a run that train/ or tune/ made")
+        return read_json(self.folder / RECORD_NAME, "this is no run's folder: give a run that train/ or tune/ made")
 
     @property
     def config(self) -> dict[str, Any]:
@@ -138,31 +146,59 @@ class Run:
             newest |= row
         return {name: value for name, value in newest.items() if name != "data_wait" and not name.endswith(("_per_s", "_gib"))}
 
-    def begin(self, stage: Stage, config, reads: dict[str, Any]) -> bool:
+    def begin(self, stage: Stage, config, reads: dict[str, Any], prepare: Callable[[], None] | None = None) -> bool:
         """Take the folder for a stage. Returns False when the stage is already finished there.
 
-        reads: the `input` of run.json (see inputs.Input.describe).
+        reads: the `input` of run.json (see data.Input.describe); prepare: writes further files that belong to the record.
 
+        Whatever works on the run afterwards does so inside `locked`, with the stage's key: until a first step is taken, another
+        command may still take the name.
         Raises ValueError, with every field that differs, when the name stands for another stage. A run that failed before
-        its first step (a misspelt backbone, say) holds nothing to lose, and its name is free.
+        its first step (a misspelt backbone, say) holds nothing to lose, and its name is free. Also raises ValueError when
+        another process works on the run.
         """
-        if (self.folder / "run.json").exists():
-            differences = _differences(self.record["stage"], stage.describe(), old_defaults(config))
-            if differences and self.has_work():
-                raise ValueError(
-                    f"the name {self.name!r} is taken by a run with {', '.join(differences)}:"
-                    f" choose another --name, or remove {self.place}"
-                )
-            if self.finished:
-                self.fetch()  # whoever asked for it looks at what it has left
-                return False
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(self.folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))
-        started = self.record["started"] if (self.folder / "run.json").exists() else _now()
-        self._write_record(stage, config, {"input": reads, "started": started, "status": "running"})
-        if self.mirror:  # before any work is done: that nothing may be written there shows now
-            self.mirror.push("config.yaml", "run.json")
-        return True
+        if not self._is_finished(stage, config):
+            with locked_run(self.folder, self.mirror):
+                if not self._is_finished(stage, config):  # nor was it taken or finished while this process waited
+                    settings = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+                    write_text(self.folder / "config.yaml", settings)
+                    started = self.record["started"] if self.exists else _now()
+                    self._write_record(stage, config, {"input": reads, "started": started, "status": "running"})
+                    if prepare:
+                        prepare()
+                    return True
+        self.fetch()  # whoever asked for it looks at what it has left
+        return False
+
+    @contextlib.contextmanager
+    def locked(self, key: str) -> Iterator[None]:
+        """A block in which only this process works on the run. key: of the stage that was begun.
+
+        Raises ValueError when another process works on it, or has begun another stage under its name.
+        """
+        with locked_run(self.folder, self.mirror):
+            self.check_key(key)
+            yield
+
+    def check_key(self, key: str | None) -> None:
+        """Raise ValueError unless the record is of the stage with this key. To be called with the run's lock held."""
+        if self.exists and self.record["key"] != key:
+            raise ValueError(
+                f"the name {self.name!r} was taken by another command, with other settings, at the same moment: choose another"
+                " --name"
+            )
+
+    def _is_finished(self, stage, config) -> bool:
+        """Whether the stage is finished here. Raises ValueError where the run is of another one and has something to lose."""
+        if not self.exists:
+            return False
+        differences = _differences(self.record["stage"], stage.describe(), old_defaults(config))
+        if differences and self.has_work():
+            raise ValueError(
+                f"the name {self.name!r} is taken by a run with {', '.join(differences)}:"
+                f" choose another --name, or remove {self.place}"
+            )
+        return self.finished
 
     def has_work(self) -> bool:
         """Whether anything was learnt there: a run that failed before its first step holds nothing to lose."""
@@ -173,7 +209,7 @@ class Run:
     def finish(self, result: dict[str, Any], *, wall_seconds: float, device: str) -> None:
         """Write result.json, which makes the run a finished one."""
         record = self.record | {"status": "finished", "ended": _now(), "wall_seconds": round(wall_seconds, 1), "device": device}
-        write_json(self.folder / "run.json", record)
+        write_json(self.folder / RECORD_NAME, record)
         write_json(self.folder / RESULT_NAME, result)
 
     def fetch(self) -> None:
@@ -198,7 +234,7 @@ class Run:
             "versions": versions(),
             "machine": {"host": platform.node(), "cores": os.cpu_count(), "system": platform.platform()},
         }
-        write_json(self.folder / "run.json", record | extra)
+        write_json(self.folder / RECORD_NAME, record | extra)
 
 
 def open_run(storage: str, name: str, *, whole: bool = False) -> Run:
@@ -223,7 +259,7 @@ def find_run(name: str, storage: str) -> Run | None:
         found.append(open_run(storage, name))
     elif "/" not in name.strip("."):
         found.append(open_run(storage, name, whole=True))
-    return next((run for run in [*found, Run(name)] if (run.folder / "run.json").exists()), None)
+    return next((run for run in [*found, Run(name)] if run.exists), None)
 
 
 def runs_of(storage: str) -> list[Run]:

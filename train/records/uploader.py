@@ -1,15 +1,34 @@
-"""Uploads what rank 0 of a run at a URL writes, while it trains."""
+"""The lock of a run in a folder or at a URL, and uploads of what its holder writes."""
 
 import contextlib
 import os
 import shutil
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from train.records.checkpoints import CHECKPOINT_NAME
 from train.records.remote_run import EVERY_SECONDS, Mirror
-from train.records.run_lock import LockLost, StoreLock
+from train.records.run_lock import LockLost, StoreLock, exclusive_lock
+
+LOCK_TIMEOUT_S = 30.0  # a worker whose driver was killed may live on for so long
+
+
+@contextlib.contextmanager
+def locked_run(folder: Path, mirror: Mirror | None = None, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator["RunUploader | None"]:
+    """A block in which no other process writes into the run. Yields its uploader where it is at a URL.
+
+    When the block ends, a run at a URL has all its files there. Raises ValueError if another process still holds the lock after
+    the time-out.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with exclusive_lock(folder, timeout_s):
+        if mirror is None:
+            yield None
+        else:
+            with RunUploader(mirror) as uploader:
+                yield uploader
 
 
 class RunUploader:

@@ -1,5 +1,6 @@
 """The evaluation stages: linear protocol, nearest neighbours, fine-tuning, supervised baseline."""
 
+import contextlib
 import re
 import time
 from collections.abc import Sequence
@@ -86,46 +87,48 @@ def _evaluate(config: EvaluateConfig, reader: ShardReader) -> Run:
         flush=True,
     )
     before = look_for(learnt_before(start.parent), reader, np.unique(np.concatenate([split.test for *_, split in splits])))
-    began = time.monotonic()
-    if config.mode in TRAINED:
-        results, shown, extra, device = _trained(config, known, data, start, run, stage, splits)
-    else:
-        results, shown, extra, device = _frozen(config, reader, known, data, start, splits)
-    write_predictions(run.folder, reader, known, results)
-    first = _first_of_most(results)
-    test_features, known_features, known_ids = shown(first)
-    write_gallery(
-        run.folder,
-        reader,
-        test=first.split.test,
-        test_features=test_features,
-        known=known_ids,
-        known_features=known_features,
-        labels=known.labels,
-        probabilities=first.probabilities,
-        seed=config.seed,
-    )
-    summary = summarise(known, results, draws=config.draws)
-    result = {
-        "kind": config.mode,
-        "key": stage.key,
-        "chain": start.parent.chain,
-        "architecture": start.architecture,
-        "classes": known.classes,
-        "split_rule": split_rule(config),
-        "recipe": describe_recipe(get_recipe("eval")),
-        "warnings": [*before.warnings, *label_warnings(known, [split for *_, split in splits]), *_few(summary["summary"])],
-        "notes": before.notes,
-        **extra,
-        **summary,
-    }
-    write_scalars(run, _scalars(summary["summary"]))
-    run.finish(result, wall_seconds=time.monotonic() - began, device=device)
-    report = write_report([run], run.folder / "report.html")
-    run.publish()
-    for line in [*(f"warning: {text}" for text in result["warnings"]), *summary_lines(summary["summary"]), f"{report}"]:
-        print(f"{run.name}: {line}", flush=True)
-    return run
+    # A single training uses the run's folder, and takes the lock itself.
+    with contextlib.nullcontext() if config.mode in TRAINED and len(splits) == 1 else run.locked(stage.key):
+        began = time.monotonic()
+        if config.mode in TRAINED:
+            results, shown, extra, device = _trained(config, known, data, start, run, stage, splits)
+        else:
+            results, shown, extra, device = _frozen(config, reader, known, data, start, splits)
+        write_predictions(run.folder, reader, known, results)
+        first = _first_of_most(results)
+        test_features, known_features, known_ids = shown(first)
+        write_gallery(
+            run.folder,
+            reader,
+            test=first.split.test,
+            test_features=test_features,
+            known=known_ids,
+            known_features=known_features,
+            labels=known.labels,
+            probabilities=first.probabilities,
+            seed=config.seed,
+        )
+        summary = summarise(known, results, draws=config.draws)
+        result = {
+            "kind": config.mode,
+            "key": stage.key,
+            "chain": start.parent.chain,
+            "architecture": start.architecture,
+            "classes": known.classes,
+            "split_rule": split_rule(config),
+            "recipe": describe_recipe(get_recipe("eval")),
+            "warnings": [*before.warnings, *label_warnings(known, [split for *_, split in splits]), *_few(summary["summary"])],
+            "notes": before.notes,
+            **extra,
+            **summary,
+        }
+        write_scalars(run, _scalars(summary["summary"]))
+        run.finish(result, wall_seconds=time.monotonic() - began, device=device)
+        report = write_report([run], run.folder / "report.html")
+        run.publish()
+        for line in [*(f"warning: {text}" for text in result["warnings"]), *summary_lines(summary["summary"]), f"{report}"]:
+            print(f"{run.name}: {line}", flush=True)
+        return run
 
 
 def _check(config: EvaluateConfig) -> None:

@@ -76,8 +76,8 @@ def train_and_predict(
     folder = run.folder
     run.fetch()
     job = _job(config, seed, split, train, run=run, data=data, known=known, start=start, key=key)
-    folder.mkdir(parents=True, exist_ok=True)
-    leave_record(folder, kind=config.mode, learnt=_some(data, split.used, config), parent=start.parent)
+    with run.locked(key):
+        leave_record(folder, kind=config.mode, learnt=_some(data, split.used, config), parent=start.parent)
     if not (folder / _FEATURES_NAME).exists():  # else it had finished before the run was interrupted
         model = describe_model(
             job.method, backbone=job.backbone, image_size=job.image_size, init=start.parent.source, weight_decay=job.weight_decay

@@ -61,10 +61,9 @@ def pretrain(config: PretrainConfig) -> Run:
         seed=config.seed,
         batch_size=config.batch_size,
     )
-    if not run.begin(stage, config, reads):
+    if not run.begin(stage, config, reads, lambda: leave_record(run.folder, kind="pretrain", learnt=chosen, parent=parent)):
         print(f"{run.name}: finished already, {run.place}", flush=True)
         return run
-    leave_record(run.folder, kind="pretrain", learnt=chosen, parent=parent)
 
     # ---- Train ----
 
@@ -146,7 +145,7 @@ def _choose(config: PretrainConfig, selection: dict[str, Any]) -> Input:
 def _settle_precision(config: PretrainConfig, run: Run) -> str:
     if config.precision != "auto":
         return config.precision
-    if (run.folder / "run.json").exists() and run.has_work():
+    if run.exists and run.has_work():
         begun = run.record["stage"]["config"].get("precision")
         if begun is not None:  # wherever it goes on: the numbers are part of what the run is
             return begun

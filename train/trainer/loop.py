@@ -114,6 +114,8 @@ def fit(job: Job, worker: Worker, on_row: Callable[[dict[str, float]], None] | N
     assert job.steps > 0, (job.input, job.batch_size, job.epochs)
     check_micro_batch(job.micro_batch, job.batch_size // worker.world_size)
     with worker.store.locked() if worker.is_main else contextlib.nullcontext():
+        if worker.is_main:
+            Run(job.folder).check_key(job.card.get("key"))
         model = _train(job, worker, on_row)
         if worker.is_main:
             worker.retry(lambda: _write_weights(job, model), job.folder)

@@ -130,7 +130,7 @@ class StudyState:
         if same is not None:  # started before, under any name
             return same.name
         there = open_run(self.study.storage, trial.name)
-        if not (there.folder / "run.json").exists() or there.record["key"] == key or not there.has_work():
+        if not there.exists or there.record["key"] == key or not there.has_work():
             return trial.name
         self._log(
             f"{trial.name}: the run of that name belongs to another stage and is kept; this one is named {trial.name}-{key[:8]}"

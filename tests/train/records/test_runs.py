@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import multiprocessing
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.train.records.begin_race import contend
 from train.config import EvaluateConfig, PretrainConfig
 from train.records.runs import STAGE_VERSIONS, Run, Stage, find_run, identity, read_json, versions, write_json, write_text
 
@@ -120,7 +122,7 @@ def test_life_of_a_run(tmp_path):
     assert (run.record["status"], run.record["wall_seconds"], run.record["device"]) == ("finished", 12.3, "CPU")
     assert run.begin(stage_of(), CONFIG, {}) is False  # and is not run again
     assert run.record["status"] == "finished"
-    assert not [path for path in run.folder.iterdir() if path.name.startswith(".")]
+    assert not list(run.folder.glob(".*.partial"))
 
 
 def test_the_data_s_place_is_recorded(tmp_path):
@@ -173,6 +175,35 @@ def test_name_of_a_run_that_did_nothing_is_free(tmp_path):
     run.begin(stage_of(), CONFIG, {})
     assert run.begin(other, CONFIG, {})
     assert run.record["key"] == other.key
+
+
+def test_of_two_commands_at_once_one_keeps_the_name(tmp_path):
+    """The loser neither overwrites the winner's record nor works under its name."""
+    context, rounds = multiprocessing.get_context("spawn"), 6
+    barrier, finished = context.Barrier(2), context.Array("i", rounds)
+    child = context.Process(target=contend, args=(tmp_path, 1, barrier, finished))
+    child.start()
+    try:
+        contend(tmp_path, 2, barrier, finished)
+        child.join(100)
+    finally:
+        child.kill()
+    assert child.exitcode == 0
+    assert list(finished) == [1] * rounds
+    for run in (Run(tmp_path / str(number)) for number in range(rounds)):
+        assert run.record["key"] == run.result["key"]
+        seeds = {run.record["seed"], run.record["input"]["seed"], run.config["seed"], int((run.folder / "prepared").read_text())}
+        assert seeds == {run.metrics()[0]["seed"]}
+
+
+def test_a_name_that_another_command_has_taken_is_not_worked_on(tmp_path):
+    run, other = Run(tmp_path / "kidney"), stage_of(parent="imagenet")
+    run.begin(stage_of(), CONFIG, {})
+    run.begin(other, CONFIG, {})
+    with pytest.raises(ValueError, match="'kidney' was taken by another command"), run.locked(stage_of().key):
+        pass
+    with run.locked(other.key):
+        pass
 
 
 def test_older_version_is_refused(tmp_path, monkeypatch):

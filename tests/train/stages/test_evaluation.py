@@ -1,6 +1,7 @@
 """The judging stages as functions: their figures, seeds and fractions, splits, warnings, and what they refuse."""
 
 import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -15,6 +16,7 @@ from sharding.selection import select
 from tests.helpers import breast_files, write_tree
 from train.cluster import launcher
 from train.config import EvaluateConfig
+from train.records import runs
 from train.scoring.metrics import score
 from train.stages import evaluation, feature_cache
 from train.stages.evaluation import evaluate
@@ -121,6 +123,25 @@ def _only(job, name, rest):
 
     assert job.folder.name == name
     return run_job(job, *rest)
+
+
+def test_an_evaluation_keeps_other_commands_from_its_name(settings, pretrained, monkeypatch):
+    """Also one of frozen features, which takes no steps, and so has nothing to lose until it is finished."""
+    computed, refused = evaluation.features_of, []
+
+    def contested(*arguments):
+        monkeypatch.setattr(evaluation, "features_of", computed)
+        try:
+            judge(settings, name="contested", seed=9)
+        except ValueError as error:
+            refused.append(str(error))
+        return computed(*arguments)
+
+    monkeypatch.setattr(evaluation, "features_of", contested)
+    monkeypatch.setattr(runs, "locked_run", functools.partial(runs.locked_run, timeout_s=0.1))
+    run = judge(settings, name="contested")
+    assert refused == ["contested is being trained by another process: wait for it or end it, or choose another --name"]
+    assert run.record["key"] == run.result["key"] and run.record["seed"] == 1
 
 
 @pytest.mark.parametrize("protocol", ["adam", "sgd"])

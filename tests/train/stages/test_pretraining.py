@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import time
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -164,3 +165,19 @@ def test_what_does_not_fit_is_one_sentence_and_leaves_no_run(settings, tmp_path,
     with pytest.raises(ValueError, match=sentence):
         pretrain(dataclasses.replace(settings, name="bad", storage=str(tmp_path), **changes))
     assert not Run(tmp_path / "bad").finished
+
+
+def test_a_name_taken_before_the_first_step_is_not_trained_under(settings, monkeypatch):
+    """Another command begins another stage under it after this one has, and before this one's worker has the lock."""
+    run_job = pretraining.run_job
+
+    def taken_first(job, *resources):
+        other = dataclasses.replace(settings, name="contested", seed=7)
+        assert Run(job.folder).begin(pretraining.stage_of(other), other, {})
+        return run_job(job, *resources)
+
+    monkeypatch.setattr(pretraining, "run_job", taken_first)
+    with pytest.raises(ValueError, match="'contested' was taken by another command, with other settings"):
+        pretrain(dataclasses.replace(settings, name="contested"))
+    run = Run(Path(settings.storage) / "contested")
+    assert (run.record["seed"], run.config["seed"], run.has_work()) == (7, 7, False)
