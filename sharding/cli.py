@@ -14,7 +14,7 @@ import typing
 from collections.abc import Callable, Collection, Sequence
 
 import rich.console
-from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser, DefaultHelpFormatter
 
 _AS_DEFAULT = object()
 
@@ -73,6 +73,14 @@ class _Parser(ArgumentParser):
         sys.exit(2)
 
 
+class _ConfigFile(ActionConfigFile):
+    def __call__(self, parser, cfg, values, option_string=None):
+        try:
+            super().__call__(parser, cfg, values, option_string)
+        except UnicodeDecodeError:
+            parser.error(f"--config {values}: this file is not text in UTF-8: save it as UTF-8")
+
+
 def build_parser(config_class: type, *, prog: str, description: str, exit_on_error: bool = True) -> ArgumentParser:
     """A parser with one flag per field of config_class, and --config.
 
@@ -81,7 +89,7 @@ def build_parser(config_class: type, *, prog: str, description: str, exit_on_err
     """
     parser_class = _Parser if exit_on_error else ArgumentParser
     parser = parser_class(prog=prog, description=description, formatter_class=_HelpFormatter, exit_on_error=exit_on_error)
-    parser.add_argument("--config", action="config", help="a YAML file with any of the settings below; flags override it")
+    parser.add_argument("--config", action=_ConfigFile, help="a YAML file with any of the settings below; flags override it")
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         hint, flag = hints[field.name], "--" + field.name.replace("_", "-")

@@ -11,6 +11,7 @@ from report import judge
 from starting import Config, kill, one_round, seconds_until, start
 from trials import TARGETS, TINY, main, spans, study_text, summarise, tiny_text
 
+from tests.train.finished_runs import run_of
 from train.records.runs import write_json
 from tune.study.study_file import read_study
 
@@ -62,9 +63,8 @@ def test_ratios_of_grids_are_of_the_same_round(head):
 
 def test_spans_of_runs_that_overlap(tmp_path):
     for name, seconds, end in (("a", 10.0, 1000.0), ("b", 12.0, 1008.0)):
-        (tmp_path / name).mkdir()
-        write_json(tmp_path / name / "run.json", {"wall_seconds": seconds})
-        write_json(tmp_path / name / "result.json", {})
+        run = run_of(tmp_path, name, "pretrain", {})
+        write_json(run.folder / "run.json", run.record | {"wall_seconds": seconds})
         os.utime(tmp_path / name / "result.json", (end, end))
     assert spans(tmp_path) == (22.0, 18.0)
 

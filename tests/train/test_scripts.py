@@ -35,6 +35,13 @@ def test_pretrain_refuses_a_wrong_flag(tmp_path):
     )
 
 
+@pytest.mark.parametrize("script", ["train/pretrain.py", "sharding/build.py"])
+def test_a_config_in_another_encoding_is_refused(tmp_path, script):
+    (tmp_path / "config.yaml").write_text("name: café\n", encoding="latin-1")
+    done = call_script(script, "--config", tmp_path / "config.yaml")
+    assert_refused(done, f"--config {tmp_path / 'config.yaml'}: this file is not text in UTF-8")
+
+
 def test_a_set_from_the_future_is_refused(tmp_path, small_set):
     import json
     import shutil

@@ -29,6 +29,13 @@ from train.records.uploader import locked_run
 
 RECORD_NAME = "run.json"
 
+# The types of what is read of run.json, and of what it has besides once the run is finished.
+_RECORD_FIELDS: dict[str, type] = {
+    "key": str, "stage.kind": str, "stage.version": int, "stage.config": dict, "stage.data": str, "stage.parent": str,
+    "data": str, "seed": int, "commit": str, "versions": dict, "machine": dict, "input": dict, "started": str,
+}  # fmt: skip
+_FINISHED_FIELDS: dict[str, Any] = {"wall_seconds": (int, float), "device": str}
+
 # Raise a stage's version when the same config and data would come out with other figures.
 STAGE_VERSIONS = {"pretrain": 2, "linear": 3, "knn": 1, "finetune": 3, "supervised": 3}
 
@@ -108,8 +115,19 @@ class Run:
 
     @property
     def record(self) -> dict[str, Any]:
-        """run.json. Raises ValueError when there is none."""
-        return read_json(self.folder / RECORD_NAME, "this is no run's folder: give a run that train/ or tune/ made")
+        """run.json. Raises ValueError when there is none, or a field is missing or of another type than `begin` writes."""
+        path = self.folder / RECORD_NAME
+        record = read_json(path, "this is no run's folder: give a run that train/ or tune/ made")
+        for field, kind in (_RECORD_FIELDS | _FINISHED_FIELDS if record.get("status") == "finished" else _RECORD_FIELDS).items():
+            value: Any = record
+            for name in field.split("."):
+                value = value.get(name) if isinstance(value, dict) else None
+            if not isinstance(value, kind):
+                raise ValueError(
+                    f"{path}: this file is damaged ({field} is {'missing' if value is None else 'of a wrong type'}): restore it,"
+                    " or remove the run's folder and run its command again"
+                )
+        return record
 
     @property
     def config(self) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import yaml
 from tests.train.records.begin_race import contend
 from train.config import EvaluateConfig, PretrainConfig
 from train.records.runs import STAGE_VERSIONS, Run, Stage, find_run, identity, read_json, versions, write_json, write_text
+from train.reporting.report_writer import render_report
+from tune.execution.study_state import runs_by_key
 
 CONFIG = PretrainConfig(data="shards", name="kidney")
 
@@ -249,6 +251,28 @@ def test_damaged_json_is_one_sentence(tmp_path, content, name):
     with pytest.raises(ValueError, match="damaged") as error:
         getattr(run, name)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["missing", None, 7, ["a"]])
+@pytest.mark.parametrize("field", ["stage", "key"])
+@pytest.mark.parametrize("read", ["report", "tune", "begin"])
+def test_a_damaged_record_is_one_sentence_wherever_it_is_read(tmp_path, field, value, read):
+    run = Run(tmp_path / "kidney")
+    run.begin(stage_of(), CONFIG, {})
+    run.finish({"chain": []}, wall_seconds=1, device="CPU")
+    record = json.loads((run.folder / "run.json").read_text()) | {field: value}
+    if value == "missing":
+        del record[field]
+    write_json(run.folder / "run.json", record)
+    readers = {
+        "report": lambda: render_report([run], "kidney"),
+        "tune": lambda: runs_by_key(str(tmp_path)),
+        "begin": lambda: run.begin(stage_of(), CONFIG, {}),
+    }
+    with pytest.raises(ValueError, match=rf"{field}\S* is (missing|of a wrong type)") as error:
+        readers[read]()
+    for part in (str(run.folder / "run.json"), "is damaged", "remove the run's folder"):
+        assert part in str(error.value)
 
 
 def test_missing_json_says_what_to_do(tmp_path):
