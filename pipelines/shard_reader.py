@@ -1,4 +1,9 @@
-"""Patch id -> encoded bytes, from the memory-mapped tars of a shard set, without copies."""
+"""Patch id -> encoded bytes, from the memory-mapped tars of a shard set, without copies.
+
+Each image's header is parsed before a decoder gets it. When DALI 2.4 meets a header that it cannot parse in a batch of 32 images
+or more, it raises while its other threads still work on that batch, in memory that it has given back: a crash, or damage that
+shows later. And the kernels take an image to have the size for which its views were drawn.
+"""
 
 import functools
 import hashlib
@@ -7,13 +12,14 @@ import os
 import resource
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import pyarrow as pa
 
 from pipelines.shard_cache import RemoteSet, is_remote
 from sharding.decoders import decoder_path
+from sharding.images.image_checks import parsed_size
 from sharding.manifest import read_manifest, shard_file
 
 _OTHER_FILES = 256  # file descriptors that a process needs beside its shards
@@ -49,6 +55,7 @@ class ShardReader:
                 f"{self.folder}: its manifest lacks the images' width and height: pack the set with sharding/build.py"
             )
         self.sizes = np.stack([table[name].to_numpy() for name in ("height", "width")], axis=1)
+        self._header_checked = np.zeros(len(table), bool)
         self._mapped: dict[int, _Mapped] = {}
         _allow_open_files(int(self.shards.max(initial=-1)) + 1)
 
@@ -91,15 +98,33 @@ class ShardReader:
             self.remote.close()
 
     def read(self, ids: np.ndarray) -> list[np.ndarray]:
-        """The encoded images of these ids, as uint8 slices of the mapped tars.
+        """The encoded images of these ids, as uint8 slices of the mapped tars. Their headers are whole, and give the manifest's
+        height and width.
 
-        Raises ValueError, naming the shard and a patch, if a shard is missing, too short, or changed since it was first read.
+        Raises ValueError, naming the shard and a patch, if a shard is missing, too short, or changed since it was first read, and
+        for a header that cannot be parsed or gives another size.
         """
         ids = np.asarray(ids, np.int64)
         shards, first = np.unique(self.shards[ids], return_index=True)
         for shard, i in zip(shards.tolist(), ids[first].tolist(), strict=True):
             self._check_unchanged(shard, i)
-        return [self._patch_bytes(i) for i in ids.tolist()]
+        encoded = [self._patch_bytes(i) for i in ids.tolist()]
+        for row in np.flatnonzero(~self._header_checked[ids]).tolist():
+            i, found = int(ids[row]), parsed_size(encoded[row])
+            if found != tuple(self.sizes[i].tolist()):
+                self._raise_wrong_header(i, found)
+            self._header_checked[i] = True  # the bytes of a mapped file change only with its time (see _check_unchanged)
+        return encoded
+
+    def _raise_wrong_header(self, i: int, found: tuple[int, int] | None) -> NoReturn:
+        self.check(np.array([i]))
+        path, key = self._path(int(self.shards[i])), self._key(i)
+        if found is None:
+            raise ValueError(f"{path}: patch {key} is no image that can be decoded, though its bytes are as the manifest says")
+        raise ValueError(
+            f"{path}: patch {key} has {found[1]} x {found[0]} pixels, and {self.sizes[i, 1]} x {self.sizes[i, 0]} by the"
+            " manifest, which was changed or damaged: copy or build the set again"
+        )
 
     def check(self, ids: np.ndarray) -> None:
         """Verify the bytes of these ids by the manifest's checksums. Raises ValueError naming the first patch that differs."""
@@ -166,6 +191,7 @@ class ShardReader:
             ) from None
         except ValueError:  # mmap's error for an empty file
             raise ValueError(f"{path}: this shard is empty; copy or build the set again") from None
+        self._header_checked[self.shards == shard] = False
         self._mapped[shard] = _Mapped(np.frombuffer(mapped, np.uint8), path, stat)
         return self._mapped[shard].data
 

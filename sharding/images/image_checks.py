@@ -163,6 +163,15 @@ def decode(data: bytes) -> np.ndarray | None:
     return None if image is None else np.asarray(image)
 
 
+def parsed_size(data: bytes | np.ndarray) -> tuple[int, int] | None:
+    """Height and width by nvImageCodec's parser, which DALI's decoder uses too. None if it cannot parse the header."""
+    try:
+        stream = _codec().CodeStream(data)
+        return stream.height, stream.width
+    except RuntimeError:
+        return None
+
+
 @functools.cache
 def _codec():
     import nvidia.nvimgcodec  # imported late: reading a manifest needs no decoder

@@ -418,12 +418,13 @@ def test_patch_that_was_changed_since(copied_set, recipe, format):
 
 
 def test_patch_that_was_changed_and_is_met_by_the_next_iteration(copied_set):
-    """The damaged batch is under way when the loader is left, and is thrown away when it is iterated again."""
+    """The damaged batch is under way when the loader is left, and is thrown away when it is iterated again. Headers are whole, so
+    only the decoder meets the damage."""
     loader = loader_of(copied_set, EVAL, batch_size=1, drop_last=False)
     row = ShardReader(copied_set).manifest.to_pylist()[loader.batch_ids(1)[0]]
     with open(copied_set / shard_file(row["shard"]), "r+b") as file:
-        file.seek(row["offset"])
-        file.write(bytes(row["size"]))
+        file.seek(row["offset"] + row["size"] - 2)
+        file.write(bytes(2))
     next(iter(loader))
     with pytest.raises(ValueError, match="changed or damaged") as error:
         list(loader)
@@ -431,11 +432,59 @@ def test_patch_that_was_changed_and_is_met_by_the_next_iteration(copied_set):
 
 
 def test_bytes_that_are_as_written_but_no_image(copied_set, monkeypatch):
-    """DALI refuses them, and the manifest agrees with them: the message names the patches and DALI's reason."""
+    """DALI refuses them, and the manifest agrees with them: the message names the patches and DALI's reason. In a batch below 32
+    patches, where this is safe (see pipelines/shard_reader.py)."""
     monkeypatch.setattr(ShardReader, "read", lambda self, ids: [np.zeros(64, np.uint8) for _ in ids])
     loader = loader_of(copied_set, EVAL, shuffle=False)
     with pytest.raises(ValueError, match="DALI cannot make views of the batch with patches \\[0, 1, 2, 3\\]"):
         list(loader)
+
+
+LARGE_BATCHES = """
+import sys
+import numpy as np
+from pipelines.loader import ViewLoader
+from pipelines.recipes import get_recipe
+
+first, refused = int(sys.argv[2]), 0
+ids = np.concatenate([[first], np.arange(55).repeat(9)])[:440]
+settings = {"batch_size": 220, "image_size": 16, "recipe": get_recipe("eval"), "seed": 1, "threads": 3, "shuffle": False}
+for _ in range(12):
+    with ViewLoader(sys.argv[1], ids, **settings) as loader:
+        try:
+            list(loader)
+        except ValueError as error:
+            refused += "changed or damaged" in str(error)
+print(refused)
+"""
+
+
+def test_header_that_cannot_be_parsed_in_a_large_batch(copied_set):
+    """DALI's decoder would raise while its threads still work on the batch: a crash in most of such processes."""
+    row = patch_in(copied_set, 0)
+    with open(copied_set / shard_file(0), "r+b") as file:
+        file.seek(row["offset"] + 200)
+        file.write(bytes(row["size"] - 200))
+    command = [sys.executable, "-c", LARGE_BATCHES, str(copied_set), str(row["id"])]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "12\n"), done.stderr
+
+
+@pytest.mark.parametrize("backend", ["dali", "torchvision"])
+@pytest.mark.parametrize(
+    ("column", "change"), [("height", 1), ("height", 10**5), ("width", -1), ("width", 10**9), ("height", None)]
+)
+def test_size_that_is_not_the_image_s(copied_set, column, change, backend):
+    """Views are drawn for the manifest's size, and the kernels would read beyond an image that is smaller."""
+    table, row = ShardReader(copied_set).manifest, patch_in(copied_set, 1)
+    values = table[column].to_pylist()
+    values[row["id"]] = 0 if change is None else values[row["id"]] + change
+    table = table.set_column(table.schema.get_field_index(column), table.schema.field(column), pa.array(values, pa.int32()))
+    pq.write_table(table, copied_set / "manifest.parquet")
+    with pytest.raises(ValueError, match="which was changed or damaged: copy or build the set again") as error:
+        list(loader_of(copied_set, EVAL, backend=backend))
+    height, width = (values[row["id"]] if name == column else row[name] for name in ("height", "width"))
+    assert_one_sentence(error, row["key"], f"{row['width']} x {row['height']} pixels, and {width} x {height} by the manifest")
 
 
 @pytest.mark.parametrize("batch_size", [5, 55])
