@@ -471,14 +471,12 @@ def test_header_that_cannot_be_parsed_in_a_large_batch(copied_set):
 
 
 @pytest.mark.parametrize("backend", ["dali", "torchvision"])
-@pytest.mark.parametrize(
-    ("column", "change"), [("height", 1), ("height", 10**5), ("width", -1), ("width", 10**9), ("height", None)]
-)
+@pytest.mark.parametrize(("column", "change"), [("height", 1), ("height", 10**5), ("width", -1), ("width", 10**9)])
 def test_size_that_is_not_the_image_s(copied_set, column, change, backend):
     """Views are drawn for the manifest's size, and the kernels would read beyond an image that is smaller."""
     table, row = ShardReader(copied_set).manifest, patch_in(copied_set, 1)
     values = table[column].to_pylist()
-    values[row["id"]] = 0 if change is None else values[row["id"]] + change
+    values[row["id"]] += change
     table = table.set_column(table.schema.get_field_index(column), table.schema.field(column), pa.array(values, pa.int32()))
     pq.write_table(table, copied_set / "manifest.parquet")
     with pytest.raises(ValueError, match="which was changed or damaged: copy or build the set again") as error:
