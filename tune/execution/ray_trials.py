@@ -1,7 +1,7 @@
-"""A study's cells as trials of Ray Tune: as many at a time as the cluster has concurrent for, each in a process that serves many.
+"""Run a study's trials by Ray Tune, as many at a time as fit the cluster, in processes that are reused.
 
-A cell is a trial, and whatever has to be done before it was done by the state: Tune asks it what may begin, and a study of stages
-that wait for each other is one run of Tune. Tune's own books are thrown away: what is finished is seen from the runs.
+Tune asks the study's state for the next trial that is ready, so stages that wait for each other are one run of Tune. Tune's own
+records are discarded: the runs show what is finished.
 """
 
 import contextlib
@@ -21,17 +21,17 @@ from train.records.runs import Run, open_run
 from tune.execution.study_state import ReadyTrial, StudyState
 from tune.study.schema import FINAL_METRICS, KINDS, Resources, Study
 
-_DRIVER_BYTES = 64 * 2**20  # what a trial reserves whose work is done by Ray Train's workers
-_RETRIES = 2  # of a trial whose process died; its stage goes on from its checkpoint
+_DRIVER_BYTES = 64 * 2**20  # memory that a trial reserves if Ray Train's workers do its work
+_RETRIES = 2  # of a trial whose process died; its stage continues from its checkpoint
 _PROBE = FINAL_METRICS["probe"]
 
 
 def run_trials(state: StudyState) -> None:
-    """Run all that the state has to give, until it has ended. What fails is told to the state.
+    """Run all trials of the state and record their results in it, failures too.
 
-    Raises ValueError where one trial alone needs more than the cluster has.
+    Raises ValueError if a single trial needs more than the cluster has.
     """
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the state says what happens
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # no progress tables: the state logs each event
     connect(state.study.name)
     import ray
     from ray import tune
@@ -48,7 +48,7 @@ def run_trials(state: StudyState) -> None:
                 scheduler=_scheduler(study),
                 num_samples=len(study.trials),
                 max_concurrent_trials=concurrent,
-                reuse_actors=study.early_stopping is None,  # a stage that is stopped early ends with its process
+                reuse_actors=study.early_stopping is None,  # early stopping ends a stage by ending its process
                 trial_name_creator=lambda trial: trial.config["name"].replace("/", "_"),
                 trial_dirname_creator=lambda trial: trial.trial_id,
             ),
@@ -65,18 +65,18 @@ def run_trials(state: StudyState) -> None:
 
 
 def with_default_gpus(resources: Resources, total: dict[str, float]) -> Resources:
-    """With its GPUs as a number: one where there are any."""
+    """The same with a number of GPUs: 1 by default if the cluster has any."""
     return dataclasses.replace(resources, gpus=float(total.get("GPU", 0) > 0) if resources.gpus is None else resources.gpus)
 
 
 def _required(resources: Resources) -> dict[str, float]:
-    """What a trial and its workers take of the cluster."""
+    """The CPUs and GPUs of a trial and its workers."""
     workers = max(1, resources.workers)
     return {"CPU": resources.cpus * workers, "GPU": (resources.gpus or 0) * workers}
 
 
 def _max_concurrent(total: dict[str, float], kind: str, needed: dict[str, float]) -> int:
-    """How many such trials the cluster holds at a time, so that none waits for what others hold."""
+    """How many such trials fit the cluster at a time, so that none waits for resources that others hold."""
     places = [int(total.get(name, 0) / amount + 1e-9) for name, amount in needed.items() if amount]
     if min(places) < 1:
         short = next(name for name, amount in needed.items() if amount > total.get(name, 0))
@@ -90,20 +90,16 @@ def _max_concurrent(total: dict[str, float], kind: str, needed: dict[str, float]
 def _bundle(resources: Resources):
     from ray.tune import PlacementGroupFactory
 
-    if resources.workers:  # the workers have the cores and GPUs; the trial itself waits for them
+    if resources.workers:  # the workers have the cores and GPUs; the trial itself only waits
         return PlacementGroupFactory([{"memory": _DRIVER_BYTES}])
     return PlacementGroupFactory([{"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})])
 
 
 def with_trial_resources(ready: ReadyTrial, resources: Resources) -> PretrainConfig | EvaluateConfig:
-    """The cell's config, with what a trial may use."""
+    """The trial's config with these resources."""
     if resources.workers:
-        return dataclasses.replace(
-            ready.config,
-            workers=resources.workers,
-            gpus_per_worker=resources.gpus,
-            cpus_per_worker=int(resources.cpus),
-        )
+        workers, cpus = resources.workers, int(resources.cpus)
+        return dataclasses.replace(ready.config, workers=workers, gpus_per_worker=resources.gpus, cpus_per_worker=cpus)
     threads = ready.config.threads or max(1, int(resources.cpus))
     return dataclasses.replace(ready.config, workers=0, threads=threads, gpus_per_worker=None if resources.gpus else 0)
 
@@ -112,7 +108,7 @@ def _searcher_class():
     from ray.tune.search import Searcher
 
     class StudySearcher(Searcher):
-        """Asks the state what may begin, and tells it how that ended."""
+        """Gets trials from the study's state, and records there how they ended."""
 
         def __init__(self, state: StudyState, each: dict[str, Resources]):
             super().__init__()
@@ -125,39 +121,33 @@ def _searcher_class():
                 return Searcher.FINISHED if self._state.is_complete else None
             self._ready[trial_id] = ready
             config = with_trial_resources(ready, self._each[ready.trial.kind])
-            # The cell's name is no part of the config: its run may have another.
-            return {
-                "name": ready.trial.name,
-                "kind": ready.trial.kind,
-                "fields": dataclasses.asdict(config),
-                "folder": os.getcwd(),
-            }
+            # With the trial's name, because its run may have another.
+            fields = dataclasses.asdict(config)
+            return {"name": ready.trial.name, "kind": ready.trial.kind, "fields": fields, "folder": os.getcwd()}
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
             ready, state = self._ready.pop(trial_id), self._state
             name = ready.trial.name
             run = open_run(state.study.storage, ready.config.name or name)
-            if result and result.get("failure"):
-                state.mark_failed(name, result["failure"])
-            elif run.finished:
+            if run.finished and not (result and result.get("failure")):
                 state.mark_finished(name, run)
+                return
+            if result and result.get("failure"):
+                why = result["failure"]
             elif error:
-                state.mark_failed(
-                    name, f"its process died {_RETRIES + 1} times; run the study again, and it goes on from its checkpoint"
-                )
+                why = f"its process died {_RETRIES + 1} times; run the study again, and it goes on from its checkpoint"
             else:
-                state.mark_failed(
-                    name, f"stopped early, at {_PROBE} {result.get(_PROBE, float('nan')):.3f}" if result else "stopped"
-                )
+                why = f"stopped early, at {_PROBE} {result.get(_PROBE, float('nan')):.3f}" if result else "stopped"
+            state.mark_failed(name, why)
 
         def __getstate__(self) -> dict[str, Any]:
-            return {}  # Tune writes it to its own books, which nobody reads
+            return {}  # Tune pickles it into its own records, which are discarded
 
         def save(self, checkpoint_path: str) -> None:
-            """Nothing: what is finished is seen from the runs."""
+            """Nothing: the runs show what is finished."""
 
         def restore(self, checkpoint_path: str) -> None:
-            raise AssertionError("a study is never restored by Tune")
+            raise AssertionError("Tune never restores a study")
 
     return StudySearcher
 
@@ -181,11 +171,11 @@ def _scheduler(study: Study):
 def _trial_class(study: Study):
     from ray import tune
 
-    follows = study.early_stopping is not None
+    reports_probes = study.early_stopping is not None
 
     class TrialProcess(tune.Trainable):
-        """One process, one cell after another. Without early stopping a cell is one step; with it, a step ends with each probe,
-        while the stage goes on in a thread."""
+        """A process that runs one trial after another. Without early stopping a trial is one step of Tune; with it, each probe
+        ends a step, while the stage continues in a thread."""
 
         _thread: threading.Thread | None
         _seen: int
@@ -201,29 +191,28 @@ def _trial_class(study: Study):
         def step(self) -> dict[str, Any]:
             if self._thread is None:
                 self._run()
-                return self._ended()
+                return self._last_report()
             while self._thread.is_alive():
                 self._thread.join(0.2)
                 rows = [row for row in self._metrics() if _PROBE in row]
-                # Not of the last epoch: ASHA ends whatever tells of it, and the stage has its results still to write.
+                # Except the last epoch's: ASHA would end the trial before the stage has written its results.
                 if len(rows) > self._seen and rows[-1]["epoch"] + 1 < self._fields["epochs"]:
                     self._seen = len(rows)
                     return {"epoch": rows[-1]["epoch"] + 1, _PROBE: rows[-1][_PROBE]}
-            return self._ended()
+            return self._last_report()
 
         def save_checkpoint(self, checkpoint_dir: str) -> None:
-            """Nothing: a stage has checkpoints of its own."""
+            """Nothing: a stage writes its own checkpoints."""
 
         def load_checkpoint(self, checkpoint: Any) -> None:
-            """Nothing: a stage finds its own."""
+            """Nothing: a stage finds its own checkpoint."""
 
         def _begin(self, given: dict[str, Any]) -> None:
-            self._kind, self._fields = given["kind"], given["fields"]
-            self._folder = given["folder"]
+            self._kind, self._fields, self._folder = given["kind"], given["fields"], given["folder"]
             self._failure: str | None = None
             self._seen = 0
             self._thread = None
-            if follows and self._kind == "pretrain":
+            if reports_probes and self._kind == "pretrain":
                 self._thread = threading.Thread(target=self._run, daemon=True)
                 self._thread.start()
 
@@ -234,11 +223,11 @@ def _trial_class(study: Study):
 
             torch.set_num_threads(max(1, self._fields["threads"]))
             try:
-                os.chdir(self._folder)  # a study's places are the driver's; Tune has put this process elsewhere
+                os.chdir(self._folder)  # a study's paths are relative to the driver's folder; Tune chose another
                 run_stage(self._kind, KINDS[self._kind](**self._fields))
             except (ValueError, OSError) as error:
                 self._failure = describe(error)
-            except Exception as error:  # ours: shown as such, and the other cells are worth having
+            except Exception as error:  # our bug: reported as such, and the other trials go on
                 where = Path(self._fields["storage"]) / f"{self._fields['name']}.error.txt"
                 where.write_text(traceback.format_exc())
                 self._failure = f"{type(error).__name__}: {describe(error)} (an error of this program, not of yours; see {where})"
@@ -248,9 +237,9 @@ def _trial_class(study: Study):
                 return Run(f"{self._fields['storage']}/{self._fields['name']}").metrics()
             return []
 
-        def _ended(self) -> dict[str, Any]:
+        def _last_report(self) -> dict[str, Any]:
             epoch = self._fields.get("epochs", 1)
-            rows = [row for row in self._metrics() if _PROBE in row] if follows else []
+            rows = [row for row in self._metrics() if _PROBE in row] if reports_probes else []
             probe = rows[-1][_PROBE] if rows else 0.0
             return {"done": True, "failure": self._failure, "epoch": epoch, _PROBE: probe}
 

@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 from train.records.runs import Run
 from tune.reporting.table_data import DIGITS, ResultTable, TableEntry
+from tune.reporting.trial_metrics import format_axis_value
 
 _SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 _REPORT_NAME = "report.html"
@@ -17,20 +18,26 @@ _REPORT_NAME = "report.html"
 
 class SubTable(NamedTuple):
     """A part of a table that fits on paper. title: of its metric, None if the columns are metrics; columns: their heads; rows:
-    the entries below them."""
+    the values of the row axes as text, and the entries below the columns."""
 
     title: str | None
     columns: list[str]
-    rows: list[list[TableEntry]]
+    rows: list[tuple[list[str], list[TableEntry]]]
 
 
 def sub_tables(table: ResultTable) -> list[SubTable]:
     """The table's parts: one for each metric if it has column axes."""
+    heads = [[format_axis_value(*each) for each in zip(table.rows, head, strict=True)] for head in table.row_heads]
+
+    def rows(entries):
+        return list(zip(heads, entries, strict=True))
+
     if not table.columns:
-        return [SubTable(None, list(table.metrics.values()), [list(row[0].values()) for row in table.entries])]
-    heads = [table.column_text(column) for column in range(len(table.column_heads))]
+        return [SubTable(None, list(table.metrics.values()), rows([list(row[0].values()) for row in table.entries]))]
+    columns = [table.column_text(column) for column in range(len(table.column_heads))]
     return [
-        SubTable(title, heads, [[cell[name] for cell in row] for row in table.entries]) for name, title in table.metrics.items()
+        SubTable(title, columns, rows([[cell[name] for cell in row] for row in table.entries]))
+        for name, title in table.metrics.items()
     ]
 
 
@@ -65,6 +72,11 @@ def format_entry(entry: TableEntry) -> str:
 def format_published(entry: TableEntry) -> str:
     """The published value, to follow ours."""
     return "" if entry.published is None else f" ({entry.published:.{DIGITS}f})"
+
+
+def report_links(entry: TableEntry, folder: Path) -> list[str]:
+    """The addresses of the reports of an entry's runs."""
+    return [address for run in entry.runs if (address := report_link(run, folder))]
 
 
 def report_link(run: Run, folder: Path) -> str | None:

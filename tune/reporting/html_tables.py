@@ -7,7 +7,7 @@ from train.reporting import plots
 from train.reporting.legends import line_legend
 from train.reporting.markup import Content, Html, element, figure, joined, note, number, row, table
 from train.scoring.metrics import METRICS
-from tune.reporting.formatting import Footnotes, format_entry, report_link, sub_tables
+from tune.reporting.formatting import Footnotes, format_entry, report_links, sub_tables
 from tune.reporting.heat_maps import heat_map
 from tune.reporting.table_data import DIGITS, ResultTable, TableEntry
 from tune.reporting.table_notes import notes_below
@@ -23,13 +23,17 @@ def table_html(filled: ResultTable, folder: Path) -> list[Html]:
     shown = []
     for part in sub_tables(filled):
         rows: list[list[Content]] = []
-        for head, entries in zip(filled.row_heads, part.rows, strict=True):
-            heads = [element("th", format_axis_value(*each), scope="row") for each in zip(filled.rows, head, strict=True)]
-            rows.append([*heads, *(_entry(entry, filled, footnotes, folder) for entry in entries)])
+        for heads, entries in part.rows:
+            rows.append(
+                [
+                    *(element("th", head, scope="row") for head in heads),
+                    *(_entry(entry, filled, footnotes, folder) for entry in entries),
+                ]
+            )
         shown.append(table(_capital(part.title or filled.title), [*axes, *part.columns], rows, kind="study"))
     errors = [element("ul", *(element("li", line) for line in lines), class_="notes")] if (lines := footnotes.lines()) else []
-    said = [*_interval_note(filled), *notes_below(filled)]
-    return [*shown, *errors, *([note(" ".join(said))] if said else []), *_plots(filled)]
+    notes = [*_interval_note(filled), *notes_below(filled)]
+    return [*shown, *errors, *([note(" ".join(notes))] if notes else []), *_plots(filled)]
 
 
 def left(title: str) -> Html:
@@ -43,11 +47,11 @@ def _capital(text: str) -> str:
 
 def _entry(entry: TableEntry, filled: ResultTable, footnotes: Footnotes, folder: Path) -> Html:
     """Mean, deviation, interval and published value, one below the other. The mean links to the run's report."""
-    addresses = [address for run in entry.runs if (address := report_link(run, folder))]
-    said: Content = format_entry(entry) if entry.mean is None else number(entry.mean, DIGITS)
+    addresses = report_links(entry, folder)
+    mean: Content = format_entry(entry) if entry.mean is None else number(entry.mean, DIGITS)
     if len(addresses) == 1:
-        said = element("a", said, href=addresses[0])
-    parts: list[Content] = [element("span", said, class_="mean"), footnotes.mark(entry)]
+        mean = element("a", mean, href=addresses[0])
+    parts: list[Content] = [element("span", mean, class_="mean"), footnotes.mark(entry)]
     if entry.std is not None:
         parts.append(element("small", f"± {number(entry.std, DIGITS)}"))
     if entry.low is not None and entry.high is not None:
@@ -71,21 +75,14 @@ def _plots(filled: ResultTable) -> list[Html]:
     lines = _lines(filled)
     if lines is not None:
         drawn = [part for metric in filled.metrics for part in _over_fractions(filled, metric, lines)]
-        return (
-            [
-                row(*drawn),
-                line_legend([(name, number) for number, name in enumerate(lines)]),
-                note("Bars: 95 % intervals, for single runs."),
-            ]
-            if drawn
-            else []
-        )
+        legend = line_legend([(name, number) for number, name in enumerate(lines)])
+        return [row(*drawn), legend, note("Bars: 95 % intervals, for single runs.")] if drawn else []
     if len(filled.row_heads) < 2 or len(filled.column_heads) < 2:
         return []
-    unlike = "loss" in filled.metrics and len({entry.compares for entry in _known(filled, "loss")}) > 1
+    unlike = "loss" in filled.metrics and len({entry.compares for entry in _entries_with_mean(filled, "loss")}) > 1
     maps: list[Content] = []
     for metric, title in filled.metrics.items():
-        means = [entry.mean for entry in _known(filled, metric) if entry.mean is not None]
+        means = [entry.mean for entry in _entries_with_mean(filled, metric) if entry.mean is not None]
         if not means or (metric == "loss" and unlike):
             continue
         alt = (
@@ -93,12 +90,11 @@ def _plots(filled: ResultTable) -> list[Html]:
             f" from {number(min(means))} (dark) to {number(max(means))} (light); the values are in the table"
         )
         maps.append(figure(heat_map(filled, metric), _capital(title), alt=alt))
-    said = [note("No heat map of the losses: different batch sizes, methods, temperatures or sets do not compare.")]
-    return [*([row(*maps)] if maps else []), *(said if unlike else [])]
+    reason = note("No heat map of the losses: different batch sizes, methods, temperatures or sets do not compare.")
+    return [*([row(*maps)] if maps else []), *([reason] if unlike else [])]
 
 
-def _known(filled: ResultTable, metric: str) -> list[TableEntry]:
-    """The entries that have a mean."""
+def _entries_with_mean(filled: ResultTable, metric: str) -> list[TableEntry]:
     entries = (cell[metric] for cells in filled.entries for cell in cells)
     return [entry for entry in entries if entry.mean is not None]
 

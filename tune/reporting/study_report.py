@@ -80,10 +80,10 @@ def _selections(outcome: StudyResult, folder: Path) -> list[Html]:
             cells.append(element("td", linked, class_="text other" if other not in (None, found["chosen"]) else "text"))
         apart += any(other != found["chosen"] for other in chosen.values())
         lines.append([element("th", name, scope="row"), str(len(found["values"])), element("td", _RULES[found["by"]]), *cells])
-    said = f"In {apart} of {count(len(lines), 'selection')} another rule would have chosen differently (bold)."
+    summary = f"In {apart} of {count(len(lines), 'selection')} another rule would have chosen differently (bold)."
     titles: list[Content] = ["selection", "among", "chosen by", *(left(f"by {_RULES[rule]}") for rule in SELECTION_RULES)]
     return [
-        note(said if apart else "All rules would have chosen the same pretrainings."),
+        note(summary if apart else "All rules would have chosen the same pretrainings."),
         table("What each rule chooses", titles, lines, kind="study"),
         note("A dash: some candidates lack the metric, or their losses do not compare."),
         *(_candidates(name, found, outcome, folder) for name, found in outcome.selected.items()),
@@ -92,10 +92,12 @@ def _selections(outcome: StudyResult, folder: Path) -> list[Html]:
 
 def _candidates(name, found, outcome, folder) -> Html:
     lines: list[list[Content]] = []
-    for cell, values in found["values"].items():
-        figures = [number(values[rule]) for rule in SELECTION_RULES]
-        marked = "chosen" if cell == found["chosen"] else ""
-        lines.append([element("th", _linked(cell, outcome.runs.get(cell), folder), scope="row"), *figures, marked])
+    for name_of_trial, values in found["values"].items():
+        numbers = [number(values[rule]) for rule in SELECTION_RULES]
+        marked = "chosen" if name_of_trial == found["chosen"] else ""
+        lines.append(
+            [element("th", _linked(name_of_trial, outcome.runs.get(name_of_trial), folder), scope="row"), *numbers, marked]
+        )
     shown = table(f"Candidates of {name}", ["pretraining", *(_RULES[rule] for rule in SELECTION_RULES), ""], lines, kind="study")
     return element("details", element("summary", f"Candidates of {name}"), shown)
 
@@ -110,13 +112,13 @@ def _failures(study: Study, outcome: StudyResult) -> list[Html]:
 def _records(outcome: StudyResult, runs: Sequence[Run], folder: Path) -> list[Html]:
     if not runs:
         return []
-    cells: dict[Path, list[str]] = {}
+    names: dict[Path, list[str]] = {}
     for name, run in outcome.runs.items():
-        cells.setdefault(run.folder, []).append(name)
+        names.setdefault(run.folder, []).append(name)
     lines: list[list[Content]] = []
     records = [(run, run.record) for run in runs]
     for run, record in records:
-        named = ", ".join(name for name in cells[run.folder] if name != run.name)
+        named = ", ".join(name for name in names[run.folder] if name != run.name)
         lines.append(
             [
                 _linked(run.name, run, folder),

@@ -94,37 +94,37 @@ def build_tables(study: Study, result: "StudyResult") -> list[ResultTable]:
     return [_build_table(spec, study, result) for spec in study.tables or _default_specs(study.trials)]
 
 
-def _default_specs(cells: Sequence[Trial]) -> list[TableSpec]:
+def _default_specs(trials: Sequence[Trial]) -> list[TableSpec]:
     specs = []
-    for stage in dict.fromkeys(cell.stage for cell in cells if cell.kind == "evaluate"):
-        rows = _own_axes([cell for cell in cells if cell.stage == stage]) or ("stage",)
+    for stage in dict.fromkeys(trial.stage for trial in trials if trial.kind == "evaluate"):
+        rows = _own_axes([trial for trial in trials if trial.stage == stage]) or ("stage",)
         specs.append(TableSpec(stage, (stage,), rows, ("fraction",), ("accuracy", "balanced_accuracy"), ()))
-    trained = [cell for cell in cells if cell.kind == "pretrain"]
+    trained = [trial for trial in trials if trial.kind == "pretrain"]
     if trained:
-        stages = tuple(dict.fromkeys(cell.stage for cell in trained))
+        stages = tuple(dict.fromkeys(trial.stage for trial in trained))
         specs.append(TableSpec("Pretraining", stages, ("stage", *_own_axes(trained)), (), tuple(metric_titles("pretrain")), ()))
     return specs
 
 
-def _own_axes(cells):
+def _own_axes(trials):
     """Axes of the rows of a default table: without those that are elsewhere in it, or averaged over."""
-    elsewhere = {"stage", "seed"} | ({"fraction"} if cells[0].kind == "evaluate" else set())
-    axes = dict.fromkeys(axis for cell in cells for at in table_places(cell) for axis in at)
+    elsewhere = {"stage", "seed"} | ({"fraction"} if trials[0].kind == "evaluate" else set())
+    axes = dict.fromkeys(axis for trial in trials for at in table_places(trial) for axis in at)
     return tuple(axis for axis in axes if axis not in elsewhere)
 
 
 def _build_table(spec: TableSpec, study: Study, result: "StudyResult") -> ResultTable:
-    cells = [cell for cell in study.trials if cell.stage in spec.stages]
-    observed = [each for cell in cells for each in read_metrics(cell, result)]
-    row_heads, column_heads = _heads(spec.rows, observed), _heads(spec.columns, observed)
-    meeting: dict[tuple, list[TrialMetrics]] = {(row, column): [] for row in row_heads for column in column_heads}
-    for each in observed:
-        meeting[_head(spec.rows, each), _head(spec.columns, each)].append(each)
-    for group in meeting.values():
-        _check_alike(spec, group)
+    trials = [trial for trial in study.trials if trial.stage in spec.stages]
+    metrics = [each for trial in trials for each in read_metrics(trial, result)]
+    row_heads, column_heads = _heads(spec.rows, metrics), _heads(spec.columns, metrics)
+    groups: dict[tuple, list[TrialMetrics]] = {(row, column): [] for row in row_heads for column in column_heads}
+    for each in metrics:
+        groups[_head(spec.rows, each), _head(spec.columns, each)].append(each)
+    for group in groups.values():
+        _check_same_axes(spec, group)
 
     def cell(*place):
-        return {metric: _entry(spec, metric, meeting[place]) for metric in spec.values}
+        return {metric: _entry(spec, metric, groups[place]) for metric in spec.values}
 
     return ResultTable(
         spec.title,
@@ -132,35 +132,33 @@ def _build_table(spec: TableSpec, study: Study, result: "StudyResult") -> Result
         spec.columns,
         row_heads,
         column_heads,
-        {metric: metric_titles(cells[0].kind)[metric] for metric in spec.values},
+        {metric: metric_titles(trials[0].kind)[metric] for metric in spec.values},
         _with_best([[cell(row, column) for column in column_heads] for row in row_heads]),
         study.smoke,
     )
 
 
-def _heads(axes: Sequence[str], observed: Sequence[TrialMetrics]) -> tuple[tuple[Any, ...], ...]:
+def _heads(axes: Sequence[str], metrics: Sequence[TrialMetrics]) -> tuple[tuple[Any, ...], ...]:
     """The combinations of values that occur, sorted by the first axis, then the next: in the file's order, fractions rising."""
     orders = []
     for axis in axes:
-        values = dict.fromkeys(each.at.get(axis) for each in observed)
+        values = dict.fromkeys(each.at.get(axis) for each in metrics)
         orders.append(sorted(values, key=lambda value: value or 0) if axis == "fraction" else list(values))
-    heads = dict.fromkeys(_head(axes, each) for each in observed)
+    heads = dict.fromkeys(_head(axes, each) for each in metrics)
     return tuple(sorted(heads, key=lambda head: [order.index(value) for order, value in zip(orders, head, strict=True)]))
 
 
-def _head(axes: Sequence[str], observed: TrialMetrics) -> tuple[Any, ...]:
-    return tuple(observed.at.get(axis) for axis in axes)
+def _head(axes: Sequence[str], metrics: TrialMetrics) -> tuple[Any, ...]:
+    return tuple(metrics.at.get(axis) for axis in axes)
 
 
 def _head_text(axes: Sequence[str], values: Sequence[Any]) -> str:
-    """Names and values; a stage is named without the word."""
-    told = zip(axes, values, strict=True)
-    return ", ".join(
-        format_axis_value(*each) if each[0] == "stage" else f"{format_axis(each[0])} {format_axis_value(*each)}" for each in told
-    )
+    """Names and values; of the axis "stage" only the value."""
+    names = ("" if axis == "stage" else f"{format_axis(axis)} " for axis in axes)
+    return ", ".join(name + format_axis_value(*each) for name, each in zip(names, zip(axes, values, strict=True), strict=True))
 
 
-def _check_alike(spec: TableSpec, group: Sequence[TrialMetrics]) -> None:
+def _check_same_axes(spec: TableSpec, group: Sequence[TrialMetrics]) -> None:
     for axis in dict.fromkeys(axis for each in group for axis in each.at if axis != "seed"):
         values = dict.fromkeys(each.at.get(axis) for each in group)
         if len(values) > 1:

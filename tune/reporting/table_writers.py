@@ -12,10 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from train.records.runs import replacing, write_text
-from tune.reporting.formatting import Footnotes, format_entry, format_published, report_link, sub_tables
+from tune.reporting.formatting import Footnotes, format_entry, format_published, report_links, sub_tables
 from tune.reporting.table_data import ResultTable, TableEntry
 from tune.reporting.table_notes import SMOKE, notes_below
-from tune.reporting.trial_metrics import format_axis, format_axis_value
+from tune.reporting.trial_metrics import format_axis
 from tune.study.schema import Study
 
 if TYPE_CHECKING:
@@ -45,10 +45,9 @@ def console_table(table: ResultTable) -> Table:
     for head in parts[0].columns:
         shown.add_column(Text(head), justify="right")
     for part in parts:
-        for row, entries in enumerate(part.rows):
-            named = [Text(part.title if row == 0 else "")] if part.title else []
-            heads = [Text(format_axis_value(*each)) for each in zip(table.rows, table.row_heads[row], strict=True)]
-            shown.add_row(*named, *heads, *(_console_entry(entry, footnotes) for entry in entries))
+        for row, (heads, entries) in enumerate(part.rows):
+            metric = [Text(part.title if row == 0 else "")] if part.title else []
+            shown.add_row(*metric, *map(Text, heads), *(_console_entry(entry, footnotes) for entry in entries))
         shown.add_section()
     shown.caption = Text("\n".join([*([SMOKE] if table.smoke else []), *footnotes.lines(), *_below(table)]), style="")
     return shown
@@ -75,7 +74,7 @@ def write_tables(study: Study, tables: Sequence[ResultTable], folder: Path) -> l
     for table, name in zip(tables, _file_names(tables), strict=True):
         markdown, text, parquet = (folder / f"{name}{ending}" for ending in (".md", ".csv", ".parquet"))
         write_text(markdown, _markdown(study, table, folder))
-        rows = _long(table)
+        rows = _long_rows(table)
         _write_csv(text, table, rows)
         _write_parquet(parquet, study, table, rows)
         paths += [markdown, text, parquet]
@@ -101,9 +100,8 @@ def _markdown(study: Study, table: ResultTable, folder: Path) -> str:
         lines += ["", *([f"## {_escaped(part.title)}", ""] if part.title else [])]
         lines.append(_line([*(_escaped(format_axis(axis)) for axis in table.rows), *map(_escaped, part.columns)]))
         lines.append(_line([*(":--" for _ in table.rows), *("--:" for _ in part.columns)]))
-        for head, entries in zip(table.row_heads, part.rows, strict=True):
-            heads = [_escaped(format_axis_value(*each)) for each in zip(table.rows, head, strict=True)]
-            lines.append(_line([*heads, *(_markdown_entry(entry, footnotes, folder) for entry in entries)]))
+        for heads, entries in part.rows:
+            lines.append(_line([*map(_escaped, heads), *(_markdown_entry(entry, footnotes, folder) for entry in entries)]))
     for text in (*footnotes.lines(), *_below(table)):
         lines += ["", _escaped(text)]
     return "\n".join(lines) + "\n"
@@ -115,7 +113,7 @@ def _line(cells: Sequence[str]) -> str:
 
 def _markdown_entry(entry: TableEntry, footnotes: Footnotes, folder: Path) -> str:
     text = format_entry(entry)
-    addresses = [address for run in entry.runs if (address := report_link(run, folder))]
+    addresses = report_links(entry, folder)
     if len(addresses) == 1:
         text = f"[{text}]({addresses[0]})"
     if entry.best:
@@ -130,7 +128,7 @@ def _escaped(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<>|&#~$])", r"\\\1", " ".join(text.split()))
 
 
-def _long(table: ResultTable) -> list[dict[str, Any]]:
+def _long_rows(table: ResultTable) -> list[dict[str, Any]]:
     return [
         dict(zip((*table.rows, *table.columns), (*row_head, *column_head), strict=True))
         | {"metric": metric, **{name: getattr(entry, name) for name in _ENTRY_COLUMNS}}
@@ -142,13 +140,9 @@ def _long(table: ResultTable) -> list[dict[str, Any]]:
     ]
 
 
-def _columns(table):
-    return [*table.rows, *table.columns, "metric", *_ENTRY_COLUMNS, "run"]
-
-
 def _write_csv(path: Path, table: ResultTable, rows: Sequence[dict[str, Any]]) -> None:
     with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, _columns(table))
+        writer = csv.DictWriter(file, [*table.rows, *table.columns, "metric", *_ENTRY_COLUMNS, "run"])
         writer.writeheader()
         writer.writerows(rows)
 

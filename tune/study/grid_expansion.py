@@ -1,4 +1,4 @@
-"""From the stages of a file to the trials and selections that they stand for."""
+"""Expand the stages of a study file into trials and selections."""
 
 import dataclasses
 import functools
@@ -16,15 +16,15 @@ from tune.study.schema import PARENT_FIELDS, GraphNode, Selection, Trial
 
 
 class FieldValue(NamedTuple):
-    """A field as the file gives it. at: FILE:LINE."""
+    """A field's value in the file. at: FILE:LINE."""
 
     value: Any
     at: str
 
 
 class StageSpec(NamedTuple):
-    """A stage that runs, as the file gives it. kind: pretrain or evaluate; fields: its own, then the defaults', in the order in
-    which they name trials."""
+    """A stage of trials in the file. kind: pretrain or evaluate; fields: its own, then the defaults', in the order in which they
+    name trials. at: FILE:LINE."""
 
     name: str
     kind: str
@@ -33,9 +33,13 @@ class StageSpec(NamedTuple):
     at: str
     line: int
 
+    def error(self, message: str, at: str | None = None) -> ValueError:
+        """The error about this stage. at: FILE:LINE of a part of it."""
+        return ValueError(f"{at or self.at}: stage {self.name}: {message}")
+
 
 class SelectSpec(NamedTuple):
-    """A stage that selects, for each combination of the `per` axes, among the nodes of an earlier stage."""
+    """A stage that selects, for each combination of the `per` axes, the best node of an earlier stage. at: FILE:LINE."""
 
     name: str
     source: FieldValue
@@ -44,9 +48,12 @@ class SelectSpec(NamedTuple):
     at: str
     line: int
 
+    def error(self, message: str, at: str | None = None) -> ValueError:
+        return ValueError(f"{at or self.at}: stage {self.name}: {message}")
+
 
 class StudySettings(NamedTuple):
-    """What every trial is given. data: names of shard sets, and their places; storage: of the runs; workers: of each kind."""
+    """Settings of all trials. data: folders or URLs of shard sets, by name; storage: of the runs; workers: by kind."""
 
     data: dict[str, str]
     storage: str
@@ -54,30 +61,28 @@ class StudySettings(NamedTuple):
 
 
 def expand(stages: Sequence[StageSpec | SelectSpec], outside: StudySettings) -> tuple[GraphNode, ...]:
-    """All nodes, in the order of the file. Raises ValueError, with FILE:LINE, for what cannot be."""
+    """All nodes, in the order of the file. Raises ValueError, with FILE:LINE, for stages that do not fit together."""
     names = {stage.name for stage in stages}
     of_stage: dict[str, list[GraphNode]] = {}
     known: dict[str, GraphNode] = {}
     for stage in stages:
-        # As a whole, before the stage is known: its trials do not start from each other.
+        # All of a stage's nodes before any of them is known: they do not start from each other.
         if isinstance(stage, SelectSpec):
             made: list[GraphNode] = list(_selections(stage, of_stage, known))
         else:
             made = list(_trials(stage, names, of_stage, known, outside))
         for node in made:
             if node.name in known:
-                raise ValueError(f"{stage.at}: stage {stage.name}: two stages have the name {node.name}; rename one of them")
+                raise stage.error(f"two trials have the name {node.name}; rename one of the stages")
             if isinstance(node, Trial) and isinstance(stage, StageSpec):
                 _check_parent(node, stage, known)
             known[node.name] = node
         of_stage[stage.name] = made
-    where = {stage.name: stage.at for stage in stages}
+    by_name = {stage.name: stage for stage in stages}
     for node in known.values():
         parent = getattr(node.config, PARENT_FIELDS[node.kind]) if isinstance(node, Trial) else None
         if isinstance(node, Trial) and parent in known and not node.parents:
-            raise ValueError(
-                f"{where[node.stage]}: stage {node.stage}: starts from {parent}, which comes later; put its stage before this one"
-            )
+            raise by_name[node.stage].error(f"starts from {parent}, which comes later; put its stage before this one")
     return tuple(known.values())
 
 
@@ -88,38 +93,38 @@ def field_names(config_class: type) -> set[str]:
 
 @functools.cache
 def list_fields(config_class: type) -> frozenset[str]:
-    """Fields that are lists themselves, so that their axes are lists of lists."""
+    """Fields whose values are lists, so that their axes are lists of lists."""
     return frozenset(name for name, hint in _hints(config_class).items() if typing.get_origin(hint) is list)
 
 
 def stage_axes(stage: StageSpec) -> dict[str, list]:
-    """The fields that are axes, and their values. Raises ValueError for what is neither a value nor a list of them."""
+    """The fields that are axes, and their values. Raises ValueError for anything but a value or a list of values."""
     lists, axes = list_fields(stage.config_class), {}
     for name, (value, at) in stage.fields.items():
         nested = name in lists and isinstance(value, list) and any(isinstance(each, list) for each in value)
         flat = list(itertools.chain(*value)) if nested and all(isinstance(each, list) for each in value) else value
         empty = flat == [] and (nested or name not in lists)
         if empty or any(isinstance(each, list | dict) for each in (flat if isinstance(flat, list) else [flat])):
-            raise ValueError(f"{at}: stage {stage.name}: {name} is {value!r}, and should be a value or a list of values")
+            raise stage.error(f"{name} is {value!r}, and should be a value or a list of values", at)
         if nested or (isinstance(value, list) and name not in lists):
             axes[name] = value
     return axes
 
 
 def parse_axis_value(value):
-    """A value of an axis as trials are told apart by it: a list is one word, and 1e-3 is a number (for YAML it is text)."""
+    """A value of an axis in comparable form: a list becomes one word, and 1e-3, which is text to YAML, a number."""
     if isinstance(value, list):
         return format_value(value)
     return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+", value) else value
 
 
 def format_value(value) -> str:
-    """A value as it stands in a trial's name."""
+    """A value as part of a trial's name."""
     return "+".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def build_config(config_class: type, fields: dict[str, FieldValue], at: str):
-    """The config with these fields, of their types. Raises ValueError, which begins with the field's `at` or the given one."""
+    """The config with these fields, converted to their types. Raises ValueError that begins with the field's `at`, or `at`."""
     for name, (value, line) in fields.items():
         if value is None and type(None) not in typing.get_args(_hints(config_class)[name]):
             raise ValueError(f"{line}: {name} is empty: give a value, or leave it out")
@@ -150,9 +155,8 @@ def _trials(stage: StageSpec, names, of_stage, known, outside: StudySettings) ->
     for start in axes.get(parent_field, [parent.value]):
         for node, inherited in _starts(stage, start, parent.at, names, of_stage, known):
             if parent_field in axes and parent_field in inherited:
-                raise ValueError(
-                    f"{parent.at}: stage {stage.name}: {parent_field} is an axis here and of {start} too, so that their"
-                    f" values would have one name; write a stage for each {parent_field}"
+                raise stage.error(
+                    f"{parent_field} is an axis here and of {start} too; write a stage for each {parent_field}", parent.at
                 )
             for combination in itertools.product(*others.values()):
                 chosen = dict(zip(others, combination, strict=True))
@@ -165,21 +169,20 @@ def _trials(stage: StageSpec, names, of_stage, known, outside: StudySettings) ->
     for name, values in others.items():
         for value in values:
             if format_value(value) not in paired[name]:
-                raise ValueError(
-                    f"{stage.fields[name].at}: stage {stage.name}: nothing that it starts from has the {name}"
-                    f" {format_value(value)},"
-                    " and both have an axis of that name; leave the value out, or the axis"
+                raise stage.error(
+                    f"none of its parents has the {name} {format_value(value)}, and they have this axis too; leave the value out",
+                    stage.fields[name].at,
                 )
 
 
 def _starts(stage, start, at, names, of_stage, known) -> list[tuple[GraphNode | None, dict[str, Any]]]:
-    """The nodes that a parent's name stands for, with the axes that are inherited from each; None is something from outside."""
+    """The nodes that a parent's name stands for, with the axes inherited from each; None for a parent outside the study."""
     if start in of_stage:
         return [(node, node.axes) for node in of_stage[start]]
     if start in known:
         return [(known[start], {})]
     if start in names:
-        raise ValueError(f"{at}: stage {stage.name}: starts from {start}, which is no earlier stage; put it before this one")
+        raise stage.error(f"starts from {start}, which is no earlier stage; put it before this one", at)
     return [(None, {})]
 
 
@@ -217,25 +220,24 @@ def _resolve_names(name, value, stage, data):
 
 
 def _check_parent(trial: Trial, stage: StageSpec, known: dict[str, GraphNode]) -> None:
-    """Raises ValueError where what the trial starts from has no weights for it."""
+    """Raise ValueError if the trial's parent has no weights for it."""
     at = stage.fields.get(PARENT_FIELDS[trial.kind], FieldValue(None, stage.at)).at
     for parent in (each for name in trial.parents for each in leaves(known[name], known)):
         config = parent.config
         if trial.kind == "pretrain" and parent.kind == "pretrain" and config.backbone != trial.config.backbone:
-            raise ValueError(
-                f"{at}: stage {stage.name}: {trial.name} is a {trial.config.backbone} and starts from {parent.name}, which is a"
-                f" {config.backbone}; give both the same backbone (as axes, only equal values are paired)"
+            raise stage.error(
+                f"{trial.name} is a {trial.config.backbone} and starts from {parent.name}, which is a {config.backbone}; give"
+                " both the same backbone (as axes, only equal values are paired)",
+                at,
             )
         several = parent.kind == "evaluate" and len(config.fraction) * config.seeds > 1
         if several or (parent.kind == "evaluate" and config.mode in ("linear", "knn")):
             why = "of several fractions or seeds" if several else f"of mode {config.mode}"
-            raise ValueError(
-                f"{at}: stage {stage.name}: starts from {parent.name}, an evaluation {why}, which leaves no backbone"
-            )
+            raise stage.error(f"starts from {parent.name}, an evaluation {why}, which leaves no backbone", at)
 
 
 def table_places(trial: Trial) -> list[dict[str, Any]]:
-    """Where the metrics of a trial stand in a table, by axis: an evaluation in one place for each fraction of the labels.
+    """A trial's places in a table, by axis: an evaluation has one for each fraction of the labels.
 
     The fraction of the patches that its pretraining used is the axis pretrain.fraction.
     """
@@ -249,22 +251,22 @@ def table_places(trial: Trial) -> list[dict[str, Any]]:
 
 
 def leaves(node: GraphNode, known: dict[str, GraphNode]) -> list[Trial]:
-    """The trials that a node may turn out to be: itself, or a selection's candidates."""
+    """The trials that a node may stand for: itself, or a selection's candidates."""
     return [node] if isinstance(node, Trial) else [trial for name in node.candidates for trial in leaves(known[name], known)]
 
 
 def _selections(stage: SelectSpec, of_stage, known) -> Iterator[Selection]:
-    place = f"stage {stage.name}"
-    if stage.source.value not in of_stage:
-        raise ValueError(f"{stage.source.at}: {place}: selects from {stage.source.value!r}; name an earlier stage")
-    nodes = of_stage[stage.source.value]
+    source, source_at = stage.source
+    if source not in of_stage:
+        raise stage.error(f"selects from {source!r}; name an earlier stage", source_at)
+    nodes = of_stage[source]
     if any(trial.kind != "pretrain" for node in nodes for trial in leaves(node, known)):
-        raise ValueError(f"{stage.source.at}: {place}: selects from {stage.source.value}; only pretrainings are selected among")
+        raise stage.error(f"selects from {source}; only pretrainings can be selected", source_at)
     per = stage.per.value
     for name in per:
         if any(name not in node.axes for node in nodes):
             there = ", ".join(dict.fromkeys(axis for node in nodes for axis in node.axes)) or "none"
-            raise ValueError(f"{stage.per.at}: {place}: {stage.source.value} has no axis {name}; its axes: {there}")
+            raise stage.error(f"{source} has no axis {name}; its axes: {there}", stage.per.at)
     groups: dict[tuple, list[GraphNode]] = {}
     for node in nodes:
         groups.setdefault(tuple(node.axes[name] for name in per), []).append(node)
@@ -273,5 +275,5 @@ def _selections(stage: SelectSpec, of_stage, known) -> Iterator[Selection]:
         name = "-".join([stage.name, *(f"{axis}-{value}" for axis, value in axes.items())]).replace("/", "_")
         reason = why_incomparable([trial for node in candidates for trial in leaves(node, known)], stage.by)
         if reason:
-            raise ValueError(f"{stage.at}: {place}: {name} would compare {reason}")
+            raise stage.error(f"{name} would compare {reason}")
         yield Selection(name, stage.name, axes, tuple(node.name for node in candidates), stage.by, stage.line)

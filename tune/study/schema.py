@@ -55,8 +55,8 @@ GraphNode = Trial | Selection
 
 @dataclass(frozen=True)
 class Published:
-    """A figure of a paper. at: its place in the table, {"stage": "linear", "fraction": 0.05}, perhaps without some of the
-    table's axes; value: a share is one of 1, not of 100."""
+    """A published value. at: its place in the table, like {"stage": "linear", "fraction": 0.05}; some of the table's axes may be
+    missing. value: shares from 0 to 1, not percentages."""
 
     metric: str
     at: dict[str, Any]

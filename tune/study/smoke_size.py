@@ -11,63 +11,53 @@ _KEYS = ("data", *KINDS)
 
 
 class SmokeSize(NamedTuple):
-    """What `smoke` of a file says. data: of shard sets' names; fields: by kind, what takes a field's place whatever it was;
-    values: by kind and field, what takes the place of each value. Of a list of which
-    some are named, the others are left out."""
+    """The `smoke` section of a study file. data: replacements of shard sets, by name; fields: by kind, new values of fields
+    whatever the old ones; values: by kind and field, the replacement of each value. If it has some values of a list, the others
+    are dropped."""
 
     data: dict[str, str]
     fields: dict[str, dict[str, FieldValue]]
     values: dict[str, dict[str, dict[Any, Any]]]
 
     def describe(self, data: dict[str, str]) -> str:
-        """What is otherwise than in the study, for whoever reads its figures. data: the study's own shard sets."""
+        """The differences from the full study, for readers of its results. data: the study's own shard sets."""
         parts = [f"{name} is {self.data[name]} in place of {place}" for name, place in data.items() if name in self.data]
         for kind in KINDS:
-            parts += [
-                f"{kind} with {name} {'none' if field.value is None else field.value}"
-                for name, field in self.fields[kind].items()
-            ]
-            parts += [
-                f"{kind} with {name} {small} in place of {full}"
-                for name, values in self.values[kind].items()
-                for full, small in values.items()
-                if full != small
-            ]
-        return "In smoke size, whose figures say nothing but that it runs: " + "; ".join(parts) + "."
+            for name, field in self.fields[kind].items():
+                parts.append(f"{kind} with {name} {'none' if field.value is None else field.value}")
+            for name, values in self.values[kind].items():
+                parts += [f"{kind} with {name} {small} in place of {full}" for full, small in values.items() if full != small]
+        return f"Smoke size, which only shows that the study runs: {'; '.join(parts)}."
 
 
 def read_smoke_size(source: YamlFile, stages: Sequence[StageSpec | SelectSpec]) -> SmokeSize | None:
-    """The file's `smoke`, None where it has none. Raises ValueError, with its line, for what is no such thing, and for values
+    """The `smoke` section of the file; None if it has none. Raises ValueError, with the line, for unknown fields and for values
     that no stage has."""
     if source.content.get("smoke") is None:
         return None
-    source.only(_KEYS, "smoke")
+    source.check_keys(_KEYS, "smoke")
     data = source.mapping("smoke", "data")
-    source.only(tuple(source.mapping("data")), "smoke", "data")
+    source.check_keys(tuple(source.mapping("data")), "smoke", "data")
     fields: dict[str, dict[str, FieldValue]] = {}
     values: dict[str, dict[str, dict[Any, Any]]] = {}
     for kind, config_class in KINDS.items():
         given = source.mapping("smoke", kind)
-        source.only(field_names(config_class) - {"name", "storage", "data", "workers"}, "smoke", kind)
-        fields[kind] = {
-            name: FieldValue(value, source.at("smoke", kind, name))
-            for name, value in given.items()
-            if not isinstance(value, dict)
-        }
-        values[kind] = {
-            name: {_key(full): small for full, small in value.items()} for name, value in given.items() if isinstance(value, dict)
-        }
-        for name, replaced in given.items():
-            for full in replaced if isinstance(replaced, dict) else ():
-                if not any(
-                    _has(stage, name, _key(full)) for stage in stages if isinstance(stage, StageSpec) and stage.kind == kind
-                ):
-                    raise ValueError(f"{source.at('smoke', kind, name, full)}: smoke: no {kind} stage has {name} {full}")
+        source.check_keys(field_names(config_class) - {"name", "storage", "data", "workers"}, "smoke", kind)
+        fields[kind], values[kind] = {}, {}
+        of_kind = [stage for stage in stages if isinstance(stage, StageSpec) and stage.kind == kind]
+        for name, value in given.items():
+            if not isinstance(value, dict):
+                fields[kind][name] = FieldValue(value, source.at("smoke", kind, name))
+                continue
+            values[kind][name] = {_key(full): small for full, small in value.items()}
+            for full in value:
+                if not any(_has(stage, name, _key(full)) for stage in of_kind):
+                    raise source.error(f"smoke: no {kind} stage has {name} {full}", "smoke", kind, name, full)
     return SmokeSize(data, fields, values)
 
 
 def shrink_stage(stage: StageSpec, smoke: SmokeSize) -> StageSpec:
-    """The stage in smoke size. Raises ValueError where an axis would be replaced as a whole."""
+    """The stage in smoke size. Raises ValueError if a whole axis would be replaced by one value."""
     axes = stage_axes(stage)
     fields = dict(stage.fields)
     for name, values in smoke.values[stage.kind].items():

@@ -46,8 +46,8 @@ trial alone, without its axes.
 
 **resources**: what each trial of a kind gets, {pretrain: {workers: 0, gpus: 0.25, cpus: 2}}.
 
-**smoke** is a size of the study that shows in minutes that it runs: other `data`, and other fields for each kind of stage. For an
-axis it lists the values to keep and what replaces them; if it lists any, the others are left out. Runs are in STORAGE-smoke.
+**smoke** is a small version of the study that shows within minutes that it runs: other `data`, and other fields for each kind of
+stage. For an axis it maps the values to keep to their replacements; other values are dropped. Runs are in STORAGE-smoke.
 """
 
 from collections.abc import Sequence
@@ -86,21 +86,21 @@ def read_study(path: str | Path, *, smoke: bool = False) -> Study:
     source = read_yaml(path)
     content = source.content
     if not isinstance(content, dict) or not isinstance(content.get("stages"), dict) or not content["stages"]:
-        raise ValueError(f"{source.at()}: a study is a mapping with at least `stages`, itself a mapping of names to stages")
-    source.only(_KEYS)
+        raise source.error("a study must be a mapping with at least `stages`, a mapping of names to stages")
+    source.check_keys(_KEYS)
     data = source.mapping("data")
-    source.only(tuple(KINDS), "defaults")
+    source.check_keys(tuple(KINDS), "defaults")
     for key in ("name", "storage", "report"):
         if not isinstance(content.get(key, ""), str):
-            raise ValueError(f"{source.at(key)}: {key} is a word, not {content[key]!r}")
+            raise source.error(f"{key} must be a word, not {content[key]!r}", key)
     resources = {kind: _resources(source, kind) for kind in KINDS}
     stages = [_read_stage(source, stage, resources) for stage in content["stages"]]
     small = read_smoke_size(source, stages)
     if smoke and small is None:
-        raise ValueError(f"{source.at()}: this study has no `smoke`, which says what is smaller in smoke size")
+        raise source.error("this study has no `smoke`, the section with the smoke size")
     if not smoke:
         small = None
-    if small:  # one process for each trial, whatever the whole study takes
+    if small:  # one process for each trial, whatever the full study uses
         resources = dict.fromkeys(KINDS, Resources())
         stages = [shrink_stage(stage, small) if isinstance(stage, StageSpec) else stage for stage in stages]
     name = content.get("name", Path(path).stem)
@@ -135,20 +135,20 @@ def _read_stage(source: YamlFile, key, resources: dict[str, Resources]) -> Stage
     if not isinstance(body, dict) or len(body) != 1 or not all(k in kinds and isinstance(v or {}, dict) for k, v in body.items()):
         raise ValueError(f"{at}: stage {name}: a stage is one of {' or '.join(f'`{kind}: {{...}}`' for kind in kinds)}")
     if "/" in name or name in ("", ".", ".."):
-        raise ValueError(f"{at}: stage {name}: the name is that of a folder; give one without /")
+        raise ValueError(f"{at}: stage {name}: the name becomes that of a folder; give one without /")
     (kind,) = body
     line = source.line("stages", key)
     if kind == "select":
-        return _read_choice(source, key, at, line)
+        return _read_selection(source, key, at, line)
     config_class = KINDS[kind]
     known = field_names(config_class) - {"name", "storage"}
     fields: dict[str, FieldValue] = {}
-    # Its own ones first: a default that is added later must not reorder the names.
+    # The stage's own fields first: a default that is added later must not reorder the names.
     for keys in (("stages", key, kind), ("defaults", kind)):
-        source.only(known, *keys)
+        source.check_keys(known, *keys)
         for field, value in source.mapping(*keys).items():
             fields.setdefault(field, FieldValue(value, source.at(*keys, field)))
-    workers = fields.pop("workers", None)  # a trial's, and so the same for all stages of a kind
+    workers = fields.pop("workers", None)  # a resource, so all stages of a kind have the same
     if workers and workers.value != resources[kind].workers:
         raise ValueError(
             f"{workers.at}: stage {name}: workers is {workers.value!r}, and {kind} trials have {resources[kind].workers}; give"
@@ -157,40 +157,34 @@ def _read_stage(source: YamlFile, key, resources: dict[str, Resources]) -> Stage
     return StageSpec(name, kind, config_class, fields, at, line)
 
 
-def _read_choice(source: YamlFile, key, at: str, line: int) -> SelectSpec:
+def _read_selection(source: YamlFile, key, at: str, line: int) -> SelectSpec:
     keys = ("stages", key, "select")
-    source.only(("from", "by", "per"), *keys)
+    source.check_keys(("from", "by", "per"), *keys)
     given = source.mapping(*keys)
     for field in ("from", "by"):
         if field not in given:
-            raise ValueError(
-                f"{at}: stage {key}: select needs `{field}`: select: {{from: STAGE, by: {'|'.join(SELECTION_RULES)},"
-                " per: [AXIS, ...]}"
-            )
+            example = f"select: {{from: STAGE, by: {'|'.join(SELECTION_RULES)}, per: [AXIS, ...]}}"
+            raise ValueError(f"{at}: stage {key}: select needs `{field}`: {example}")
     if given["by"] not in SELECTION_RULES:
-        raise ValueError(
-            f"{source.at(*keys, 'by')}: stage {key}: selects by {given['by']!r}; choose {', '.join(SELECTION_RULES)}"
-        )
+        raise source.error(f"stage {key}: selects by {given['by']!r}; choose {', '.join(SELECTION_RULES)}", *keys, "by")
     per = given.get("per") or []
     per = per if isinstance(per, list) else [per]
     if any(not isinstance(axis, str) for axis in per) or len(set(per)) < len(per):
-        raise ValueError(f"{source.at(*keys, 'per')}: stage {key}: per is {per!r}, and should be a list of axes, each once")
+        raise source.error(f"stage {key}: per is {per!r}, and should be a list of axes, each once", *keys, "per")
     source_field = FieldValue(str(given["from"]), source.at(*keys, "from"))
     return SelectSpec(str(key), source_field, given["by"], FieldValue(per, source.at(*keys, "per")), at, line)
 
 
 def _resources(source: YamlFile, kind: str) -> Resources:
-    source.only(tuple(KINDS), "resources")
+    source.check_keys(tuple(KINDS), "resources")
     found = _read_config(source, Resources, "resources", kind)
     if "workers" not in source.mapping("resources", kind):
         usual = source.mapping("defaults", kind).get("workers", 0)
         if not isinstance(usual, int) or isinstance(usual, bool):
-            raise ValueError(
-                f"{source.at('defaults', kind, 'workers')}: workers is {usual!r}; for the trials of a study it is a number"
-            )
+            raise source.error(f"workers is {usual!r}; for the trials of a study it is a number", "defaults", kind, "workers")
         found = replace(found, workers=usual)
     if found.workers < 0 or (found.gpus is not None and found.gpus < 0) or found.cpus <= 0:
-        raise ValueError(f"{source.at('resources', kind)}: workers and gpus are 0 or more, cpus are more than 0")
+        raise source.error("workers and gpus are 0 or more, cpus are more than 0", "resources", kind)
     return found
 
 
@@ -199,25 +193,25 @@ def _early_stopping(
 ) -> EarlyStopping | None:
     if source.content.get("asha") is None:
         return None
-    at = source.at("asha")
     found = _read_config(source, EarlyStopping, "asha")
     if found.grace_epochs < 1 or found.reduction < 2:
-        raise ValueError(f"{at}: asha: grace_epochs is 1 or more, reduction 2 or more")
+        raise source.error("asha: grace_epochs is 1 or more, reduction 2 or more", "asha")
     for stage in stages:
         compete = [trial for trial in trials if trial.stage == stage.name and trial.kind == "pretrain"]
         reason = why_incomparable(compete, found.by) if len(compete) > 1 else None
         if reason:
-            raise ValueError(f"{at}: asha: stage {stage.name} would compare {reason}")
+            raise source.error(f"asha: stage {stage.name} would compare {reason}", "asha")
         late = [trial.config.probe_every for trial in compete if trial.config.probe_every > found.grace_epochs]
         if found.by == "probe" and len(compete) > 1 and late and not smoke:
-            raise ValueError(
-                f"{at}: asha: grace_epochs {found.grace_epochs} ends before the first probe of stage {stage.name}, after"
-                f" {late[0]} epochs; give a smaller probe_every or more grace_epochs"
+            raise source.error(
+                f"asha: grace_epochs {found.grace_epochs} ends before the first probe of stage {stage.name}, after {late[0]}"
+                " epochs; give a smaller probe_every or more grace_epochs",
+                "asha",
             )
     return found
 
 
 def _read_config(source: YamlFile, config_class: type, *keys: str):
-    source.only(field_names(config_class), *keys)
+    source.check_keys(field_names(config_class), *keys)
     fields = {name: FieldValue(value, source.at(*keys, name)) for name, value in source.mapping(*keys).items()}
     return build_config(config_class, fields, source.at(*keys))

@@ -1,4 +1,4 @@
-"""YAML with the line of everything in it, so that a mistake is told with its place."""
+"""YAML with the line of each entry, for error messages."""
 
 import difflib
 from collections.abc import Collection
@@ -9,8 +9,8 @@ import yaml
 
 
 class YamlFile(NamedTuple):
-    """A YAML file. about: its leading comment, without the signs; content: as safe_load gives it; lines: where each entry is,
-    from 1, by the keys and list places that lead to it."""
+    """A YAML file. about: its leading comment, without the #; content: as safe_load gives it; lines: the line of each entry, from
+    1, by the keys and list indices that lead to it."""
 
     path: Path
     about: str
@@ -18,17 +18,21 @@ class YamlFile(NamedTuple):
     lines: dict[tuple, int]
 
     def line(self, *keys) -> int:
-        """Where an entry is, or if it is not in the file what it would lie in."""
+        """The line of an entry; of the innermost entry around it if it is not in the file."""
         while keys not in self.lines:
             keys = keys[:-1]
         return self.lines[keys]
 
     def at(self, *keys) -> str:
-        """FILE:LINE of an entry: what every message about it begins with."""
+        """FILE:LINE of an entry, with which every message about it begins."""
         return f"{self.path}:{self.line(*keys)}"
 
+    def error(self, message: str, *keys) -> ValueError:
+        """The error about an entry."""
+        return ValueError(f"{self.at(*keys)}: {message}")
+
     def mapping(self, *keys) -> dict[Any, Any]:
-        """The mapping there, empty where there is none. Raises ValueError for anything else."""
+        """The mapping under these keys, empty if there is none. Raises ValueError for anything else."""
         value: Any = self.content
         for depth, key in enumerate(keys, start=1):
             value = value.get(key)
@@ -36,22 +40,21 @@ class YamlFile(NamedTuple):
                 return {}
             if not isinstance(value, dict):
                 place = ": ".join(map(str, keys[:depth]))
-                raise ValueError(f"{self.at(*keys[:depth])}: `{place}` is a mapping of names to values, not {value!r}")
+                raise self.error(f"`{place}` must be a mapping of names to values, not {value!r}", *keys[:depth])
         return value
 
-    def only(self, known: Collection[str], *keys) -> None:
-        """Raises ValueError for a key of the mapping there that is not known, with the nearest that is."""
+    def check_keys(self, known: Collection[str], *keys) -> None:
+        """Raise ValueError for a key of the mapping that is not known, with the most similar one that is."""
         for name in self.mapping(*keys):
             if name not in known:
                 near = difflib.get_close_matches(str(name), sorted(known), n=1)
                 hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}"
                 place = f"{': '.join(map(str, keys))}: " if keys else ""
-                raise ValueError(f"{self.at(*keys, name)}: {place}there is no field {name!r}; {hint}")
+                raise self.error(f"{place}there is no field {name!r}; {hint}", *keys, name)
 
 
 def read_yaml(path: str | Path) -> YamlFile:
-    """Read a YAML file. Raises ValueError where it is none, and where a mapping has one key twice, of which YAML's own reader
-    keeps the last without a word."""
+    """Read a YAML file. Raises ValueError if it is not YAML, and for a duplicate key, of which PyYAML silently keeps the last."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -77,7 +80,7 @@ def read_yaml(path: str | Path) -> YamlFile:
 
 def _mark(loader, node, keys, above, lines, path):
     if node in above:
-        raise ValueError(f"{path}:{node.start_mark.line + 1}: this alias stands for something that it is itself in")
+        raise ValueError(f"{path}:{node.start_mark.line + 1}: this alias refers to an entry that contains it")
     if isinstance(node, yaml.SequenceNode):
         for place, each in enumerate(node.value):
             lines[*keys, place] = each.start_mark.line + 1
@@ -87,10 +90,10 @@ def _mark(loader, node, keys, above, lines, path):
         for key_node, value in node.value:
             line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
-                raise ValueError(f"{path}:{line}: the key of a mapping is a word or a number")
+                raise ValueError(f"{path}:{line}: a mapping's key must be a word or a number")
             key = "<<" if key_node.value == "<<" else _built(loader.construct_object, key_node, path)
             if key in own:
-                raise ValueError(f"{path}:{line}: {key!r} is there already in this mapping: keep one of them")
+                raise ValueError(f"{path}:{line}: duplicate key {key!r}: keep one of them")
             own.add(key)
             lines[*keys, key] = line
             _mark(loader, value, (*keys, key), (*above, node), lines, path)
@@ -99,7 +102,7 @@ def _mark(loader, node, keys, above, lines, path):
 def _built(construct, node, path):
     try:
         return construct(node)
-    except ValueError as error:  # such as of a date that is none
+    except ValueError as error:  # such as an impossible date
         raise ValueError(f"{path}:{node.start_mark.line + 1}: this is not YAML: {error}") from None
 
 

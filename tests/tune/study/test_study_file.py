@@ -140,8 +140,8 @@ def published_in(name: str) -> dict[tuple, float]:
     return {(each.metric, *each.at.values()): each.value for table in study.tables for each in table.published}
 
 
-def test_the_papers_figures():
-    """Some of each, as the papers have them: a slip in a list would put a figure under its neighbour's head."""
+def test_the_papers_values():
+    """Some of each, as the papers have them: a slip in a list would put a value under its neighbour's head."""
     assert published_in("linear_fractions")["log_loss", "linear", 0.25] == 0.3569
     chains = published_in("transfer_chains")
     assert len(chains) == 18
@@ -213,7 +213,7 @@ PRETRAIN = {"pretrain": {"data": "kidney"}}
         (STUDY | {"comment": 1}, "there is no field 'comment'; there are asha, data, defaults, name"),
         (STUDY | {"data": ["shards/kidney"]}, "`data`"),
         (STUDY | {"defaults": ["pretrain"]}, "`defaults`"),
-        (STUDY | {"defaults": {"pretrain": 5}}, "`defaults: pretrain` is a mapping"),
+        (STUDY | {"defaults": {"pretrain": 5}}, "`defaults: pretrain` must be a mapping"),
         (STUDY | {"defaults": {"pretran": {"epochs": 5}}}, "there is no field 'pretran'; did you mean pretrain?"),
         (stages_of(a=None), "stage a: a stage is one of `pretrain: {...}` or `evaluate: {...}` or `select: {...}`"),
         (stages_of(a="pretrain"), "stage a: a stage is one of"),
@@ -241,10 +241,10 @@ PRETRAIN = {"pretrain": {"data": "kidney"}}
             "stage a: starts from b, which is no earlier stage; put it before this one",
         ),
         (stages_of(a={"pretrain": {"data": "d", "init": "a"}}), "stage a: starts from a"),
-        (stages_of(a={"pretrain": {"data": "d", "seed": [1, 1]}}), "stage a: two stages have the name a-seed-1"),
+        (stages_of(a={"pretrain": {"data": "d", "seed": [1, 1]}}), "stage a: two trials have the name a-seed-1"),
         (
             {"stages": {"a": {"pretrain": {"data": "d", "seed": [1, 2]}}, "a-seed-2": PRETRAIN}},
-            "stage a-seed-2: two stages have the name a-seed-2",
+            "stage a-seed-2: two trials have the name a-seed-2",
         ),
     ],
 )
@@ -415,7 +415,7 @@ smoke:
 """
 
 
-def test_tables_and_published_figures(tmp_path):
+def test_tables_and_published_values(tmp_path):
     both, pretraining = read_study(write(tmp_path, TABLES)).tables
     assert (both.title, both.stages, both.rows, both.columns, both.values) == (
         "Both",
@@ -534,12 +534,12 @@ def test_smoke_size(tmp_path):
     ("text", "words"),
     [
         ("a: 1\nb: }{ # HERE\n", "this is not YAML"),
-        ("stages:\n  a: {pretrain: {data: d}}\n  a: {pretrain: {data: e}} # HERE", "'a' is there already"),
-        ("name: x\nstages:\n  a:\n    pretrain:\n      data: d\n      seed: 1\n      seed: 2 # HERE", "'seed' is there already"),
-        ("stages:\n  a: {pretrain: &x {data: d, init: *x}} # HERE", "it is itself in"),
-        ("stages: {a: {pretrain: {data: d}}}\n? [1, 2] # HERE\n: 3", "the key of a mapping"),
+        ("stages:\n  a: {pretrain: {data: d}}\n  a: {pretrain: {data: e}} # HERE", "duplicate key 'a'"),
+        ("name: x\nstages:\n  a:\n    pretrain:\n      data: d\n      seed: 1\n      seed: 2 # HERE", "duplicate key 'seed'"),
+        ("stages:\n  a: {pretrain: &x {data: d, init: *x}} # HERE", "an entry that contains it"),
+        ("stages: {a: {pretrain: {data: d}}}\n? [1, 2] # HERE\n: 3", "a mapping's key must be"),
         ("stages: {a: {pretrain: {data: d}}}\nstag: 3 # HERE", "did you mean stages"),
-        ("stages: {a: {pretrain: {data: d}}}\nname: 3 # HERE", "name is a word"),
+        ("stages: {a: {pretrain: {data: d}}}\nname: 3 # HERE", "name must be a word"),
         ("defaults:\n  pretrain:\n    epoch: 3 # HERE\nstages: {a: {pretrain: {data: d}}}", "did you mean epochs"),
         ("defaults:\n  pretrain:\n    epochs: x # HERE\nstages: {a: {pretrain: {data: d}}}", "stage a: .*epochs"),
         ("stages:\n  a:\n    pretrain:\n      data: d\n      epochs: 1.5 # HERE", "stage a: .*epochs"),
@@ -550,7 +550,7 @@ def test_smoke_size(tmp_path):
         (
             "stages:\n  a: {pretrain: {data: d, seed: [1, 2]}}\n  b:\n    pretrain:\n      data: d\n      init: a\n"
             "      seed: [1, 3] # HERE",
-            "nothing that it starts from has the seed 3",
+            "none of its parents has the seed 3",
         ),
         (
             "stages:\n  a: {pretrain: {data: d, backbone: [resnet18, resnet50]}}\n  b:\n    pretrain:\n      data: d\n"
@@ -594,7 +594,7 @@ def test_smoke_size(tmp_path):
         ),
         (
             "stages:\n  a: {evaluate: {data: d}}\n  b:\n    select:\n      by: loss\n      from: a # HERE",
-            "only pretrainings are selected among",
+            "only pretrainings can be selected",
         ),
         (
             "stages:\n  a: {pretrain: {data: d, batch_size: [64, 128]}}\n  b: {select: {from: a, by: loss}} # HERE",
@@ -665,15 +665,18 @@ def test_the_line_of_a_mistake(tmp_path, text, words):
     [
         (("title: Both", "titel: Both # HERE"), "there is no field 'titel'"),
         (("    rows: [batch_size]\n", ""), "a table needs rows"),
-        (("stages: [linear]", "stages: [liner] # HERE"), "liner is no stage that runs; there are a, linear"),
+        (("stages: [linear]", "stages: [liner] # HERE"), "there is no stage liner with trials; there are a, linear"),
         (("stages: [linear]", "stages: [linear, a] # HERE"), "make two tables"),
         (("rows: [batch_size]", "rows: [batchsize] # HERE"), "batchsize is no axis of these stages; there are stage, batch_size"),
-        (("rows: [batch_size]", "rows: [batch_size, batch_size] # HERE"), "rows names something twice"),
-        (("rows: [batch_size]", "rows: [64] # HERE"), "rows is a list of names"),
-        (("columns: fraction", "columns: [fraction, batch_size] # HERE"), "batch_size is of the rows already"),
-        (("    columns: fraction\n", ""), "fraction is neither of the rows nor of the columns"),
-        (("values: [accuracy, log_loss]", "values: [accuracy, loss] # HERE"), "no figure 'loss' of these stages"),
-        (("values: [loss, probe]}", "values: [accuracy]} # HERE"), "no figure 'accuracy' of these stages; there are loss, probe"),
+        (("rows: [batch_size]", "rows: [batch_size, batch_size] # HERE"), "rows has a name twice"),
+        (("rows: [batch_size]", "rows: [64] # HERE"), "rows must be a list of names"),
+        (("columns: fraction", "columns: [fraction, batch_size] # HERE"), "batch_size is an axis of the rows already"),
+        (("    columns: fraction\n", ""), "fraction is neither among the rows nor the columns"),
+        (("values: [accuracy, log_loss]", "values: [accuracy, loss] # HERE"), "these stages have no metric 'loss'"),
+        (
+            ("values: [loss, probe]}", "values: [accuracy]} # HERE"),
+            "these stages have no metric 'accuracy'; there are loss, probe",
+        ),
         (("accuracy: 0.9}", "accuracy: 90} # HERE"), "accuracy is 90, and should be a share of 1"),
         (("accuracy: 0.9}", "accuracy: high} # HERE"), "should be a number"),
         (("accuracy: 0.9}", "epochs: 3, accuracy: 0.9} # HERE"), "'epochs' is neither an axis of the table"),
@@ -705,7 +708,7 @@ def test_a_study_without_a_smoke_size_says_so(tmp_path):
 
 
 def test_a_study_is_read_without_torch(tmp_path):
-    """A mistake is told in a second; what names figures of evaluations is a table, and they are torch's."""
+    """A mistake is reported within a second. Only tables need the metrics, which import torch."""
     demo = (ROOT / "tune" / "studies" / "demo.yaml").read_text()
     (tmp_path / "study.yaml").write_text(re.sub(r"(?s)^tables:.*?(?=^smoke:)", "", demo, flags=re.MULTILINE))
     code = "import sys; from tune.study.study_file import read_study; read_study(sys.argv[1]); sys.exit('torch' in sys.modules)"
