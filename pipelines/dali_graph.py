@@ -35,14 +35,6 @@ AHEAD = 2  # batches in the graph at once: one being made while the other is bei
 _GPU_DECODER = {"device": "mixed", "hw_decoder_load": 0.0, "jpeg_fancy_upsampling": True}
 
 
-class ImageTooSmall(RuntimeError):
-    """An image is smaller than the manifest says. index: its place in the batch."""
-
-    def __init__(self, index: int):
-        super().__init__(f"image {index} of the batch is smaller than the manifest says")
-        self.index = index
-
-
 def _one_number(outs, ins):
     for i in range(len(outs[0])):
         outs[0][i][0] = 1
@@ -181,16 +173,15 @@ class DaliGraph:
     def get(self) -> torch.Tensor:
         """Wait for the oldest batch: (V, B, 3, S, S) float32 on the device, whose memory is not reused while it is referenced.
 
-        Raises RuntimeError if DALI cannot decode a patch, and ImageTooSmall; the graph is then unusable and must be closed.
+        Raises RuntimeError if a patch cannot be decoded or lacks a part of a box; the graph is then unusable and must be closed.
         """
         # On a GPU the host does not wait: torch's stream waits for DALI's, and DALI reuses its memory after torch's stream.
         outputs = self._pipeline.share_outputs(torch.cuda.current_stream() if self.device == "cuda" else None)
         rows, views = self._in_flight.popleft()
         try:
             if views is not None:
-                done = np.asarray(outputs[0].as_tensor())
-                if not done.all():
-                    raise ImageTooSmall(int(done.argmin()))
+                if not (done := np.asarray(outputs[0].as_tensor())).all():
+                    raise RuntimeError(f"image {done.argmin()} of the batch is smaller than the box to crop from it")
                 return views
             return torch.stack([self._finished(sums, rows[:, view]) for view, sums in enumerate(outputs)])
         finally:

@@ -248,8 +248,6 @@ class ViewLoader:
             yield in_flight.popleft(), views
 
     def _next_views(self, graph, in_flight: deque[np.ndarray]) -> torch.Tensor:
-        from pipelines.dali_graph import ImageTooSmall
-
         if not len(in_flight[0]):
             return self._empty_views()
         try:
@@ -258,11 +256,6 @@ class ViewLoader:
             graph.close()
             self._graph = None
             self.reader.check(np.concatenate(in_flight))
-            if isinstance(error, ImageTooSmall):
-                patch = in_flight[0][error.index]
-                raise ValueError(
-                    f"{self.reader.folder}: patch {patch} is smaller than the manifest says: pack the set again"
-                ) from error
             raise ValueError(
                 f"{self.reader.folder}: DALI cannot make views of the batch with patches {in_flight[0][:4].tolist()} ...,"
                 f" though its bytes are as the manifest says: {error}"

@@ -75,13 +75,8 @@ def restain(x_CHW: torch.Tensor, factor_3: torch.Tensor, summand_3: torch.Tensor
 
 
 def reference_views(encoded: list[np.ndarray], parameters: ViewParameters, *, recipe: Recipe, image_size: int) -> torch.Tensor:
-    """All views of a batch: (V, B, 3, S, S) float32. Raises ValueError for an image that is smaller than a box of it."""
+    """All views of a batch: (V, B, 3, S, S) float32."""
     images = [decode(data) for data in encoded]
-    for image, box in zip(images, parameters.box, strict=True):
-        if (box[:, :2] + box[:, 2:] > image.shape[1:]).any():
-            raise ValueError(
-                f"an image of {image.shape[2]} x {image.shape[1]} px is smaller than the manifest says: pack the set again"
-            )
     views = [
         [reference_view(image, parameters, i, view, recipe=recipe, image_size=image_size) for i, image in enumerate(images)]
         for view in range(recipe.views)

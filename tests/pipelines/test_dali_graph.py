@@ -48,3 +48,15 @@ def test_batches_come_out_in_the_order_in_which_they_were_put(drawn_set):
     for ids, parameters in zip(batches, drawn, strict=True):
         reference = reference_views(reader.read(ids), parameters, recipe=recipe, image_size=24)
         assert (graph.get() - reference).abs().max() < 0.001
+
+
+@pytest.mark.parametrize("excess", [(0, 1), (1, 0), (10**6, 10**6)])
+def test_box_beyond_the_image(drawn_set, excess):
+    """Numba checks no bounds, so the kernel compares the box with the image as it was decoded."""
+    reader, recipe = ShardReader(drawn_set), get_recipe("eval-plain")
+    ids = np.arange(4)
+    sizes = reader.sizes[ids] + np.array([[0, 0], [0, 0], excess, [0, 0]])
+    graph = DaliGraph(recipe=recipe, batch_size=4, image_size=24, device="cpu", threads=1)
+    graph.put(reader.read(ids), draw_views(ids, seed=5, epoch=1, recipe=recipe, sizes=sizes))
+    with pytest.raises(RuntimeError, match="image 2 of the batch is smaller than the box"):
+        graph.get()

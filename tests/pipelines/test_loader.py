@@ -504,23 +504,6 @@ def test_loader_is_of_use_after_a_damaged_batch(copied_set, batch_size):
     assert_same_epoch(epoch_of(loader), expected)
 
 
-@pytest.mark.parametrize("recipe", [SIMCLR, EVAL])
-@pytest.mark.parametrize("backend", ["dali", "torchvision"])
-def test_image_smaller_than_the_manifest_says(copied_set, recipe, backend):
-    """The kernels check no bounds, so a box that the manifest allows and the image does not would be read from other memory."""
-    table = pq.read_table(copied_set / "manifest.parquet")
-    sides = [*table["width"].to_pylist()[:-1], 100_000]
-    table = table.set_column(table.column_names.index("width"), "width", pa.array(sides, pa.int32()))
-    pq.write_table(table, copied_set / "manifest.parquet")
-    with loader_of(copied_set, recipe, ids=np.arange(45, 55), shuffle=False, backend=backend) as loader:
-        with pytest.raises(ValueError, match="smaller than the manifest says: pack the set again") as error:
-            list(loader)
-        assert "patch 54" in str(error.value) or backend == "torchvision"
-        loader.ids = np.arange(40, 50)
-        loader.load_state_dict({"epoch": 0, "step": 0})
-        assert len(list(loader)) == 1
-
-
 @pytest.mark.parametrize("column", ["width", "height"])
 def test_set_without_the_images_sizes(copied_set, column):
     table = pq.read_table(copied_set / "manifest.parquet")
