@@ -57,8 +57,10 @@ def run_grid(folder: Path, *flags: str) -> str:
     return done.stdout
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(600)
 def test_the_transfer_chains(ray_here, demo):
+    """Eleven trials on Ray, each in a process that imports torch: 40 s of processor time."""
     said = run_grid(demo)
     storage = demo / "runs" / "transfer_chains-smoke"
     with (storage / "report-tables" / "transfer-chains.csv").open(encoding="utf-8") as file:
