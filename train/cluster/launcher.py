@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import pickle
 import re
 import shutil
 import socket
@@ -18,6 +19,7 @@ import torch.distributed as dist
 
 from sharding.cli import describe, without_addresses
 from train.cluster.diagnostics import preflight
+from train.cluster.pickled_call import call_pickled
 from train.cluster.ray_cluster import NodeActors, alive_nodes, connect, possible_nodes
 from train.cluster.resources import WorkerResources, resources_per_worker
 from train.config import worker_range
@@ -174,9 +176,10 @@ def _attempt(job, least, most, per_worker, *, again) -> BaseException | None:
 
     await_folder(job.folder)
     shutil.rmtree(job.folder / _RAY_FOLDER, ignore_errors=True)  # state of an earlier attempt, from which Ray would continue
+    job = dataclasses.replace(job, threads=job.threads or per_worker.cpus)
     trainer = TorchTrainer(
-        _work,
-        train_loop_config={"job": dataclasses.replace(job, threads=job.threads or per_worker.cpus), "again": again},
+        call_pickled,
+        train_loop_config={"call": pickle.dumps((_work, {"job": job, "again": again}))},
         scaling_config=ScalingConfig(
             num_workers=most if least == most else (least, most),  # type: ignore[arg-type]
             use_gpu=per_worker.gpus > 0,

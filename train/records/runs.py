@@ -53,7 +53,7 @@ _ALWAYS_IN_KEY = {
     },
 }  # fmt: skip
 
-_PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "ray", "numpy", "numba", "pyarrow", "torchmetrics")
+_PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "ray", "numpy", "numba", "pyarrow")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 
 # Weight decays tried, from nearly none to strong; on standardised features they mean the same for every backbone.
@@ -36,6 +35,8 @@ def fit_path(features: np.ndarray, labels: np.ndarray, *, classes: int, decays: 
     features: (n, F); labels: (n,) from 0 to classes - 1. The objective is convex, so there is no seed. Returns a head per
     decay, in their order.
     """
+    from scipy.optimize import minimize  # takes 0.7 s to import, and most commands fit nothing
+
     n, mean, std = len(features), features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64)
     std[std < 1e-12] = 1.0  # a constant feature says nothing, and must not divide by 0
     z_nR, basis_FR, variance_R = principal((features.astype(np.float64) - mean) / std)

@@ -2,9 +2,9 @@
 
 Shapes: n patches, K classes, B bins of confidence, D weightings of the patches. `score` uses one weighting, of 1 for each patch;
 train/scoring/bootstrap.py uses one for each draw.
-torchmetrics counts. The formulas are here and in float64, so that a metric and its bootstrap draws agree to the last digits:
-torchmetrics divides in single precision, puts a confidence of exactly 1 into a 16th bin, and takes a matrix with a value above 1,
-by rounding, for logits. The tests compare the metrics with scikit-learn's, and with those of torchmetrics up to its precision.
+The formulas are here and in float64, so that a metric and its bootstrap draws agree to the last digits. torchmetrics divides in
+single precision, puts a confidence of exactly 1 into a 16th bin, and rounds a matrix with a value above 1 after taking it for
+logits. The tests compare the metrics with scikit-learn's, and with those of torchmetrics up to its precision.
 
 To add a metric, add an entry to METRICS. Evaluations made before show a dash for it.
 """
@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 BINS = 15  # of confidence, as in Guo et al. 2017
 
@@ -139,8 +137,7 @@ def score(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """
     terms = terms_of(probabilities, labels)
     classes = probabilities.shape[1]
-    guess, truth = torch.from_numpy(terms.guess), torch.from_numpy(terms.label)
-    confusion_KK = multiclass_confusion_matrix(guess, truth, classes).numpy()
+    confusion_KK = np.bincount(terms.label * classes + terms.guess, minlength=classes**2).reshape(classes, classes)
     gap_B = np.bincount(terms.bin, weights=terms.gap, minlength=BINS)
     auroc_KD = np.stack([auroc(ranks, np.ones((len(labels), 1))) for ranks in terms.ranks])
     sums = Sums(confusion_KK[..., None], terms.loss.sum(keepdims=True), gap_B[:, None], auroc_KD)
