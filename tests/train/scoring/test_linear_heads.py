@@ -70,11 +70,8 @@ def torchs(features, labels, task, protocol, classes=3):
     return layers[best], best + 1, train, validation
 
 
-def trained(features, labels, tasks, protocol, engine="usual", classes=3) -> list[TrainedHead]:
-    """engine: usual, as on a CPU; stacked, as on a GPU."""
-    if engine == "usual":
-        return train_heads(features, labels, tasks, classes=classes, protocol=protocol, device="cpu")
-    return linear_heads._stacked(features, labels, tasks, classes, protocol, "cpu", most=100)
+def trained(features, labels, tasks, protocol, classes=3) -> list[TrainedHead]:
+    return train_heads(features, labels, tasks, classes=classes, protocol=protocol, device="cpu")
 
 
 def arrays_of(head):
@@ -89,16 +86,15 @@ def assert_close(head, other, **tolerance):
 # What is computed
 
 
-@pytest.mark.parametrize("engine", ["usual", "stacked"])
 @pytest.mark.parametrize("head", ["linear", "mlp"])
 @pytest.mark.parametrize(("optimizer", "rate"), [("adam", 1e-2), ("sgd", 0.05)])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_is_what_torch_would_do(engine, head, optimizer, rate, decay):
+def test_is_what_torch_would_do(head, optimizer, rate, decay):
     """Gradients, optimisers, batches and losses at once, in float64, with last batches of 1 and of 3 rows."""
     features, labels = some_features(0)
     protocol = Protocol("short", optimizer, rate, batch_size=8, epochs=4, head=head, weight_decay=decay)
     tasks = some_tasks()
-    for found, task in zip(trained(features, labels, tasks, protocol, engine), tasks, strict=True):
+    for found, task in zip(trained(features, labels, tasks, protocol), tasks, strict=True):
         layers, best_epoch, train, validation = torchs(features, labels, task, protocol)
         assert (found.best_epoch, found.epochs_run) == (best_epoch, 4)
         for one, two in zip((array for layer in found.layers for array in layer), layers, strict=True):
@@ -150,14 +146,13 @@ def test_the_weights_are_those_of_the_lowest_validation_loss(protocol):
     assert best != {1} and best != {30}
 
 
-@pytest.mark.parametrize("engine", ["usual", "stacked"])
 @pytest.mark.parametrize("protocol", [LINEAR, MLP], ids=["linear", "mlp"])
-def test_patience_ends_the_training_of_each_head_for_itself(engine, protocol):
+def test_patience_ends_the_training_of_each_head_for_itself(protocol):
     features, labels = some_features(0)
     protocol = dataclasses.replace(protocol, optimizer="sgd", learning_rate=0.2, epochs=40)
     tasks = some_tasks()[:4]
-    patient = trained(features, labels, tasks, protocol, engine)
-    stopped = trained(features, labels, tasks, dataclasses.replace(protocol, patience=3), engine)
+    patient = trained(features, labels, tasks, protocol)
+    stopped = trained(features, labels, tasks, dataclasses.replace(protocol, patience=3))
     for whole, short in zip(patient, stopped, strict=True):
         worse = 0
         for epoch, loss in enumerate(whole.validation_loss, start=1):
@@ -208,38 +203,16 @@ def test_how_rows_are_listed_changes_nothing_but_rounding():
     assert_close(found, other, rtol=1e-12)
 
 
-@pytest.mark.parametrize("engine", ["usual", "stacked"])
 @pytest.mark.parametrize("protocol", [LINEAR, MLP], ids=["linear", "mlp"])
-def test_only_its_own_rows_matter_to_a_task(protocol, engine):
-    """Not even where the others' scores overflow. The two have equally many steps, so that a stack fills the shorter one up."""
+def test_only_its_own_rows_matter_to_a_task(protocol):
+    """Not even where the others' scores overflow."""
     features, labels = some_features(8, dtype=np.float32)
     tasks = [HeadTask(np.arange(1, 34), np.arange(60, 70), seed=1), HeadTask(np.arange(10, 46), np.arange(50, 79), seed=2)]
-    before = trained(features, labels, tasks, protocol, engine)
+    before = trained(features, labels, tasks, protocol)
     others = [0, *range(46, 50), 79]
     features[others], labels[others] = 3e38, -1
-    for one, other in zip(before, trained(features, labels, tasks, protocol, engine), strict=True):
+    for one, other in zip(before, trained(features, labels, tasks, protocol), strict=True):
         assert_close(one, other, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("protocol", [LINEAR, MLP], ids=["linear", "mlp"])
-def test_stacks_are_cut_by_memory_and_by_steps(protocol, monkeypatch):
-    """What a GPU does: heads with equally many steps together, no more than fit, and what comes out is the same."""
-    features, labels = some_features(9)
-    tasks = some_tasks()
-    assert [len(stack) for stack in linear_heads._stacks(tasks * 2, 3, 8)] == [3, 1, 2, 2, 2]
-    sizes = []
-    stack = linear_heads._stack
-    monkeypatch.setattr(linear_heads, "_stack", lambda *given: sizes.append(len(given[2])) or stack(*given))
-    together = trained(features, labels, tasks, protocol, "stacked")
-    assert sizes == [2, 1, 1, 1]
-    for one, other in zip(together, trained(features, labels, tasks, protocol), strict=True):
-        assert_close(one, other, rtol=1e-9, atol=1e-12)
-
-
-def test_hundreds_of_heads_fit_into_the_memory_of_a_stack():
-    linear, mlp = (linear_heads._heads_at_once(widths, 4, 64) for widths in ((2048, 3), (2048, 512, 3)))
-    assert linear > 500 and 10 < mlp < 100
-    assert linear_heads._heads_at_once((10**6, 1000), 8, 256) == 1
 
 
 # The initial weights
@@ -302,13 +275,10 @@ def test_features_that_are_no_numbers(number):
         trained(features, labels, some_tasks(), LINEAR)
 
 
-@pytest.mark.parametrize("engine", ["usual", "stacked"])
 @pytest.mark.parametrize("head", ["linear", "mlp"])
-def test_a_training_that_diverges_is_told(engine, head, monkeypatch):
+def test_a_training_that_diverges_is_told(head):
     features, labels = some_features(11, dtype=np.float32)
     protocol = dataclasses.replace(PROTOCOLS["sgd"], head=head, learning_rate=1e30, epochs=3)
-    if engine == "stacked":
-        monkeypatch.setattr(linear_heads, "_compiled", lambda *given: linear_heads._stacked(*given, "cpu", 100))
     with pytest.raises(ValueError, match="'sgd' diverged on these features"):
         trained(features * 1e20, labels, some_tasks(), protocol)
 
