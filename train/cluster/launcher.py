@@ -23,11 +23,12 @@ from train.cluster.pickled_call import call_pickled
 from train.cluster.ray_cluster import NodeActors, alive_nodes, connect, possible_nodes
 from train.cluster.resources import WorkerResources, resources_per_worker
 from train.config import worker_range
-from train.records.checkpoint_store import LOCK_TIMEOUT_S, CheckpointStore
+from train.records.checkpoints import CheckpointStore
 from train.records.remote_run import Mirror, fetch_source
 from train.records.retry import await_folder
 from train.records.run_lock import StoreLock
 from train.records.runs import versions
+from train.records.uploader import LOCK_TIMEOUT_S
 from train.trainer.loop import Job, fit
 from train.trainer.prometheus import meaning, readings, shown_name
 from train.trainer.worker import Worker, single_worker

@@ -1,48 +1,24 @@
-"""Asynchronous checkpoints: the state is copied, and a thread writes the copy while training continues."""
+"""Asynchronous checkpoints: the state is copied, and a thread writes the copy while training continues.
 
+A run is in a folder that all its workers share, or at a URL, of which each node has a mirror. The training loop sees no
+difference.
+"""
+
+import contextlib
 import os
 import shutil
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import torch
 
-CHECKPOINTS = "checkpoints"  # folder in a run's folder
-CHECKPOINT_NAME = "checkpoint.pt"
+from train.records.remote_run import CHECKPOINT_NAME, CHECKPOINTS, Mirror
+from train.records.retry import RETRY_TIMEOUT_S, retry_io
+from train.records.uploader import LOCK_TIMEOUT_S, RunUploader, locked_run
 
-
-class Background:
-    """Runs one task at a time in a background thread."""
-
-    def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-
-    def start(self, work: Callable[[], None]) -> None:
-        """Start the task after the previous one has ended. Raises what that raised."""
-        self.wait()
-        # Not a daemon: a script that ends, also by Ctrl-C, still finishes the checkpoint.
-        self._thread = threading.Thread(target=self._run, args=(work,), name="checkpoint")
-        self._thread.start()
-
-    def wait(self, timeout_s: float | None = None) -> None:
-        """Wait until the task has ended, or for the time-out. Raises once what the task raised."""
-        if self._thread is not None:
-            self._thread.join(timeout_s)
-            if self._thread.is_alive():
-                return
-            self._thread = None
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
-
-    def _run(self, work):
-        try:
-            work()
-        except BaseException as error:
-            self._error = error
+_TRIES = 12  # of each request to the object store while a run is trained: about two minutes of pauses
 
 
 def copied_state(state: Any, device: torch.device) -> Callable[[Path], None]:
@@ -104,6 +80,64 @@ def keep_newest(checkpoints: Path, step: int, write: Callable[[Path], None]) -> 
     return final
 
 
-def newest_in(checkpoints: Path) -> str | None:
-    """The name of the newest checkpoint; None if there is none."""
-    return max((path.name for path in checkpoints.glob("step-*")), default=None)
+class CheckpointStore:
+    """A run's checkpoints. All workers may read; only rank 0 calls `locked` and `save`.
+
+    Every checkpoint of a run is as good as any other, whichever worker wrote it and however many there were: what follows is the
+    same. Only the newest one is kept.
+
+    folder: of the run; url: of the run, where it is at one, and then the folder is this node's mirror. lock_timeout_s: how long
+    to wait for another process that still trains the run. retry_timeout_s: how long to retry on storage that fails.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        url: str | None = None,
+        *,
+        lock_timeout_s: float = LOCK_TIMEOUT_S,
+        retry_timeout_s: float = RETRY_TIMEOUT_S,
+    ):
+        self._folder = folder
+        self.retry_timeout_s = retry_timeout_s
+        self._lock_timeout_s = lock_timeout_s
+        self._checkpoints = folder / CHECKPOINTS
+        # Not a daemon: a script that ends, also by Ctrl-C, still finishes the checkpoint.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+        self._mirror = Mirror(url, tries=_TRIES) if url else None
+        self._uploader: RunUploader | None = None
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """See `locked_run`."""
+        with locked_run(self._folder, self._mirror, self._lock_timeout_s) as self._uploader:
+            yield
+
+    def newest(self) -> str | None:
+        """The name of the newest checkpoint; None where there is none."""
+        names = self._mirror.checkpoints() if self._mirror else [path.name for path in self._checkpoints.glob("step-*")]
+        return max(names, default=None)
+
+    def fetch(self, name: str) -> Path:
+        """The folder of this checkpoint on this node."""
+        return self._mirror.fetch_checkpoint(name) if self._mirror else self._checkpoints / name
+
+    def save(self, step: int, write: Callable[[Path], None]) -> None:
+        """Have a thread call `write` with the folder of a new checkpoint, after the one before is written. Raises as `wait`."""
+        self.wait()
+        self._writing = self._thread.submit(self._save_now, step, write)
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Wait until the newest checkpoint is written, at most so many seconds. Raises what kept it from being written (once),
+        and what keeps the run from being uploaded."""
+        if self._writing and wait([self._writing], timeout_s).done:
+            written, self._writing = self._writing, None
+            written.result()
+        if self._uploader:
+            self._uploader.raise_error()
+
+    def _save_now(self, step: int, write: Callable[[Path], None]) -> None:
+        written = retry_io(lambda: keep_newest(self._checkpoints, step, write), self._checkpoints, timeout_s=self.retry_timeout_s)
+        if self._uploader:
+            self._uploader.submit(written)

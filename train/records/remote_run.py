@@ -27,10 +27,10 @@ from typing import Any
 
 from pipelines.remote_folder import Interrupted, RemoteFolder, Stored, is_url
 from pipelines.shard_cache import default_cache
-from train.records.checkpoints import CHECKPOINT_NAME, CHECKPOINTS
 from train.records.run_lock import LOCK_NAME
 
 RESULT_NAME = "result.json"
+CHECKPOINTS, CHECKPOINT_NAME = "checkpoints", "checkpoint.pt"  # folder of a run's checkpoints, and the file in each of them
 EVERY_SECONDS = 15.0  # between two uploads or downloads of what has changed
 
 CELLS = "cells"  # folder of a run's sub-runs

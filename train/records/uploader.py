@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from train.records.checkpoints import CHECKPOINT_NAME
-from train.records.remote_run import EVERY_SECONDS, Mirror
+from train.records.remote_run import CHECKPOINT_NAME, EVERY_SECONDS, Mirror
 from train.records.run_lock import LockLost, StoreLock, exclusive_lock
 
 LOCK_TIMEOUT_S = 30.0  # a worker whose driver was killed may live on for so long

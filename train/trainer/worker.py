@@ -7,8 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from train.records.checkpoint_store import CheckpointStore
-from train.records.checkpoints import CHECKPOINT_NAME
+from train.records.checkpoints import CheckpointStore
+from train.records.remote_run import CHECKPOINT_NAME
 from train.records.retry import retry_io
 
 

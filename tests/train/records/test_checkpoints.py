@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from tests.helpers import ROOT
-from train.records.checkpoints import CHECKPOINT_NAME, Background, copied_state, keep_newest
+from train.records.checkpoints import CheckpointStore, copied_state, keep_newest
+from train.records.remote_run import CHECKPOINT_NAME
 from train.records.retry import retry_io
 from train.records.run_lock import exclusive_lock
 
@@ -47,36 +48,35 @@ def test_tensors_keep_their_layout(tmp_path):
     assert torch.equal(found, kernel) and found.stride() == kernel.stride()
 
 
-def test_one_after_the_other_and_not_in_the_caller_s_time():
-    background, go, order = Background(), threading.Event(), []
+def test_one_after_the_other_and_not_in_the_caller_s_time(tmp_path):
+    store, go, order = CheckpointStore(tmp_path), threading.Event(), []
 
-    def slow():
+    def slow(_):
         assert go.wait(20)
         order.append("first")
 
-    background.start(slow)
-    background.wait(0)  # does not wait
+    store.save(1, slow)
+    store.wait(0)  # does not wait
     assert order == []
     threading.Timer(0.05, go.set).start()
-    background.start(lambda: order.append("second"))  # waits for the first
+    store.save(2, lambda _: order.append("second"))  # waits for the first
     assert order[0] == "first"
-    background.wait()
-    assert order == ["first", "second"]
-    assert not [thread for thread in threading.enumerate() if thread.name == "checkpoint"]
+    store.wait()
+    assert order == ["first", "second"] and store.newest() == "step-000000002"
 
 
 @pytest.mark.parametrize("how", ["wait", "start"])
-def test_an_error_of_the_thread_is_raised_where_somebody_looks_and_once(how):
-    background, done = Background(), []
+def test_an_error_of_the_thread_is_raised_where_somebody_looks_and_once(tmp_path, how):
+    store, done = CheckpointStore(tmp_path), []
 
-    def fail():
+    def fail(_):
         raise ValueError("no room")
 
-    background.start(fail)
+    store.save(1, fail)
     with pytest.raises(ValueError, match="no room"):
-        background.wait() if how == "wait" else background.start(lambda: done.append(1))
+        store.wait() if how == "wait" else store.save(2, done.append)
     assert done == []
-    background.wait()
+    store.wait()
 
 
 def no_room(folder):

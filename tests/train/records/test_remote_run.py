@@ -30,9 +30,8 @@ from tests.train.records.lock_race import contend
 from train import report
 from train.config import EvaluateConfig, PretrainConfig
 from train.records import remote_run, run_lock, uploader
-from train.records.checkpoints import CHECKPOINT_NAME
 from train.records.init_weights import resolve_init
-from train.records.remote_run import Mirror, fetch_source, local_storage
+from train.records.remote_run import CHECKPOINT_NAME, Mirror, fetch_source, local_storage
 from train.records.run_lock import LOCK_NAME, LockLost, StoreLock, exclusive_lock
 from train.records.runs import Run, find_run, open_run
 from train.records.uploader import RunUploader

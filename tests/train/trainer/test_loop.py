@@ -25,9 +25,9 @@ from sharding.manifest import fingerprint
 from sharding.packing import build_shards
 from tests.helpers import open_files
 from train.records import retry
-from train.records.checkpoint_store import CheckpointStore
-from train.records.checkpoints import CHECKPOINT_NAME
+from train.records.checkpoints import CheckpointStore
 from train.records.data import Input, SetInput
+from train.records.remote_run import CHECKPOINT_NAME
 from train.records.runs import Run
 from train.trainer import loop
 from train.trainer.logger import MetricsLogger
