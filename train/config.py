@@ -50,7 +50,7 @@ class PretrainConfig:
 
     data: str = required(_DATA, identity=False)
     name: str = required(_NAME, identity=False)
-    method: str = option("simclr", f"what is learnt. {method_summaries()}", choices=METHODS)
+    method: str = option("simclr", f"the pretext task. {method_summaries()}", choices=METHODS)
     recipe: str | None = option(
         None,
         "how patches are augmented (pipelines/recipes.py describes each); default: the method's own recipe",
@@ -116,7 +116,7 @@ class PretrainConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Judging a backbone on a labelled set."""
+    """Evaluation of a backbone on a labelled set."""
 
     data: str = required(_DATA, identity=False)
     backbone: str = option(
@@ -136,7 +136,7 @@ class EvaluateConfig:
         identity=False,
     )
     split: str = option("train", "the split whose labels are used")
-    test_split: str = option("test", "the split to judge on")
+    test_split: str = option("test", "the split to test on")
     validation_split: str | None = option(None, "a split to choose on, instead of a share of the labels")
     resplit: str | None = option(
         None, "cut the set anew instead of using its own splits, such as train=0.7,validation=0.15,test=0.15; by --seed"
@@ -147,11 +147,11 @@ class EvaluateConfig:
     )
     classes: list[str] = option([], "only these classes; default: all")
     leave_out: list[str] = option([], "all classes but these")
-    fraction: list[float] = option([1.0], "shares of the labels to use, each judged, 0 to 1 (5 %% lies inside 50 %%)")
+    fraction: list[float] = option([1.0], "shares of the labels to use, each evaluated, 0 to 1 (5 %% lies inside 50 %%)")
     cap: int | None = option(None, "at most so many labels of each class")
     balance: bool = option(False, "cut every class to the size of the smallest")
     validation: float = option(0.2, "share of the used labels that is chosen on: the regularisation, the best epoch")
-    seeds: int = option(1, "so many seeds, from --seed on; the mean and the deviation over them are told")
+    seeds: int = option(1, "so many seeds, from --seed on; results are their mean and deviation")
     protocol: Literal["lbfgs", "adam", "sgd"] = option(
         "lbfgs",
         "how a linear classifier learns: lbfgs to convergence with the decay that does best on the validation part; adam (3e-4,"

@@ -1,4 +1,4 @@
-"""Judge a backbone on a labelled shard set: python train/evaluate.py --data shards/breast --backbone kidney --fraction 0.05"""
+"""Evaluate a backbone on a labelled shard set: python train/evaluate.py --data shards/breast --backbone kidney --fraction 0.05"""
 
 import sys
 
@@ -13,4 +13,4 @@ def main(config: EvaluateConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, EvaluateConfig, prog="evaluate.py", description="Judge a backbone on a labelled shard set."))
+    sys.exit(run_script(main, EvaluateConfig, prog="evaluate.py", description="Evaluate a backbone on a labelled shard set."))

@@ -11,7 +11,7 @@ from models.weights import apply_init, weights_hash
 from sharding.cli import parse, run_script
 from train.config import EvaluateConfig, PretrainConfig
 from train.records.init_weights import resolve_init
-from train.records.provenance import learnt_before
+from train.records.provenance import earlier_stages
 from train.records.runs import read_json
 from train.stages.evaluation import evaluate
 from train.stages.pretraining import pretrain
@@ -65,12 +65,12 @@ def test_the_weights_behind_a_name_are_part_of_the_key(saved, tmp_path):
     _, name = saved("test_resnet")
     before = resolve_init("imagenet", str(tmp_path), backbone=name)
     assert before.key == resolve_init("imagenet", str(tmp_path), backbone=name).key != "imagenet"
-    assert before.chain == [name] and [stage.kind for stage in learnt_before(before)] == ["unknown"]
+    assert before.chain == [name] and [stage.kind for stage in earlier_stages(before)] == ["unknown"]
     torch.manual_seed(9)
     save_for_hf(timm.create_model("test_resnet", num_classes=5), name.removeprefix("local-dir:"), safe_serialization=True)
     assert resolve_init("imagenet", str(tmp_path), backbone=name).key != before.key
     plain = resolve_init("imagenet", str(tmp_path), backbone="test_resnet")
-    assert (plain.key, plain.chain, learnt_before(plain)) == ("imagenet", ["ImageNet"], [])
+    assert (plain.key, plain.chain, earlier_stages(plain)) == ("imagenet", ["ImageNet"], [])
 
 
 @pytest.mark.parametrize(

@@ -69,8 +69,8 @@ def _startable() -> list[dict[str, float]]:
     workers = [node_resources(node["Resources"]) for node in alive_nodes() if _HEAD not in node["Resources"]]
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # it has ended, or is another user's
-            said = path.read_bytes().decode(errors="replace").split("\0")
-            given = {flag: value for flag, _, value in (word.partition("=") for word in said)}
+            words = path.read_bytes().decode(errors="replace").split("\0")
+            given = {flag: value for flag, _, value in (word.partition("=") for word in words)}
             config = given.get("--autoscaling-config")
             if config and given.get("--gcs-address") == address:
                 return startable_nodes(yaml.safe_load(Path(config).expanduser().read_text()), workers)

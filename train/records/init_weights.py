@@ -26,6 +26,33 @@ class InitialWeights:
         return self.run.url if self.run and self.run.url else self.source
 
 
+@dataclass(frozen=True)
+class StartingPoint:
+    """The weights that a stage starts from, their architecture, and the side of its views in pixels."""
+
+    parent: InitialWeights
+    architecture: str
+    image_size: int
+
+
+def resolve_backbone(config: Any) -> StartingPoint:
+    """What an EvaluateConfig or an EmbedConfig names.
+
+    Raises ValueError as `resolve_init` does, and where neither --architecture nor a model card says what the weights are of.
+    """
+    asked = config.architecture if config.backbone == "imagenet" else None
+    parent = resolve_init(config.backbone, config.storage, backbone=asked)
+    architecture = config.architecture or parent.card.get("backbone")
+    if architecture is None:
+        raise ValueError(f"{config.backbone} has no model card that says what it is: give --architecture, a timm model name")
+    return StartingPoint(parent, architecture, view_size(config, parent.card))
+
+
+def view_size(config: Any, card: dict[str, Any]) -> int:
+    """--image-size, or else the size that the backbone with this model card was trained at."""
+    return config.image_size or card.get("image_size") or 224
+
+
 def resolve_init(init: str, storage: str, *, backbone: str | None = None) -> InitialWeights:
     """The weights that --init or --backbone names. backbone: the architecture that they must be of, if it is known.
 

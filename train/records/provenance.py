@@ -33,7 +33,7 @@ _COLUMNS = ["sha256", "source_sha256", "group"]
 
 
 @dataclass(frozen=True)
-class LearntSet:
+class TrainingSet:
     """A shard set, and the groups of the patches that were used of it, in lower case and sorted."""
 
     name: str
@@ -42,13 +42,13 @@ class LearntSet:
 
 
 @dataclass(frozen=True)
-class LearntStage:
+class TrainingStage:
     """The training data of one stage. run: its name; kind: as in runs.Stage; sets: empty if unknown, as for weights from
     elsewhere; contents: (n,) uint64, ascending, the patches' content keys."""
 
     run: str
     kind: str
-    sets: list[LearntSet]
+    sets: list[TrainingSet]
     contents: np.ndarray = field(repr=False)
 
     @property
@@ -69,30 +69,30 @@ class Overlap:
     notes: list[str]
 
 
-def leave_record(folder: Path, *, kind: str, learnt: Input, parent: InitialWeights) -> None:
+def write_training_record(folder: Path, *, kind: str, data: Input, parent: InitialWeights) -> None:
     """Write learnt_from.parquet into a run's folder: its parent's record, and the patches of this stage."""
     sets, contents = [], []
-    for each in learnt.sets:
-        with open_set(each.shards, learnt.cache_bytes) as reader:
+    for each in data.sets:
+        with open_set(each.shards, data.cache_bytes) as reader:
             chosen = read_manifest(reader.folder, columns=_COLUMNS).take(pa.array(each.ids))
             groups = sorted({name.casefold() for name in decoded(chosen["group"])[1]})
-            sets.append(LearntSet(read_dataset(reader.folder)["name"], each.fingerprint, groups))
+            sets.append(TrainingSet(read_dataset(reader.folder)["name"], each.fingerprint, groups))
         contents += [content_keys(chosen[name].drop_null()) for name in ("sha256", "source_sha256")]
-    stages = [*learnt_before(parent), LearntStage(folder.name, kind, sets, np.unique(np.concatenate(contents)))]
-    said = [{"run": stage.run, "kind": stage.kind, "sets": [asdict(each) for each in stage.sets]} for stage in stages]
+    stages = [*earlier_stages(parent), TrainingStage(folder.name, kind, sets, np.unique(np.concatenate(contents)))]
+    described = [{"run": stage.run, "kind": stage.kind, "sets": [asdict(each) for each in stage.sets]} for stage in stages]
     counts = [len(stage.contents) for stage in stages]
     table = pa.table(
         {
             "stage": np.repeat(np.arange(len(stages), dtype=np.int32), counts),
             "content": np.concatenate([stage.contents for stage in stages]),
         }
-    ).replace_schema_metadata({_STAGES: json.dumps(said, ensure_ascii=False).encode()})
+    ).replace_schema_metadata({_STAGES: json.dumps(described, ensure_ascii=False).encode()})
     with replacing(folder / RECORD_NAME) as partial:
         # Sorted keys have small differences, which take few bytes.
         pq.write_table(table, partial, use_dictionary=["stage"], column_encoding={"content": "DELTA_BINARY_PACKED"})
 
 
-def learnt_before(parent: InitialWeights) -> list[LearntStage]:
+def earlier_stages(parent: InitialWeights) -> list[TrainingStage]:
     """The stages that initial weights come from, oldest first; ImageNet is not one. A stage whose data is unknown has no sets.
 
     Raises ValueError if the weights' record is damaged.
@@ -100,30 +100,32 @@ def learnt_before(parent: InitialWeights) -> list[LearntStage]:
     if parent.key in ("scratch", "imagenet"):
         return []
     if parent.source == "imagenet":  # of a model on disk or on the hub
-        return [LearntStage(parent.chain[0], "unknown", [], np.zeros(0, np.uint64))]
+        return [TrainingStage(parent.chain[0], "unknown", [], np.zeros(0, np.uint64))]
     source = Path(parent.source)
     path = (source if parent.run else source.parent) / RECORD_NAME
     if not path.exists():
-        return [LearntStage(source.name, "unknown", [], np.zeros(0, np.uint64))]
+        return [TrainingStage(source.name, "unknown", [], np.zeros(0, np.uint64))]
     try:
         with pq.ParquetFile(path, memory_map=False) as file:
             table = file.read()
-        said = json.loads(table.schema.metadata[_STAGES])
+        described = json.loads(table.schema.metadata[_STAGES])
         contents, stages = table["content"].to_numpy(), table["stage"].to_numpy()
-        ends = np.searchsorted(stages, np.arange(len(said) + 1))
+        ends = np.searchsorted(stages, np.arange(len(described) + 1))
         return [
-            LearntStage(each["run"], each["kind"], [LearntSet(**one) for one in each["sets"]], contents[ends[k] : ends[k + 1]])
-            for k, each in enumerate(said)
+            TrainingStage(
+                each["run"], each["kind"], [TrainingSet(**one) for one in each["sets"]], contents[ends[k] : ends[k + 1]]
+            )
+            for k, each in enumerate(described)
         ]
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: this file is damaged; copy it again, or remove it, and the data counts as unknown") from error
 
 
-def look_for(stages: list[LearntStage], reader: ShardReader, test: np.ndarray) -> Overlap:
+def find_overlap(stages: list[TrainingStage], reader: ShardReader, test: np.ndarray) -> Overlap:
     """Whether any of the stages learnt from the test patches, or from their groups. test: (n,) ids."""
     found = Overlap([], [])
     rows = read_manifest(reader.folder, columns=_COLUMNS).take(pa.array(test))
-    own = LearntSet(read_dataset(reader.folder)["name"], fingerprint(reader.folder), [])
+    own = TrainingSet(read_dataset(reader.folder)["name"], fingerprint(reader.folder), [])
     stored, sources = content_keys(rows["sha256"]), content_keys(source_digests(rows))
     codes, names = decoded(rows["group"])
     for stage in stages:
@@ -136,12 +138,12 @@ def look_for(stages: list[LearntStage], reader: ShardReader, test: np.ndarray) -
         if same.any():
             found.warnings.append(f"{same.sum():,} of {len(test):,} test patches were in {stage.data}")
         certain = [each for each in stage.sets if each.name == own.name or each.fingerprint == own.fingerprint]
-        if count := _of_groups(codes, names, certain):
+        if count := _count_in_groups(codes, names, certain):
             found.warnings.append(
                 f"{count:,} of {len(test):,} test patches are of a group (slide or patient) that was in {stage.data}"
             )
         for each in stage.sets:
-            if each not in certain and (count := _of_groups(codes, names, [each])):
+            if each not in certain and (count := _count_in_groups(codes, names, [each])):
                 found.notes.append(
                     f"{count:,} of {len(test):,} test patches are of a group whose name also occurs in the set {each.name!r},"
                     f" in {stage.data}: if it is the same slide or patient there, it was learnt from"
@@ -149,7 +151,7 @@ def look_for(stages: list[LearntStage], reader: ShardReader, test: np.ndarray) -
     return found
 
 
-def _of_groups(codes: np.ndarray, names: list[str], sets: list[LearntSet]) -> int:
+def _count_in_groups(codes: np.ndarray, names: list[str], sets: list[TrainingSet]) -> int:
     """The number of patches of these sets' groups. codes: (n,) index into names, -1 unknown."""
     groups = {group for each in sets for group in each.groups}
     learnt = np.array([name.casefold() in groups for name in names] + [False])  # -1 indexes the last: unknown is none

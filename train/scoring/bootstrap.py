@@ -47,7 +47,7 @@ def bootstrap(
     patch is a unit of its own; None: all are. A draw has as many units as there are, drawn with replacement; an AUROC is NaN
     in a draw in which only one class occurs.
     Draws are a function of (seed, number of units) alone, units in the order of the groups' numbers and then of the patches
-    without one: models judged on the same patches in the same order are drawn alike, and what they have in common cancels in
+    without one: models evaluated on the same patches in the same order are drawn alike, and what they have in common cancels in
     `difference`. The time is proportional to draws x n x K, the memory to n x K.
     Raises ValueError when a probability is not a number, or the seed is out of range.
     """

@@ -20,10 +20,10 @@ from sharding.manifest import fingerprint, read_dataset
 from sharding.selection import select
 from train.config import EmbedConfig
 from train.records.data import gib, open_set, place_of
-from train.records.init_weights import resolve_init
+from train.records.init_weights import resolve_backbone
 from train.records.runs import read_json, replacing, write_json
-from train.stages.feature_cache import FEATURES_VERSION, PART, FeaturePass, On, compute_parts, split_parts
-from train.stages.frozen import built_backbone
+from train.stages.feature_cache import FEATURES_VERSION, PART, FeaturePass, WorkerOptions, compute_parts, split_parts
+from train.stages.linear_and_knn import init_backbone
 
 RECORD_NAME = "embedding.json"
 _COLUMNS = ["id", "key", "group", "split", "class", "label"]
@@ -34,24 +34,20 @@ def embed(config: EmbedConfig) -> Path:
 
     Raises ValueError where the folder holds other embeddings, and for what evaluation would refuse as well.
     """
-    own = config.architecture if config.backbone == "imagenet" else None
-    parent = resolve_init(config.backbone, config.storage, backbone=own)
-    architecture = config.architecture or parent.card.get("backbone")
-    if architecture is None:
-        raise ValueError(f"{config.backbone} has no model card that says what it is: give --architecture, a timm model name")
-    image_size = config.image_size or parent.card.get("image_size") or 224
+    start = resolve_backbone(config)
     out = Path(config.out)
     with open_set(config.data, gib(config.cache_gib)) as reader:
         ids = select(reader.manifest, split=config.split)
-        backbone, lines = built_backbone(architecture, image_size, parent.source, config.seed)
-        what = FeaturePass(backbone, place_of(config.data), fingerprint(reader.folder), "eval", image_size, gib(config.cache_gib))
+        backbone, lines = init_backbone(start, config.seed)
+        place, cache_bytes = place_of(config.data), gib(config.cache_gib)
+        what = FeaturePass(backbone, place, fingerprint(reader.folder), "eval", start.image_size, cache_bytes)
         record = {
             "version": FEATURES_VERSION,
-            "architecture": architecture,
-            "chain": parent.chain,
+            "architecture": start.architecture,
+            "chain": start.parent.chain,
             "weights": weights_hash(backbone),
             "features": int(backbone.num_features),  # type: ignore[arg-type]
-            "image_size": image_size,
+            "image_size": start.image_size,
             "recipe": describe_recipe(get_recipe("eval")),
             "data": {"name": read_dataset(reader.folder)["name"], "fingerprint": what.fingerprint, "split": config.split},
             "patches": len(ids),
@@ -64,8 +60,8 @@ def embed(config: EmbedConfig) -> Path:
             print(f"{out.name}: finished already, {len(ids):,} patches", flush=True)
             return out
         print(f"{out.name}: {sum(len(parts[place]) for place in missing):,} of {len(ids):,} patches to do", flush=True)
-        on = On(config.workers, config.gpus_per_worker, config.cpus_per_worker, config.threads or None)
-        for done, features in compute_parts(what, [parts[place] for place in missing], on, title="embeddings"):
+        options = WorkerOptions.from_config(config)
+        for done, features in compute_parts(what, [parts[place] for place in missing], options, title="embeddings"):
             _write_part(_path(out, missing[done]), reader, parts[missing[done]], features)
     write_json(out / RECORD_NAME, record | {"finished": True})
     return out

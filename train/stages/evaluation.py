@@ -15,16 +15,15 @@ from sharding.manifest import fingerprint
 from sharding.selection import select
 from train.config import EvaluateConfig
 from train.records.data import Input, SetInput, gib, open_set
-from train.records.init_weights import InitialWeights, resolve_init
-from train.records.provenance import learnt_before, look_for
+from train.records.init_weights import InitialWeights, StartingPoint, resolve_backbone, resolve_init, view_size
+from train.records.provenance import earlier_stages, find_overlap
 from train.records.remote_run import local_storage
 from train.records.runs import Run, Stage, find_run, identity, open_run
 from train.reporting.gallery import write_gallery
 from train.reporting.report_writer import write_report
 from train.scoring.bootstrap import FEW_UNITS
-from train.stages.feature_cache import FeaturePass, On
-from train.stages.finetuning import Start, batch_size_of, check_training, train_and_predict
-from train.stages.frozen import built_backbone, evaluate_frozen, features_of
+from train.stages.feature_cache import FeaturePass, WorkerOptions
+from train.stages.finetuning import batch_size_of, check_training, train_and_predict
 from train.stages.label_sets import (
     LabelledSet,
     LabelSplit,
@@ -34,6 +33,7 @@ from train.stages.label_sets import (
     split_rule,
     validation_split,
 )
+from train.stages.linear_and_knn import evaluate_frozen, init_backbone, split_features
 from train.stages.summary import SeedResult, summarise, summary_lines, write_predictions
 from train.trainer.logger import write_scalars
 from train.trainer.methods import Supervised
@@ -57,10 +57,10 @@ def stage_of(config: EvaluateConfig) -> Stage:
     """
     _check(config)
     with open_set(config.data, gib(config.cache_gib)) as reader:
-        return _stage(config, _start(config), fingerprint(reader.folder))
+        return _stage(config, _starting_point(config), fingerprint(reader.folder))
 
 
-def _stage(config: EvaluateConfig, start: Start, data: str) -> Stage:
+def _stage(config: EvaluateConfig, start: StartingPoint, data: str) -> Stage:
     settled = identity(config) | {"image_size": start.image_size, "architecture": start.architecture}
     return Stage(config.mode, settled, data, start.parent.key)
 
@@ -73,7 +73,7 @@ def _evaluate(config: EvaluateConfig, reader: ShardReader) -> Run:
         for fraction in config.fraction
         for seed in range(config.seed, config.seed + config.seeds)
     ]
-    start = _start(config)
+    start = _starting_point(config)
     data = SetInput.of(config.data, reader, np.arange(len(reader)))
     run = open_run(config.storage, config.name or _default_name(config, start))
     stage = _stage(config, start, data.fingerprint)
@@ -86,16 +86,16 @@ def _evaluate(config: EvaluateConfig, reader: ShardReader) -> Run:
         f" ({config.seeds} seed{'s' * (config.seeds > 1)}), tested on {len(splits[0][2].test):,} patches",
         flush=True,
     )
-    before = look_for(learnt_before(start.parent), reader, np.unique(np.concatenate([split.test for *_, split in splits])))
+    before = find_overlap(earlier_stages(start.parent), reader, np.unique(np.concatenate([split.test for *_, split in splits])))
     # A single training uses the run's folder, and takes the lock itself.
     with contextlib.nullcontext() if config.mode in TRAINED and len(splits) == 1 else run.locked(stage.key):
         began = time.monotonic()
         if config.mode in TRAINED:
-            results, shown, extra, device = _trained(config, known, data, start, run, stage, splits)
+            results, shown, extra, device = _evaluate_by_training(config, known, data, start, run, stage, splits)
         else:
-            results, shown, extra, device = _frozen(config, reader, known, data, start, splits)
+            results, shown, extra, device = _evaluate_frozen_features(config, reader, known, data, start, splits)
         write_predictions(run.folder, reader, known, results)
-        first = _first_of_most(results)
+        first = _shown_result(results)
         test_features, known_features, known_ids = shown(first)
         write_gallery(
             run.folder,
@@ -117,7 +117,11 @@ def _evaluate(config: EvaluateConfig, reader: ShardReader) -> Run:
             "classes": known.classes,
             "split_rule": split_rule(config),
             "recipe": describe_recipe(get_recipe("eval")),
-            "warnings": [*before.warnings, *label_warnings(known, [split for *_, split in splits]), *_few(summary["summary"])],
+            "warnings": [
+                *before.warnings,
+                *label_warnings(known, [split for *_, split in splits]),
+                *_small_test_warnings(summary["summary"]),
+            ],
             "notes": before.notes,
             **extra,
             **summary,
@@ -146,22 +150,14 @@ def _check(config: EvaluateConfig) -> None:
         check_training(config)
 
 
-def _start(config: EvaluateConfig) -> Start:
-    """What the weights come from, the architecture and the image size."""
+def _starting_point(config: EvaluateConfig) -> StartingPoint:
+    """Of a supervised baseline, random weights of the architecture that is named, or that the run which is named has."""
     if config.mode == "supervised" and config.backbone != "imagenet":
         run = find_run(config.backbone, config.storage)
         card = resolve_init(config.backbone, config.storage).card if run else {}
-        return Start(InitialWeights("scratch", "scratch", [], {}), card.get("backbone", config.backbone), _size(config, card))
-    own = config.architecture if config.backbone == "imagenet" else None
-    parent = resolve_init(config.backbone, config.storage, backbone=own)
-    architecture = config.architecture or parent.card.get("backbone")
-    if architecture is None:
-        raise ValueError(f"{config.backbone} has no model card that says what it is: give --architecture, a timm model name")
-    return Start(parent, architecture, _size(config, parent.card))
-
-
-def _size(config, card):
-    return config.image_size or card.get("image_size") or 224
+        scratch = InitialWeights("scratch", "scratch", [], {})
+        return StartingPoint(scratch, card.get("backbone", config.backbone), view_size(config, card))
+    return resolve_backbone(config)
 
 
 def _default_name(config, start):
@@ -184,20 +180,20 @@ def _reads(config, data, start, split: LabelSplit) -> dict[str, Any]:
     )
 
 
-def _frozen(config, reader, known, data, start, splits):
+def _evaluate_frozen_features(config, reader, known, data, start, splits):
     """The results; a function from a result to the features for its gallery; what else the record says; the device."""
-    on = On(config.workers, config.gpus_per_worker, config.cpus_per_worker, config.threads or None)
-    backbone, init = built_backbone(start.architecture, start.image_size, start.parent.source, config.seed)
+    options = WorkerOptions.from_config(config)
+    backbone, init = init_backbone(start, config.seed)
     what = FeaturePass(backbone, data.shards, data.fingerprint, "eval", start.image_size, gib(config.cache_gib))
     parts = _whole_splits(config, reader, known)
-    features = features_of(what, parts, len(reader), on, local_storage(config.storage) / ".features")
+    features = split_features(what, parts, len(reader), options, local_storage(config.storage) / ".features")
     results = evaluate_frozen(config, features, known.labels, len(known.classes), splits)
 
     def shown(result: SeedResult):
         of = [features.values[features.of(ids)] for ids in (result.split.test, result.split.used)]
         return *of, result.split.used
 
-    return results, shown, {"init": init}, "CPU" if on.workers == 0 else f"{on.workers} workers"
+    return results, shown, {"init": init}, "CPU" if config.workers == 0 else f"{config.workers} workers"
 
 
 def _whole_splits(config: EvaluateConfig, reader: ShardReader, known: LabelledSet) -> dict[str, np.ndarray]:
@@ -208,8 +204,8 @@ def _whole_splits(config: EvaluateConfig, reader: ShardReader, known: LabelledSe
     return {name: select(reader.manifest, split=name) for name in names if name}
 
 
-def _trained(config, known, data, start, run, stage, splits):
-    """As `_frozen`. A single training uses the run's folder; of several, each has a folder of its own below it."""
+def _evaluate_by_training(config, known, data, start, run, stage, splits):
+    """As `_evaluate_frozen_features`. A single training uses the run's folder; several have one each below it."""
     results, features, device = [], {}, ""
     for fraction, seed, split in splits:
         name = f"{100 * fraction:g}%-seed{seed}"
@@ -240,12 +236,12 @@ def _trained(config, known, data, start, run, stage, splits):
     return results, shown, {}, device
 
 
-def _first_of_most(results: Sequence[SeedResult]) -> SeedResult:
+def _shown_result(results: Sequence[SeedResult]) -> SeedResult:
     """The result that the report's gallery shows: the first seed of the largest fraction."""
     return max(results, key=lambda result: (result.fraction, -result.seed))
 
 
-def _few(summary) -> list[str]:
+def _small_test_warnings(summary) -> list[str]:
     units, unit = summary[0]["units"], summary[0]["unit"]
     if units >= FEW_UNITS:
         return []

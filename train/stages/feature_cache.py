@@ -1,10 +1,12 @@
 """The feature pass: a frozen backbone over a set, in parts, on any number of workers, kept so that it is never done twice."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from torch import nn
@@ -13,6 +15,7 @@ from models.weights import weights_hash
 from pipelines.recipes import describe_recipe, get_recipe
 from sharding.manifest import fingerprint
 from train.cluster.launcher import map_on_workers
+from train.config import EmbedConfig, EvaluateConfig
 from train.records.data import open_set
 from train.records.runs import replacing
 from train.scoring.features import compute_features
@@ -38,16 +41,22 @@ class FeaturePass:
 
 
 @dataclass(frozen=True)
-class On:
-    """By whom: see workers.map_on_workers."""
+class WorkerOptions:
+    """On which workers: see launcher.map_on_workers."""
 
     workers: str | int = 0
     gpus_per_worker: float | None = None
     cpus_per_worker: int = 0
     threads: int | None = None
 
+    @classmethod
+    def from_config(cls, config: EvaluateConfig | EmbedConfig) -> Self:
+        return cls(config.workers, config.gpus_per_worker, config.cpus_per_worker, config.threads or None)
 
-def frozen_features(what: FeaturePass, ids: np.ndarray, on: On, *, cache: Path, title: str = "features") -> np.ndarray:
+
+def frozen_features(
+    what: FeaturePass, ids: np.ndarray, options: WorkerOptions, *, cache: Path, title: str = "features"
+) -> np.ndarray:
     """Features of these patches by the backbone in eval mode: (n, F) float32, in the order of ids.
 
     cache: a folder; parts that were computed before for the same weights, data, recipe, size and ids are read from there.
@@ -57,7 +66,7 @@ def frozen_features(what: FeaturePass, ids: np.ndarray, on: On, *, cache: Path, 
     weights = weights_hash(what.backbone)
     paths = [cache / f"{_key(what, weights, part)}.npy" for part in parts]
     missing = [place for place, path in enumerate(paths) if not path.exists()]
-    for done, features in compute_parts(what, [parts[place] for place in missing], on, title=title):
+    for done, features in compute_parts(what, [parts[place] for place in missing], options, title=title):
         cache.mkdir(parents=True, exist_ok=True)
         with replacing(paths[missing[done]]) as partial, open(partial, "wb") as file:
             np.save(file, features)
@@ -69,22 +78,15 @@ def split_parts(ids: np.ndarray) -> list[np.ndarray]:
     return [ids[start : start + PART] for start in range(0, len(ids), PART)]
 
 
-def compute_parts(what: FeaturePass, parts: list[np.ndarray], on: On, *, title: str) -> Iterator[tuple[int, np.ndarray]]:
+def compute_parts(
+    what: FeaturePass, parts: list[np.ndarray], options: WorkerOptions, *, title: str
+) -> Iterator[tuple[int, np.ndarray]]:
     """The place and the features, (n, F) float32, of each part as it is done."""
     before = weights_hash(what.backbone)
     titles = [f"{title}, part {place + 1} of {len(parts)}" if len(parts) > 1 else title for place in range(len(parts))]
     items = list(zip(parts, titles, strict=True))
-    found = map_on_workers(
-        _one_part,
-        what,
-        items,
-        sets=[(what.shards, what.fingerprint)],
-        workers=on.workers,
-        gpus_per_worker=on.gpus_per_worker,
-        cpus_per_worker=on.cpus_per_worker,
-        threads=on.threads,
-    )
-    for place, (features, after) in found:
+    sets = [(what.shards, what.fingerprint)]
+    for place, (features, after) in map_on_workers(_one_part, what, items, sets=sets, **dataclasses.asdict(options)):
         assert before == after, "the backbone changed while it should have been frozen"
         yield place, features
 

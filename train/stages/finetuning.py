@@ -1,7 +1,7 @@
 """Evaluation by training all weights: fine-tuning, and the supervised baseline. Each fraction and seed has a run of its own."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,10 @@ from models.weights import load_backbone_weights
 from train.cluster.launcher import run_job
 from train.config import EvaluateConfig
 from train.records.data import Input, SetInput, gib
-from train.records.init_weights import InitialWeights
-from train.records.provenance import leave_record
+from train.records.init_weights import StartingPoint
+from train.records.provenance import write_training_record
 from train.records.runs import Run, read_json, replacing
-from train.stages.feature_cache import FeaturePass, On, compute_parts, split_parts
+from train.stages.feature_cache import FeaturePass, WorkerOptions, compute_parts, split_parts
 from train.stages.label_sets import LabelledSet, LabelSplit
 from train.stages.summary import SeedResult
 from train.trainer.early_stopping import Validation
@@ -27,15 +27,6 @@ from train.trainer.progress import follow
 
 _FEATURES_NAME = "test_features.npy"
 _PEAKS = {"supervised": 1e-3, "finetune": 1e-4}
-
-
-@dataclass(frozen=True)
-class Start:
-    """What training starts from."""
-
-    parent: InitialWeights
-    architecture: str
-    image_size: int
 
 
 def check_training(config: EvaluateConfig) -> None:
@@ -64,7 +55,7 @@ def train_and_predict(
     run: Run,
     data: SetInput,
     known: LabelledSet,
-    start: Start,
+    start: StartingPoint,
     key: str,
     say: Callable[[str], None],
 ) -> tuple[SeedResult, np.ndarray, str]:
@@ -77,7 +68,7 @@ def train_and_predict(
     run.fetch()
     job = _job(config, seed, split, train, run=run, data=data, known=known, start=start, key=key)
     with run.locked(key):
-        leave_record(folder, kind=config.mode, learnt=_some(data, split.used, config), parent=start.parent)
+        write_training_record(folder, kind=config.mode, data=_some(data, split.used, config), parent=start.parent)
     if not (folder / _FEATURES_NAME).exists():  # else it had finished before the run was interrupted
         model = describe_model(
             job.method, backbone=job.backbone, image_size=job.image_size, init=start.parent.source, weight_decay=job.weight_decay
@@ -138,8 +129,7 @@ def _test_features(config, backbone, data, split, start, folder) -> np.ndarray:
     if not path.exists():
         what = FeaturePass(backbone, data.shards, data.fingerprint, "eval", start.image_size, gib(config.cache_gib))
         parts = split_parts(split.test)
-        on = On(config.workers, config.gpus_per_worker, config.cpus_per_worker, config.threads or None)
-        found = dict(compute_parts(what, parts, on, title="predictions"))
+        found = dict(compute_parts(what, parts, WorkerOptions.from_config(config), title="predictions"))
         with replacing(path) as partial, open(partial, "wb") as file:
             np.save(file, np.concatenate([found[place] for place in range(len(parts))]))
     return np.load(path)

@@ -14,7 +14,7 @@ from train.cluster.ray_cluster import gpus_with_bf16
 from train.config import PretrainConfig, worker_range
 from train.records.data import Input, SetInput, gib, open_set, parse_mix
 from train.records.init_weights import InitialWeights, resolve_init
-from train.records.provenance import leave_record
+from train.records.provenance import write_training_record
 from train.records.runs import Run, Stage, identity, open_run
 from train.reporting.report_writer import write_report
 from train.trainer.grad_cache import check_micro_batch
@@ -61,7 +61,9 @@ def pretrain(config: PretrainConfig) -> Run:
         seed=config.seed,
         batch_size=config.batch_size,
     )
-    if not run.begin(stage, config, reads, lambda: leave_record(run.folder, kind="pretrain", learnt=chosen, parent=parent)):
+    if not run.begin(
+        stage, config, reads, lambda: write_training_record(run.folder, kind="pretrain", data=chosen, parent=parent)
+    ):
         print(f"{run.name}: finished already, {run.place}", flush=True)
         return run
 

@@ -1,4 +1,4 @@
-"""What is learnt. A pretext method is one class here, registered in METHODS.
+"""Pretext methods: what a backbone learns. A method is one class here, registered in METHODS.
 
 The class owns all that is special about the method: its views, its head, its loss, what it logs, how reports draw that, and by
 which metrics a study may compare runs of it. `--method`, the training loop, reports, studies and Prometheus take it from here.

@@ -29,7 +29,7 @@ DECAYS = tuple(10.0**exponent for exponent in range(4, -4, -1))
 NEIGHBOURS = 20
 TEMPERATURE = 0.07  # of the neighbours' votes: Wu et al. 2018
 
-_JUDGED, _TUNING = 0.3, 0.25  # of the patches, and of the others
+_HELD_OUT, _TUNING = 0.3, 0.25  # of the patches, and of the others
 _SEED = 0  # not the run's: runs with different seeds are probed on the same patches
 _COLUMNS = ["id", "label", "group", "split", "sha256", "source_sha256"]
 _NAMES = ("probe_accuracy", "probe_balanced_accuracy", "probe_knn_accuracy", "probe_knn_balanced_accuracy")
@@ -39,15 +39,15 @@ _NAMES = ("probe_accuracy", "probe_balanced_accuracy", "probe_knn_accuracy", "pr
 class Probe:
     """Which patches are looked at, and when. It travels to every worker, so it is plain data.
 
-    every: epochs; input: one set and the ids, (p,) ascending; labels: (p,) from 0 to classes - 1; judged: (p,) bool, the
+    every: epochs; input: one set and the ids, (p,) ascending; labels: (p,) from 0 to classes - 1; held_out: (p,) bool, the
     patches asked about; tuning: (p,) bool, those of the others that the ridge's decay is chosen on; by_group: whether no
-    group (slide or patient) is both among the judged and the others.
+    group (slide or patient) is both among the held_out and the others.
     """
 
     every: int
     input: Input
     labels: np.ndarray = field(repr=False)
-    judged: np.ndarray = field(repr=False)
+    held_out: np.ndarray = field(repr=False)
     tuning: np.ndarray = field(repr=False)
     classes: int
     by_group: bool
@@ -60,8 +60,8 @@ class Probe:
         """As plain data, for the run's result."""
         return {
             "set": self.input.name,
-            "labels": int((~self.judged).sum()),
-            "judged": int(self.judged.sum()),
+            "labels": int((~self.held_out).sum()),
+            "judged": int(self.held_out.sum()),
             "by_group": self.by_group,
             "every_epochs": self.every,
         }
@@ -88,10 +88,10 @@ def build_probe(config: PretrainConfig) -> tuple[Probe | None, str]:
             raise ValueError(f"--probe-data {config.probe_data}: {error}") from None
         return None, f"no probe: {config.data} {error}"
     others = "other groups (slides or patients)" if probe.by_group else "other patches, perhaps of the same slides"
-    said = probe.describe()
+    described = probe.describe()
     return probe, (
-        f"probe every {said['every_epochs']} epochs: {said['labels']:,} labels of {config.probe_data or config.data},"
-        f" judged on {said['judged']:,} of {others}"
+        f"probe every {described['every_epochs']} epochs: {described['labels']:,} labels of {config.probe_data or config.data},"
+        f" evaluated on {described['judged']:,} of {others}"
     )
 
 
@@ -105,11 +105,11 @@ def _plan(shards: str, config: PretrainConfig) -> Probe:
         if len(np.unique(labels)) < 2:
             raise ValueError(f"has no labels of two classes among the patches looked at (split {config.split!r})")
         looked_at = manifest.take(pa.array(ids))
-        judged, by_group = _set_aside(looked_at, _JUDGED)
+        held_out, by_group = _set_aside(looked_at, _HELD_OUT)
         tuning = np.zeros(len(ids), bool)
-        tuning[~judged], _ = _set_aside(looked_at.filter(pa.array(~judged)), _TUNING)
+        tuning[~held_out], _ = _set_aside(looked_at.filter(pa.array(~held_out)), _TUNING)
         chosen = Input((SetInput.of(shards, reader, ids),), window=1, cache_bytes=cache_bytes)
-    return Probe(config.probe_every, chosen, labels, judged, tuning, classes, by_group)
+    return Probe(config.probe_every, chosen, labels, held_out, tuning, classes, by_group)
 
 
 def _set_aside(manifest: pa.Table, share: float) -> tuple[np.ndarray, bool]:
@@ -156,25 +156,25 @@ def run_probe(probe: Probe, backbone: nn.Module, image_size: int, device: str, t
         backbone.train(training)
     if not np.isfinite(features_pF).all():
         return dict.fromkeys(_NAMES, float("nan"))
-    known, labels = ~probe.judged, probe.labels
+    known, labels = ~probe.held_out, probe.labels
     ridge = _tuned_ridge(features_pF, probe)
-    knn = knn_predictions(features_pF[known], labels[known], features_pF[probe.judged], classes=probe.classes)
-    values = [value for guess in (ridge, knn) for value in accuracies(guess, labels[probe.judged]).values()]
+    knn = knn_predictions(features_pF[known], labels[known], features_pF[probe.held_out], classes=probe.classes)
+    values = [value for guess in (ridge, knn) for value in accuracies(guess, labels[probe.held_out]).values()]
     return dict(zip(_NAMES, values, strict=True))
 
 
 def _tuned_ridge(features_pF: np.ndarray, probe: Probe) -> np.ndarray:
-    """(m,) classes of the judged patches, with the decay that did best on the tuning part, then fitted on both."""
-    known, labels = ~probe.judged, probe.labels
+    """(m,) classes of the held_out patches, with the decay that did best on the tuning part, then fitted on both."""
+    known, labels = ~probe.held_out, probe.labels
     fitted = known & ~probe.tuning
     tried = ridge_predictions(
         features_pF[fitted], labels[fitted], features_pF[probe.tuning], classes=probe.classes, decays=DECAYS
     )
     figures = [accuracies(guess, labels[probe.tuning])["balanced_accuracy"] for guess in tried]
     best = DECAYS[int(np.argmax(figures))]
-    return ridge_predictions(features_pF[known], labels[known], features_pF[probe.judged], classes=probe.classes, decays=(best,))[
-        0
-    ]
+    return ridge_predictions(
+        features_pF[known], labels[known], features_pF[probe.held_out], classes=probe.classes, decays=(best,)
+    )[0]
 
 
 def ridge_predictions(

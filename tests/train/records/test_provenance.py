@@ -19,7 +19,7 @@ from tests.helpers import BREAST_LAYOUT, breast_files, encoded, write_tree
 from train.config import EvaluateConfig, PretrainConfig
 from train.records.data import Input, SetInput
 from train.records.init_weights import InitialWeights
-from train.records.provenance import RECORD_NAME, learnt_before, leave_record, look_for
+from train.records.provenance import RECORD_NAME, earlier_stages, find_overlap, write_training_record
 from train.records.runs import Run
 from train.reporting import plots
 from train.scoring import features
@@ -68,12 +68,12 @@ def learnt(storage, name, *chosen, parent=SCRATCH, kind="pretrain"):
     """A stage's record, and what a stage that starts from it would call its parent."""
     folder = storage / name
     folder.mkdir(parents=True)
-    leave_record(folder, kind=kind, learnt=input_of(*chosen), parent=parent)
+    write_training_record(folder, kind=kind, data=input_of(*chosen), parent=parent)
     return InitialWeights(str(folder), "k", [], {}, Run(folder))
 
 
 def found_in(parent, shards, ids=None):
-    return look_for(learnt_before(parent), ShardReader(shards), ids_of_test(shards) if ids is None else ids)
+    return find_overlap(earlier_stages(parent), ShardReader(shards), ids_of_test(shards) if ids is None else ids)
 
 
 def shared_contents(shards, test, other, ids):
@@ -183,7 +183,7 @@ def test_a_chain_is_known_to_its_beginning(tmp_path, sets):
     first = learnt(tmp_path, "kidney", (sets / "pool", None), parent=imagenet)
     second = learnt(tmp_path, "kidney-breast", (sets / "breast", train), parent=first)
     third = learnt(tmp_path, "tuned", (sets / "breast", train), parent=second, kind="finetune")
-    assert [(stage.run, stage.kind) for stage in learnt_before(third)] == [
+    assert [(stage.run, stage.kind) for stage in earlier_stages(third)] == [
         ("kidney", "pretrain"), ("kidney-breast", "pretrain"), ("tuned", "finetune")
     ]  # fmt: skip
     shutil.rmtree(first.source)  # it is not asked
@@ -235,7 +235,7 @@ def test_a_damaged_record_is_named(tmp_path, sets, damage):
     else:
         pq.write_table(pa.table({"content": [1]}), path)
     with pytest.raises(ValueError, match=rf"kidney/{RECORD_NAME}: this file is damaged"):
-        learnt_before(parent)
+        earlier_stages(parent)
 
 
 # In real runs
@@ -265,7 +265,7 @@ def test_runs_leave_records_and_evaluations_read_them(tmp_path, sets, monkeypatc
     sentence = f"{len(test)} of {len(test)} test patches were in the pretraining data of run pool"
     assert tuned.result["warnings"] == [sentence, few]
     assert sentence in (tuned.folder / "report.html").read_text()
-    assert [stage.run for stage in learnt_before(InitialWeights(str(tuned.folder), "k", [], {}, tuned))] == [
+    assert [stage.run for stage in earlier_stages(InitialWeights(str(tuned.folder), "k", [], {}, tuned))] == [
         "pool",
         "second",
         "tuned",

@@ -127,17 +127,17 @@ def _only(job, name, rest):
 
 def test_an_evaluation_keeps_other_commands_from_its_name(settings, pretrained, monkeypatch):
     """Also one of frozen features, which takes no steps, and so has nothing to lose until it is finished."""
-    computed, refused = evaluation.features_of, []
+    computed, refused = evaluation.split_features, []
 
     def contested(*arguments):
-        monkeypatch.setattr(evaluation, "features_of", computed)
+        monkeypatch.setattr(evaluation, "split_features", computed)
         try:
             judge(settings, name="contested", seed=9)
         except ValueError as error:
             refused.append(str(error))
         return computed(*arguments)
 
-    monkeypatch.setattr(evaluation, "features_of", contested)
+    monkeypatch.setattr(evaluation, "split_features", contested)
     monkeypatch.setattr(runs, "locked_run", functools.partial(runs.locked_run, timeout_s=0.1))
     run = judge(settings, name="contested")
     assert refused == ["contested is being trained by another process: wait for it or end it, or choose another --name"]
@@ -155,14 +155,14 @@ def test_published_protocols(settings, pretrained, protocol):
 
 def test_the_backbone_is_the_same_afterwards(settings, pretrained, monkeypatch):
     seen = []
-    real = evaluation.built_backbone
+    real = evaluation.init_backbone
 
     def kept(*given):
         backbone, lines = real(*given)
         seen.append((backbone, weights_hash(backbone)))
         return backbone, lines
 
-    monkeypatch.setattr(evaluation, "built_backbone", kept)
+    monkeypatch.setattr(evaluation, "init_backbone", kept)
     judge(settings, name="unchanged", image_size=24)  # other features than are in the cache
     ((backbone, before),) = seen
     assert weights_hash(backbone) == before and not backbone.training

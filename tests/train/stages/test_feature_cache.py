@@ -14,7 +14,7 @@ from sharding.manifest import fingerprint
 from train.scoring import features
 from train.scoring.features import compute_features
 from train.stages import feature_cache
-from train.stages.feature_cache import FeaturePass, On, frozen_features
+from train.stages.feature_cache import FeaturePass, WorkerOptions, frozen_features
 
 EVAL = get_recipe("eval")
 
@@ -38,7 +38,7 @@ def reader(small_set):
 
 def frozen(backbone, reader, ids, cache, **changes):
     what = {"recipe": "eval", "image_size": 16, "shards": str(reader.folder), "fingerprint": fingerprint(reader.folder)} | changes
-    return frozen_features(FeaturePass(backbone, **what), ids, On(threads=1), cache=cache)
+    return frozen_features(FeaturePass(backbone, **what), ids, WorkerOptions(threads=1), cache=cache)
 
 
 def by_hand(reader, ids, image_size=16):
@@ -155,9 +155,9 @@ def test_workers_give_the_same_features(ray_here, reader, tmp_path, monkeypatch)
     torch.manual_seed(0)
     backbone = build_backbone("test_resnet", 32)
     what = FeaturePass(backbone, str(reader.folder), fingerprint(reader.folder), "eval", 32)
-    found = frozen_features(what, np.arange(75), On(workers=3, threads=1), cache=tmp_path)
+    found = frozen_features(what, np.arange(75), WorkerOptions(workers=3, threads=1), cache=tmp_path)
     alone = compute_features(backbone, reader, np.arange(75), recipe=EVAL, image_size=32, threads=1)
     np.testing.assert_allclose(found, alone, atol=1e-5)
     changed = FeaturePass(backbone, str(reader.folder), "another", "eval", 32)
     with pytest.raises(ValueError, match="this is not the shard set that was begun with"):
-        frozen_features(changed, np.arange(75), On(workers=2, threads=1), cache=tmp_path)
+        frozen_features(changed, np.arange(75), WorkerOptions(workers=2, threads=1), cache=tmp_path)

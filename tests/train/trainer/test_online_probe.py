@@ -152,13 +152,13 @@ def test_test_patches_are_never_looked_at_and_no_slide_is_on_both_sides(coloured
     assert rows["label"] == probe.labels.tolist()
     assert len(set(rows["group"])) == 18 and probe.by_group
     parts = {}
-    for group, judged, tuning in zip(rows["group"], probe.judged, probe.tuning, strict=True):
+    for group, judged, tuning in zip(rows["group"], probe.held_out, probe.tuning, strict=True):
         parts.setdefault(group, set()).add((bool(judged), bool(tuning)))
     assert all(len(sides) == 1 for sides in parts.values())
     assert {side for sides in parts.values() for side in sides} == {(False, False), (False, True), (True, False)}
-    for part in (probe.judged, probe.tuning, ~probe.judged & ~probe.tuning):
+    for part in (probe.held_out, probe.tuning, ~probe.held_out & ~probe.tuning):
         assert set(probe.labels[part]) == {0, 1, 2}
-    judged = int(probe.judged.sum())
+    judged = int(probe.held_out.sum())
     assert probe.describe() == {"set": "shards", "labels": 90 - judged, "judged": judged, "by_group": True, "every_epochs": 1}
 
 
@@ -166,12 +166,12 @@ def test_patches_are_as_many_as_asked_for_and_lie_in_few_shards(small_set):
     probe = plan_of(small_set, probe_patches=20)
     manifest = read_manifest(small_set).to_pydict()
     assert probe.input.sets[0].ids.tolist() == [i for i in range(90) if manifest["split"][i] == "train"][:20]
-    assert len(probe.judged) == len(probe.tuning) == len(probe.labels) == 20
+    assert len(probe.held_out) == len(probe.tuning) == len(probe.labels) == 20
 
 
 def test_every_seed_is_probed_on_the_same_patches(coloured):
     one, other = plan_of(coloured, seed=1), plan_of(coloured, seed=2)
-    np.testing.assert_array_equal(one.judged, other.judged)
+    np.testing.assert_array_equal(one.held_out, other.held_out)
     np.testing.assert_array_equal(one.tuning, other.tuning)
 
 
@@ -179,13 +179,13 @@ def test_a_slide_per_class_is_cut_by_patch(tmp_path):
     data = packed(tmp_path, breast_files({"a": 20, "b": 20}, slides=1), split_by="patch", split="train=0.8,test=0.2")
     probe, line = build_probe(config_of(data))
     assert not probe.by_group and "of other patches, perhaps of the same slides" in line
-    assert set(probe.labels[probe.judged]) == set(probe.labels[~probe.judged]) == {0, 1}
+    assert set(probe.labels[probe.held_out]) == set(probe.labels[~probe.held_out]) == {0, 1}
 
 
 def test_another_set_is_probed_on_its_own_split(coloured, other_set):
     probe, line = build_probe(config_of(other_set, probe_data=str(coloured), probe_every=5))
     assert probe.input.sets[0].shards == str(coloured)
-    assert line.startswith("probe every 5 epochs: ") and f"labels of {coloured}, judged on" in line
+    assert line.startswith("probe every 5 epochs: ") and f"labels of {coloured}, evaluated on" in line
     assert "of other groups (slides or patients)" in line
 
 
@@ -234,7 +234,7 @@ def test_colours_are_told_apart_and_names_alone_are_not(coloured):
 def test_judged_labels_do_not_reach_the_classifiers(coloured):
     """With the judged patches' labels turned round, all that was right is wrong."""
     probe = plan_of(coloured)
-    turned = np.where(probe.judged, (probe.labels + 1) % 3, probe.labels)
+    turned = np.where(probe.held_out, (probe.labels + 1) % 3, probe.labels)
     assert run_probe(dataclasses.replace(probe, labels=turned), Pixels(), 16, "cpu", 1) == dict.fromkeys(NAMES, 0.0)
 
 
@@ -243,10 +243,10 @@ def test_the_decay_is_chosen_without_the_judged(coloured, seed):
     """On features of mostly noise, where decays differ: what is guessed of the judged patches depends on no label of theirs."""
     probe, rng = plan_of(coloured), np.random.default_rng(seed)
     features_pF = rng.normal(size=(len(probe.labels), 40)) + 0.3 * np.eye(3, 40)[probe.labels]
-    others = np.where(probe.judged, rng.integers(0, 3, len(probe.labels)), probe.labels)
+    others = np.where(probe.held_out, rng.integers(0, 3, len(probe.labels)), probe.labels)
     found, again = (_tuned_ridge(features_pF, dataclasses.replace(probe, labels=each)) for each in (probe.labels, others))
     np.testing.assert_array_equal(found, again)
-    known, fitted = ~probe.judged, ~probe.judged & ~probe.tuning
+    known, fitted = ~probe.held_out, ~probe.held_out & ~probe.tuning
     scores = []
     for decay in DECAYS:
         (guess,) = ridge_predictions(
@@ -254,7 +254,9 @@ def test_the_decay_is_chosen_without_the_judged(coloured, seed):
         )
         scores.append(balanced_accuracy_score(probe.labels[probe.tuning], guess))
     best = DECAYS[scores.index(max(scores))]
-    (expected,) = ridge_predictions(features_pF[known], probe.labels[known], features_pF[probe.judged], classes=3, decays=(best,))
+    (expected,) = ridge_predictions(
+        features_pF[known], probe.labels[known], features_pF[probe.held_out], classes=3, decays=(best,)
+    )
     np.testing.assert_array_equal(found, expected)
     assert len(set(scores)) > 2
 

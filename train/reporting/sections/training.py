@@ -21,7 +21,7 @@ _SHARED = {
 
 def show(runs: Sequence[RunView]) -> list[Html]:
     pretrained = [run for run in runs if not run.is_evaluation]
-    learnt = [run for run in runs if run.rows]
+    logged = [run for run in runs if run.rows]
     parts = [_table(pretrained)] if pretrained else []
     if len(pretrained) > 1:
         parts.append(
@@ -30,9 +30,9 @@ def show(runs: Sequence[RunView]) -> list[Html]:
                 " accuracy of a classifier on frozen features, evaluated on a held-out part of the training split."
             )
         )
-    if any(run.is_evaluation and len(run.result["cells"]) > 1 for run in learnt):
+    if any(run.is_evaluation and len(run.result["cells"]) > 1 for run in logged):
         parts.append(note("Of several trainings, the curves show the first seed of the largest fraction of labels."))
-    return parts + ([run_legend(learnt), row(*_curves(learnt))] if learnt else [])
+    return parts + ([run_legend(logged), row(*_curves(logged))] if logged else [])
 
 
 def _table(runs: Sequence[RunView]) -> Html:

@@ -12,10 +12,11 @@ import torch
 from models.backbones import build_backbone
 from models.weights import apply_init
 from train.config import EvaluateConfig
+from train.records.init_weights import StartingPoint
 from train.scoring.knn import knn_probabilities
 from train.scoring.linear_heads import PROTOCOLS, HeadTask, train_heads
 from train.scoring.logistic import fit_with_validation
-from train.stages.feature_cache import FeaturePass, On, frozen_features
+from train.stages.feature_cache import FeaturePass, WorkerOptions, frozen_features
 from train.stages.label_sets import LabelSplit
 from train.stages.summary import SeedResult
 
@@ -36,14 +37,16 @@ class Features:
         return rows
 
 
-def built_backbone(architecture: str, image_size: int, source: str, seed: int) -> tuple[torch.nn.Module, list[str]]:
+def init_backbone(start: StartingPoint, seed: int) -> tuple[torch.nn.Module, list[str]]:
     """The backbone to evaluate, and how its weights were initialised. Random weights depend on the seed alone."""
     torch.manual_seed(seed)
-    backbone = build_backbone(architecture, image_size)
-    return backbone, apply_init(backbone, architecture, source)
+    backbone = build_backbone(start.architecture, start.image_size)
+    return backbone, apply_init(backbone, start.architecture, start.parent.source)
 
 
-def features_of(what: FeaturePass, splits: dict[str, np.ndarray], patches: int, on: On, cache: Path) -> Features:
+def split_features(
+    what: FeaturePass, splits: dict[str, np.ndarray], patches: int, options: WorkerOptions, cache: Path
+) -> Features:
     """Features of the splits' patches, each split kept for itself, so that every fraction, seed and later run finds it.
 
     splits: name -> ids, without a patch in two; patches: of the whole set.
@@ -53,7 +56,7 @@ def features_of(what: FeaturePass, splits: dict[str, np.ndarray], patches: int, 
     for name, ids in splits.items():
         assert (rows[ids] < 0).all(), f"patches of {name} are also of another split"
         rows[ids] = np.arange(len(ids)) + sum(len(part) for part in values)
-        values.append(frozen_features(what, ids, on, cache=cache, title=f"features of {name}"))
+        values.append(frozen_features(what, ids, options, cache=cache, title=f"features of {name}"))
     return Features(np.concatenate(values), rows)
 
 
@@ -62,18 +65,21 @@ def evaluate_frozen(
 ) -> list[SeedResult]:
     """Fit a classifier for each fraction and seed, and predict the test patches. labels: (N,) by patch id."""
     if config.mode == "knn":
-        found = [_neighbours(config, features, labels, classes, split) for *_, split in splits]
-    elif config.protocol == "lbfgs":
-        found = [_logistic(features, labels, classes, split) for *_, split in splits]
+        found = [_evaluate_knn(config, features, labels, classes, split) for *_, split in splits]
     else:
-        found = _trained(config, features, labels, classes, splits)
+        by_row = np.full(len(features.values), -1)
+        by_row[features.rows[features.rows >= 0]] = labels[features.rows >= 0]
+        if config.protocol == "lbfgs":
+            found = [_evaluate_logistic(features, by_row, classes, split) for *_, split in splits]
+        else:
+            found = _evaluate_trained_heads(config, features, by_row, classes, splits)
     return [
         SeedResult(fraction, seed, split, probabilities, fit)
         for (fraction, seed, split), (probabilities, fit) in zip(splits, found, strict=True)
     ]
 
 
-def _neighbours(config, features, labels, classes, split):
+def _evaluate_knn(config, features, labels, classes, split):
     count = min(config.neighbours, len(split.used))
     probabilities = knn_probabilities(
         features.values[features.of(split.used)],
@@ -86,9 +92,7 @@ def _neighbours(config, features, labels, classes, split):
     return probabilities, {"neighbours": count, "temperature": TEMPERATURE}
 
 
-def _logistic(features, labels, classes, split) -> tuple[np.ndarray, dict[str, Any]]:
-    by_row = np.full(len(features.values), -1)
-    by_row[features.rows[features.rows >= 0]] = labels[features.rows >= 0]
+def _evaluate_logistic(features, by_row, classes, split) -> tuple[np.ndarray, dict[str, Any]]:
     head, losses = fit_with_validation(
         features.values,
         by_row,
@@ -101,9 +105,7 @@ def _logistic(features, labels, classes, split) -> tuple[np.ndarray, dict[str, A
     return head.probabilities(features.values[features.of(split.test)]), fit
 
 
-def _trained(config, features, labels, classes, splits) -> list[tuple[np.ndarray, dict[str, Any]]]:
-    by_row = np.full(len(features.values), -1)
-    by_row[features.rows[features.rows >= 0]] = labels[features.rows >= 0]
+def _evaluate_trained_heads(config, features, by_row, classes, splits) -> list[tuple[np.ndarray, dict[str, Any]]]:
     tasks = [HeadTask(features.of(split.train), features.of(split.validation), seed) for _, seed, split in splits]
     protocol = dataclasses.replace(PROTOCOLS[config.protocol], head=config.head)
     heads = train_heads(features.values, by_row, tasks, classes=classes, protocol=protocol)
