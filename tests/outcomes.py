@@ -1,14 +1,18 @@
-"""What pytest's outcome hides: tests that did not run, and slow tests that do not say why.
+"""What pytest's outcome hides: tests that did not run, slow tests that do not say why, and where a process crashed.
 
 `pytest --no-skips` fails where a test was skipped, was expected to fail, or was left out although -m asks for it. Every run lists
 the tests that took more than 10 s of processor time and have no docstring. Processor time is the same on a busy machine.
 
 With pytest-xdist the processes that run tests have an `Outcomes` each, and so has the one that reports. It sees each test's
-report, but what was left out before the tests began it has to be told by the others.
+report, but what was left out before the tests began it has to be told by the others. When one of these crashes, its stack goes
+to a file, which the process that reports shows at the end: on stderr it stands anywhere among the dots of the output.
 """
 
+import faulthandler
 import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +32,12 @@ class Outcomes:
         self.not_run: list[str] = []
         self._left_out: set[str] = set()  # before it began
         self.unexplained: list[str] = []
+        self.crashes: list[str] = []
+
+    def pytest_sessionstart(self, session) -> None:
+        if worker := getattr(session.config, "workerinput", None):
+            self._stack = _stack_file(worker).open("w")
+            faulthandler.enable(self._stack)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item) -> Iterator[None]:
@@ -60,6 +70,10 @@ class Outcomes:
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node, error) -> None:
         self._left_out.update(getattr(node, "workeroutput", {}).get("left_out", []))
+        file = _stack_file(node.workerinput)
+        if stack := file.read_text() if file.exists() else "":
+            self.crashes.append(f"{node.gateway.id}: {stack}")
+        file.unlink(missing_ok=True)
 
     def pytest_sessionfinish(self, session, exitstatus) -> None:
         if (told := getattr(session.config, "workeroutput", None)) is not None:
@@ -70,12 +84,19 @@ class Outcomes:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter) -> None:
+        if self.crashes:
+            terminalreporter.section("where a process crashed", red=True)
+            terminalreporter.write_line("\n".join(self.crashes))
         if self.unexplained:
             terminalreporter.section(f"more than {self.slow_seconds:.0f} s of processor time, and no docstring that says why")
             terminalreporter.write_line("\n".join(self.unexplained))
         if self.no_skips and self.not_run:
             terminalreporter.section(f"--no-skips: {len(self.not_run)} tests did not run", red=True)
             terminalreporter.write_line("\n".join(self.not_run))
+
+
+def _stack_file(worker: dict) -> Path:
+    return Path(tempfile.gettempdir()) / f"pytest-{worker['testrunuid']}-{worker['workerid']}.stack"
 
 
 def _why(report) -> str:

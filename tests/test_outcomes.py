@@ -1,4 +1,5 @@
-"""`--no-skips`: whatever did not run fails the whole run, and is named; slow tests that do not say why are named always."""
+"""`--no-skips`: whatever did not run fails the whole run, and is named. Slow tests that do not say why are named always, and the
+stack of a process that crashed."""
 
 import pytest
 
@@ -57,6 +58,12 @@ def test_explained():
 def test_quick():
     pass
 """
+CRASH = """
+import ctypes
+
+def test_native():
+    ctypes.string_at(0)
+"""
 
 
 @pytest.fixture
@@ -106,3 +113,9 @@ def test_a_slow_test_says_why(run):
     assert done.ret == 0
     named = done.stdout.str().split("no docstring that says why")[1]
     assert "test_it.py::test_slow: " in named and "explained" not in named and "quick" not in named
+
+
+def test_the_stack_of_a_process_that_crashes_is_shown(run):
+    done = run("-n", "1", "--max-worker-restart", "0", test_crash=CRASH)
+    assert done.ret == 1
+    done.stdout.fnmatch_lines(["*where a process crashed*", "gw0: Fatal Python error: Segmentation fault", "*in test_native"])
