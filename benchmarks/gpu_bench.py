@@ -3,7 +3,7 @@
     python benchmarks/gpu_bench.py --out benchmarks/results                       # on a host with a GPU
     python benchmarks/gpu_bench.py --out DIR --data shards/oral                   # and pretrain on a set of one's own
     python benchmarks/gpu_bench.py --out DIR --parts step loss                    # only these
-    python benchmarks/gpu_bench.py --out /tmp/bench --dry                         # the same on a CPU, tiny, in 4 minutes
+    python benchmarks/gpu_bench.py --out /tmp/bench --dry                         # the same on a CPU, tiny, in 5 to 10 minutes
 
 Each part is one of the other benchmarks, in a process of its own with a time limit. A part that takes longer is ended with all
 that it started, and what it had found by then is kept. A part that fails is written down with its reason, and the next one
@@ -146,13 +146,14 @@ class Config:
         None, "a labelled shard set with a train and a test split to pretrain on; default: patches are drawn"
     )
     work: str | None = option(None, "a folder to work in, where drawn patches stay; default: one that is removed at the end")
-    seconds: float = option(480.0, "time for everything; parts that no longer fit are skipped")
+    seconds: float | None = option(None, "time for everything; parts that no longer fit are skipped; default: 480 (dry: 1200)")
     commit: str | None = option(None, "the code's commit, where the host has the files without their history")
     dry: bool = option(False, "the same on the CPU with tiny sizes, each part without a limit of its own")
 
 
 def main(config: Config) -> None:
-    deadline = time.monotonic() + config.seconds - _WRITE_S
+    seconds = config.seconds or (1200.0 if config.dry else 480.0)
+    deadline = time.monotonic() + seconds - _WRITE_S
     names = chosen_parts(config.parts)
     if config.data is not None and not Path(config.data).is_dir():
         raise ValueError(f"--data {config.data}: there is no such folder; give a shard set made by sharding/build.py")

@@ -274,6 +274,12 @@ class Result:
             self.say(f"{title}: FAILED: {error}")
             return None
 
+    def note(self, runs: list[Record], title: str, measure: Callable[[], Record], show: Callable[[Record], str]) -> None:
+        """Add one measurement to the runs, unless it fails."""
+        if found := self.attempt(title, title, measure, show):
+            runs.append(found)
+        self.save()
+
     def take(self, name: str, title: str, measure: Callable[[], Record], show: Callable[[Record], str]) -> None:
         """Add one measurement to the contender's runs. One that has failed is not tried again."""
         runs = self.record.setdefault("runs", {}).setdefault(name, [])

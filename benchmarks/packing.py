@@ -14,7 +14,6 @@ import contextlib
 import functools
 import os
 import shutil
-import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from pathlib import Path
 from contenders.packing import CONTENDERS, DECODERS, Task
 from drawn_images import LAYOUT, draw_images, image_files
 from harness import Result, RunFailed, absent, check_at_least, chosen, run_contender, run_fresh, script, versions_of
-from report import Record, Report, Table, Target, judge, medians, missing_lines, ratio, rounds_table, spread, target_lines
+from report import Record, Report, Table, Target, judge, medians, missing_lines, rounds_table, summarise, target_lines
 
 from sharding.cli import option, required
 from sharding.process_pool import available_cores
@@ -169,30 +168,24 @@ def sync_tree(folder: Path) -> float:
     return time.perf_counter() - started
 
 
-def summarise(runs: dict[str, list[Record]]) -> Record:
-    """Medians over the rounds, and ratios within a round. The bare decode is the faster of its two, by their medians."""
-    rates = {name: statistics.median(run["patches_per_s"] for run in found) for name, found in runs.items() if found}
+def summary_of(runs: dict[str, list[Record]]) -> Record:
+    """The bare decode is the faster of its two, by their medians."""
+    rates = {name: medians(found, "patches_per_s")["patches_per_s"] for name, found in runs.items() if found}
     decode = max((name for name in DECODERS if name in rates), key=lambda name: rates[name], default="")
-    packs = {name: found for name, found in runs.items() if name not in DECODERS}
-    return {
-        name: {
-            **medians(runs[name], "patches_per_s", "counted_s", "start_s", "sync_s"),
-            "spread": spread([run["patches_per_s"] for run in runs[name]]),
-            "rate_to_decode": ratio(runs[name], runs.get(decode), "patches_per_s"),
-            "time_to_tar": ratio(packs.get(name), runs.get("tar"), "counted_s"),
-            "rate_to_webdataset": ratio(packs.get(name), runs.get("webdataset"), "patches_per_s"),
-        }
-        for name in rates
-    }
+    ratios = {"rate_to_decode": (decode, "patches_per_s")}
+    ratios |= {"time_to_tar": ("tar", "counted_s"), "rate_to_webdataset": ("webdataset", "patches_per_s")}
+    found = summarise(runs, "patches_per_s", "counted_s", "start_s", "sync_s", ratios=ratios)
+    for name in found.keys() & set(DECODERS):
+        found[name] |= {"time_to_tar": None, "rate_to_webdataset": None}  # it writes nothing
+    return found
 
 
 def speed_report(record: Record) -> Report:
-    summary = summarise(record["runs"])
+    summary = summary_of(record["runs"])
     record = record | {"summary": summary, "targets": judge(summary, TARGETS)}
     images = record["images"]
-    seconds = {f"{word} s".strip(): (f"{key}_s", ".2f") for word, key in (("", "counted"), ("start", "start"), ("sync", "sync"))}
-    names = {"rate_to_decode": "rate / bare decode", "time_to_tar": "time / tar", "rate_to_webdataset": "rate / ShardWriter"}
-    columns = seconds | {title: (key, ".2f") for key, title in names.items()}
+    columns = {"counted s": "counted_s", "start s": "start_s", "sync s": "sync_s", "rate / bare decode": "rate_to_decode"}
+    columns |= {"time / tar": "time_to_tar", "rate / ShardWriter": "rate_to_webdataset"}
     titles = {name: contender.title for name, contender in CONTENDERS.items()}
     text = (
         f"{images['patches']:,} {'drawn' if images['drawn'] else 'real'} images of {images['bytes'] / images['patches']:,.0f}"
@@ -200,7 +193,8 @@ def speed_report(record: Record) -> Report:
         " from the start of its process, imports included, until its output is synced to disk; a bare decode's time is that of"
         " decoding alone. Ratios are medians of the ratios within a round."
     )
-    table = rounds_table(record, titles, "patches_per_s", "patches/s", columns)
+    shown = {title: (key, ".2f") for title, key in columns.items()}
+    table = rounds_table(record, titles, "patches_per_s", "patches/s", shown)
     return Report(record, "Packing", [text, table, *target_lines(record), *missing_lines(record, CONTENDERS)])
 
 
@@ -216,24 +210,19 @@ def measure_memory(config: Config, workers: int) -> None:
         result.say(f"{count:,} patches: drawing them, unless they are there, and packing")
         images = _draw(config, count, _TINY, min(config.distinct, counts[0]), "memory", workers)
         with output_folder(config.work) as out:
-            task = Task(str(images.resolve()), str(out), workers, LAYOUT)
-            title = f"{count:,} patches"
-            found = result.attempt(title, title, functools.partial(one_peak, task, count), lambda row: f"{row['wall_s']:.1f} s")
-        if found is None:
-            break
-        rows.append(found)
-        result.save()
+            job = functools.partial(one_peak, Task(str(images.resolve()), str(out), workers, LAYOUT), count)
+            result.note(rows, f"{count:,} patches", job, lambda row: f"{row['wall_s']:.1f} s")
     result.finish(memory_report(result.record))
 
 
 def one_peak(task: Task, count: int) -> Record:
     """Peaks in bytes. Raises RunFailed."""
-    patches, size = read_once(Path(task.images))
+    _, size = read_once(Path(task.images))
     peaks: dict[int, int] = {}
     started = time.perf_counter()
     report = run_process("ours-header", task, watch=lambda root: note_peaks(root, peaks))
     wall = time.perf_counter() - started
-    if not report["patches"] == patches == count:
+    if report["patches"] != count:
         raise RunFailed(f"{report['patches']:,} of {count:,} patches are there")
     return {
         "patches": count,

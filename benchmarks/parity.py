@@ -121,17 +121,9 @@ def main(config: Config) -> None:
     rows: list[Record] = []
     result.record |= {"versions": versions(), "patches": config.patches, "image_size": config.image_size, "rows": rows}
     for name, recipe in cases.items():
-        graphs = {
-            column: DaliGraph(
-                recipe=recipe,
-                batch_size=config.patches,
-                image_size=config.image_size,
-                device="cpu",
-                threads=available_cores(),
-                step=step,
-            )
-            for column, step in (("graph", "numba"), ("torch", "torch"))
-        }
+        sizes: dict[str, Any] = {"batch_size": config.patches, "image_size": config.image_size, "threads": available_cores()}
+        steps = {"graph": "numba", "torch": "torch"}
+        graphs = {column: DaliGraph(recipe=recipe, device="cpu", step=step, **sizes) for column, step in steps.items()}
         for source, encoded in sources.items():
             row = {"case": name, "source": source} | compare(graphs, encoded)
             rows.append(row)

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from contenders.equal_work import PRETRAINED
-from contenders.ntxent import CONTENDERS as LOSSES
 from harness import script
 from loader import ALL as LOADERS
+from ntxent import CONTENDERS as LOSSES
 from report import Record
 
 from sharding.cli import positional

@@ -136,41 +136,29 @@ PARTS = {
 
 
 def step_parts(work: Workload, machine: Machine, gpus: int) -> dict[str, float]:
-    """Seconds of a step on so many GPUs, by PARTS.
-
-    compute = max(launch, V B flops_per_view / model_flops)
-    loading = B host_core / (cores / GPUs of the node) where the model's own cores load, else 0
-    loss    = 3 x 2 M N D / loss_flops: similarities and both gradients (`models.ntxent`, which keeps none and repeats none)
-    gather  = 2 x collective(4 N D): the embeddings out, their gradients back (a reduce-scatter)
-    norms   = 3 x norms x hops: for each batch norm the statistics are gathered, and their gradients reduced, which is two
-              collectives; so small that their bytes do not count
-    reduce  = max(0, 2 x collective(4 x parameters) - overlap x 2/3 compute): a reduce-scatter and an all-gather, begun while
-              the backward pass (2/3 of the computing) still runs
-    """
+    """Seconds of a step on so many GPUs, by PARTS (docs/scaling.md has them as a table)."""
     part = work.part(gpus)
     anchors = VIEWS * part
     compute = max(machine.launch_s, anchors * work.flops_per_view / machine.model_flops_per_s)
     loads = machine.device_patches_per_s is None
-    exchange = 2 * machine.collective(gpus, _FLOAT * work.parameters)
+    exchange = 2 * machine.collective(gpus, _FLOAT * work.parameters)  # a reduce-scatter and an all-gather
     return {
         "compute": compute,
         "loading": part * machine.host_core_s / (machine.cores / machine.gpus) if loads else 0.0,
+        # The similarities and both gradients, by `models.ntxent`, which keeps none and repeats none
         "loss": _LOSS_PRODUCTS * 2 * anchors * gpus * anchors * work.projection_dim / machine.loss_flops_per_s,
-        "gather": 2 * machine.collective(gpus, work.gathered_bytes(gpus)),
+        "gather": 2 * machine.collective(gpus, work.gathered_bytes(gpus)),  # the embeddings out, their gradients back
+        # For each batch norm statistics are gathered, and their gradients reduced: so few bytes that only hops count
         "norms": 3 * work.norms * machine.hops(gpus) if machine.sync_norms else 0.0,
-        "reduce": max(0.0, exchange - machine.overlap * _BACKWARD * compute),
+        "reduce": max(0.0, exchange - machine.overlap * _BACKWARD * compute),  # begun while the backward pass still runs
     }
 
 
 def limits(work: Workload, machine: Machine, gpus: int, patches: int) -> dict[str, float]:
     """Patches/s that each stage would let through by itself, all GPUs together, after the first epoch.
 
-    the step              W B / step
-    decode on the GPU     W device_patches_per_s, where GPUs decode
-    the host              nodes x cores / core seconds per patch
-    a node's disk         nodes x disk_bytes_per_s / bytes_per_patch, where the set is larger than half of a node's memory
-    reading from storage  patches / (set / fetch rate of a node), where the set is larger than a node's disk: every node fetches
-                          every shard, whole, in every epoch, since each global batch is dealt to all nodes
+    Every node fetches every shard, whole, in every epoch, since each global batch is dealt to all nodes: from its disk where the
+    set is larger than half of its memory, and from the store where it is larger than its disk.
     """
     nodes, size = machine.nodes(gpus), patches * work.bytes_per_patch
     found = {"the step": gpus * work.part(gpus) / sum(step_parts(work, machine, gpus).values())}

@@ -23,7 +23,7 @@ from typing import Any
 from harness import Result, RunFailed, run_contender, run_fresh
 from patch_set import patch_set
 from report import Record, Report, Table, medians, spread
-from scale import Machine, Workload, step_parts
+from scale import machine, step_parts, workload
 from worker import ROOT, Contender, own_memory
 
 from sharding.manifest import read_dataset, read_manifest, shard_file
@@ -109,26 +109,17 @@ def predicted(one: float, exchange: Record) -> float:
     the other core.
     """
     computing = PART / one * exchange["slowdown"] / (1 - RAY_CORES / 2)
-    nothing: dict[str, Any] = {field.name: 0.0 for kind in (Workload, Machine) for field in dataclasses.fields(kind)}
-    given = nothing | {
-        "name": "this one",
-        "sync_norms": False,
-        "device_patches_per_s": None,
-        "parameters": exchange["parameters"],
-        "flops_per_view": 1.0,
-        "projection_dim": DIM,
-        "batch_per_gpu": PART,
-        "largest_batch": None,
-        "gpus": 2,
-        "cores": 2,
-        "model_flops_per_s": 2 * PART / computing,
-        "loss_flops_per_s": float("inf"),  # 6 million operations: a tenth of a millisecond
+    work = dataclasses.replace(workload(PART, None)[0], parameters=exchange["parameters"], flops_per_view=1.0, projection_dim=DIM)
+    node = dataclasses.replace(
+        machine("cpu")[0],
+        gpus=2,
+        host_core_s=0.0,  # loading is part of the computing
+        model_flops_per_s=2 * PART / computing,
+        loss_flops_per_s=math.inf,  # 6 million operations: a tenth of a millisecond
         # An all-reduce is two collectives, and in each half of the bytes cross.
-        "link_bytes_per_s": 4 * exchange["parameters"] / (exchange["reduce_s"] - 2 * exchange["hop_s"]),
-        "link_latency_s": exchange["hop_s"],
-    }
-    work = Workload(**{field.name: given[field.name] for field in dataclasses.fields(Workload)})
-    node = Machine(**{field.name: given[field.name] for field in dataclasses.fields(Machine)})
+        link_bytes_per_s=4 * exchange["parameters"] / (exchange["reduce_s"] - 2 * exchange["hop_s"]),
+        link_latency_s=exchange["hop_s"],
+    )
     return 2 * PART / sum(step_parts(work, node, 2).values())
 
 
@@ -174,7 +165,8 @@ def write_large_set(small: Path, large: Path, rows: int) -> None:
     large.mkdir(parents=True, exist_ok=True)
     manifest = read_manifest(small)
     manifest = manifest.filter(pc.equal(manifest["shard"], 0))
-    for number in range(-(-rows // _SHARD_PATCHES)):
+    shards = -(-rows // _SHARD_PATCHES)
+    for number in range(shards):
         (large / shard_file(number)).unlink(missing_ok=True)
         (large / shard_file(number)).symlink_to((small / shard_file(0)).absolute())
     with pq.ParquetWriter(large / "manifest.parquet", manifest.schema) as writer:
@@ -185,7 +177,9 @@ def write_large_set(small: Path, large: Path, rows: int) -> None:
             for name, values in {"id": pa.array(ids), "key": pa.array(keys), "shard": pa.array(shard)}.items():
                 table = table.set_column(table.schema.get_field_index(name), manifest.schema.field(name), values)
             writer.write_table(table)
-    (large / "dataset.json").write_text(json.dumps(read_dataset(small) | {"name": "large", "patches": rows, "files": {}}))
+    (large / "dataset.json").write_text(
+        json.dumps(read_dataset(small) | {"name": "large", "patches": rows, "shards": shards, "files": {}})
+    )
 
 
 # ---- In processes of their own ----

@@ -10,6 +10,8 @@ The backbone is small, so that what is seen is the start: Python, its packages, 
 Results: <out>/<date>-starting.json and .md.
 """
 
+import contextlib
+import functools
 import itertools
 import os
 import signal
@@ -17,8 +19,10 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from harness import Result, RunFailed, check_at_least, last_line, script
 from patch_set import patch_set
@@ -70,15 +74,18 @@ def seconds_until(folder: Path, step: int, run: subprocess.Popen, limit: float, 
     return time.perf_counter() - started
 
 
-def start(given: list[str], log: Path) -> subprocess.Popen:
+@contextlib.contextmanager
+def running(given: list[str], log: Path) -> Iterator[subprocess.Popen]:
+    """The command, which is killed at the end with all that it has started. Ray's own processes end when their driver has."""
     with log.open("ab") as file:
-        return subprocess.Popen(given, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
-
-
-def kill(run: subprocess.Popen) -> None:
-    """The command with all that it has started. Ray's own processes end by themselves when their driver has."""
-    os.killpg(run.pid, signal.SIGKILL)
-    run.wait()
+        settings: dict[str, Any] = {"stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL, "start_new_session": True}
+        run = subprocess.Popen(given, stdout=file, **settings)
+    try:
+        yield run
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself, and so have all that it started
+            os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
 
 
 def one_round(workers: int, name: str, shards: str, storage: Path, config: Config) -> Record:
@@ -87,18 +94,12 @@ def one_round(workers: int, name: str, shards: str, storage: Path, config: Confi
     subprocess.run([sys.executable, "-c", _IMPORTS], check=True)
     imports = time.perf_counter() - began
     given, folder, log = command(workers, name, shards, storage, config), storage / name, storage / f"{name}.log"
-    run = start(given, log)
-    try:
+    with running(given, log) as run:
         first = seconds_until(folder, 0, run, config.limit, log)
         seconds_until(folder, 4 * _CHECKPOINTS, run, config.limit, log)
-    finally:
-        kill(run)
     taken = max(row["step"] for row in Tail(folder / "metrics.jsonl").read())
-    run = start(given, log)
-    try:
+    with running(given, log) as run:
         again = seconds_until(folder, taken, run, config.limit, log)
-    finally:
-        kill(run)
     return {"imports": imports, "first": first, "again": again}
 
 
@@ -112,14 +113,10 @@ def main(config: Config) -> None:
     rounds: dict[str, list[Record]] = {name: [] for name in CONTENDERS}
     result.record |= {"timed": {"backbone": config.backbone, **sizes}, "rounds": rounds}
     for number, (name, (title, workers)) in itertools.product(range(1, config.rounds + 1), CONTENDERS.items()):
-        found = result.attempt(
-            f"{name}, round {number}",
-            f"round {number}: {title}",
-            lambda n=number, name=name, w=workers: one_round(w, f"{name}-{n}", images.shards, storage, config),  # type: ignore[misc]
-            lambda found: ", ".join(f"{part} {seconds:.1f} s" for part, seconds in found.items()),
+        job = functools.partial(one_round, workers, f"{name}-{number}", images.shards, storage, config)
+        result.note(
+            rounds[name], f"round {number}: {title}", job, lambda found: ", ".join(f"{k} {v:.1f} s" for k, v in found.items())
         )
-        rounds[name] += [found] if found else []
-        result.save()
     result.finish(report_of(result.record))
 
 

@@ -12,9 +12,9 @@ is reported too. The second scenario is 16 tiny cells, eight pretrainings and a 
 Results: <out>/<date>-trials.json and .md.
 """
 
+import functools
 import json
 import os
-import statistics
 import sys
 import time
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from harness import Result, check_at_least, draw_labelled_set, machine, run_fresh, script
 from patch_set import patch_set
-from report import Record, Report, Table, Target, judge, target_lines
+from report import Record, Report, Table, Target, judge, medians, target_lines
 from worker import ROOT
 
 from sharding.cli import option, required
@@ -131,44 +131,35 @@ def main(config: Config) -> None:
         storage = place / f"tiny-{number}"
         return run_grid(tiny_text(str(draw_labelled_set(work, 240, 48, slides=12, seed=1)), storage), storage)
 
+    def shown(both: Record) -> str:
+        return f"alone {both['alone']['summed']:.1f} s, grid {both['grid']['seconds']:.1f} s"
+
     for number in range(1, config.rounds + 1):
-        title = f"round {number}"
-        found = result.attempt(
-            title,
-            title,
-            lambda n=number: pair(n),  # type: ignore[misc]
-            lambda both: f"alone {both['alone']['summed']:.1f} s, grid {both['grid']['seconds']:.1f} s",
-        )
-        result.record["rounds"] += [found] if found else []
+        result.note(result.record["rounds"], f"round {number}", functools.partial(pair, number), shown)
         if config.tiny:
-            title = f"tiny, round {number}"
-            found = result.attempt(title, title, lambda n=number: tiny(n), lambda run: f"{run['seconds']:.1f} s")  # type: ignore[misc]
-            result.record["tiny"] += [found] if found else []
-        result.save()
+            job = functools.partial(tiny, number)
+            result.note(result.record["tiny"], f"tiny, round {number}", job, lambda run: f"{run['seconds']:.1f} s")
     result.finish(report_of(result.record))
 
 
-def summarise(record: Record) -> Record:
+def summary_of(record: Record) -> Record:
     """Medians over rounds; ratios within one."""
-    fit, rounds, tiny = record["timed"]["fit"], record["rounds"], record["tiny"]
+    rounds: list[Record] = []
     summary: Record = {}
+    for each in record["rounds"]:
+        found = {"alone_s": each["alone"]["summed"], "grid_s": each["grid"]["seconds"], "between_s": each["grid"]["between"]}
+        share = found["alone_s"] / record["timed"]["fit"]
+        rounds.append(found | {"ratio": found["grid_s"] / share, "ratio_between": found["between_s"] / share})
     if rounds:
-        middle = statistics.median
-        summary |= {
-            "alone_s": middle(each["alone"]["summed"] for each in rounds),
-            "grid_s": middle(each["grid"]["seconds"] for each in rounds),
-            "between_s": middle(each["grid"]["between"] for each in rounds),
-            "ratio": middle(each["grid"]["seconds"] / (each["alone"]["summed"] / fit) for each in rounds),
-            "ratio_between": middle(each["grid"]["between"] / (each["alone"]["summed"] / fit) for each in rounds),
-        }
-    if tiny:
-        summary["tiny_s"] = statistics.median(each["seconds"] for each in tiny)
-        summary["tiny_cells_s"] = statistics.median(each["summed"] for each in tiny)
+        summary |= medians(rounds, *rounds[0])
+    if record["tiny"]:
+        tiny = medians(record["tiny"], "seconds", "summed")
+        summary |= {"tiny_s": tiny["seconds"], "tiny_cells_s": tiny["summed"]}
     return summary
 
 
 def report_of(record: Record) -> Report:
-    timed, found = record["timed"], summarise(record)
+    timed, found = record["timed"], summary_of(record)
     record = record | {"summary": found, "targets": judge({"grid": found}, TARGETS)}
     rows = []
     if "ratio" in found:

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from ntxent import plain as plain_loss
 from worker import Contender
 
 from contenders.loader import TwoViews, torchvision_transform
-from contenders.ntxent import plain as plain_loss
 from contenders.step import PROJECTION, TEMPERATURE, seeded_backbone
 
 WEIGHTS = "backbone.safetensors"

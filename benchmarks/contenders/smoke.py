@@ -140,8 +140,7 @@ def packing(task: Task) -> Iterator[dict[str, Side]]:
 @contextlib.contextmanager
 def loss(task: Task) -> Iterator[dict[str, Side]]:
     import torch
-
-    from contenders.ntxent import ours, plain
+    from ntxent import ours, plain
 
     def passes(make: Callable, anchors: int) -> Side:
         criterion = make(anchors // 2, _TEMPERATURE, "cpu")
@@ -154,7 +153,7 @@ def loss(task: Task) -> Iterator[dict[str, Side]]:
 
 @contextlib.contextmanager
 def heads(task: Task) -> Iterator[dict[str, Side]]:
-    from contenders import heads as benchmark
+    import heads as benchmark
 
     job = benchmark.Task("one", "adam", rows=640, features=512, classes=3, epochs=10, cores=1)
     protocol = dataclasses.replace(benchmark.PROTOCOLS[job.protocol], epochs=job.epochs)
@@ -178,9 +177,8 @@ def _plain_step() -> Callable[[], None]:
     """The model in torch alone, on views that are there."""
     import timm
     import torch
+    from ntxent import plain
     from torch import nn
-
-    from contenders.ntxent import plain
 
     backbone: Any = timm.create_model(_BACKBONE, pretrained=False, num_classes=0)
     width = backbone.num_features

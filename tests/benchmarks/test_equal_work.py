@@ -16,7 +16,6 @@ from equal_work_report import (
     METRIC_NAMES,
     curve_difference,
     difference,
-    epoch_means,
     metrics_table,
     pooled,
     report_of,
@@ -59,17 +58,6 @@ def test_the_batches_are_those_of_the_loader(small_set):
         expected += [[(epoch, int(i)) for i in loader.batch_ids(step)] for step in range(len(loader))]
     assert our_batches(task, images.ids) == expected
     assert len(images) > 3 * 16 and expected[0] != expected[3]
-
-
-def test_others_see_the_training_patches_of_the_shards(small_set):
-    images = Images(_task(shards=str(small_set)))
-    splits = images.reader.manifest["split"].to_pylist()
-    assert images.ids.tolist() == [i for i, split in enumerate(splits) if split == "train"]
-    images.transform = lambda image: image
-    place = 3
-    image, label = images[place]
-    height, width = images.reader.sizes[images.ids[place]]
-    assert (image.mode, image.size, label) == ("RGB", (width, height), -1)
 
 
 def test_lightly_is_given_the_papers_augmentation():
@@ -178,10 +166,6 @@ def test_curves_are_compared_epoch_by_epoch():
     opposite = {0: [5.1, 4.0, 3.0], 1: [5.1, 4.2, 3.2]}  # what seeds do in both directions is no difference
     assert curve_difference(opposite, theirs)["mean"] == pytest.approx(0)
     assert curve_difference(ours, {0: theirs[0]}) is None and curve_difference({}, theirs) is None
-
-
-def test_a_curve_is_the_mean_of_each_epoch():
-    assert epoch_means([1.0, 2.0, 4.0, 8.0], 2) == [1.5, 6.0]
 
 
 # The command

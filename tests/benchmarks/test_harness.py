@@ -5,8 +5,8 @@ import io
 import json
 import sys
 
+import ntxent
 import pytest
-from contenders import ntxent
 from contenders.loader import Task
 from harness import Result, RunFailed, absent, check_at_least, chosen, cores_of, machine, new_path, run_contender, run_fresh
 
@@ -52,10 +52,10 @@ def test_a_process_that_fails_or_hangs_is_reported(tmp_path):
 
 def test_a_contender_runs_in_a_process_of_its_own():
     task = ntxent.Task(anchors=16, dim=8, temperature=0.5, device="cpu", cores=1, timed_s=0.0)
-    found = run_contender("contenders.ntxent", "ours", task)
+    found = run_contender("ntxent", "ours", task)
     assert found["loss"] > 0 and found["load_before"] >= 0
     with pytest.raises(RunFailed, match="KeyError: 'theirs'"):
-        run_contender("contenders.ntxent", "theirs", task)
+        run_contender("ntxent", "theirs", task)
 
 
 def test_contenders_take_turns_and_a_failed_one_is_not_tried_again(tmp_path, capsys):

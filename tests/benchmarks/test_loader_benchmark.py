@@ -129,15 +129,6 @@ def test_torchvision_makes_two_views_of_files_and_of_tensors(shards):
     stream.close()
 
 
-def test_decoding_has_every_patch_once_in_each_epoch(shards):
-    stream = _stream("decode", shards)
-    images = [np.asarray(batch[0].as_tensor()) for batch in itertools.islice(stream, 2 * PATCHES // BATCH)]
-    half = len(images) // 2
-    sums = [sorted(np.concatenate(part).sum((1, 2, 3)).tolist()) for part in (images[:half], images[half:])]
-    assert images[0].shape == (BATCH, SIZE, SIZE, 3) and sums[0] == sums[1]
-    stream.close()
-
-
 def test_others_are_timed_by_whole_epochs():
     numbers = itertools.count()
     stream = whole_epochs(lambda: ((next(numbers),) for _ in range(3)), _task(warm=2, lap=3))
@@ -157,28 +148,6 @@ def test_contenders_of_each_device(tmp_path):
     python.write_text("#!/bin/sh\necho 4.5.6\n")
     python.chmod(0o755)
     assert environment_in(str(tmp_path), "spdl") == Environment(str(python), {"spdl": "4.5.6"}, {})
-
-
-@pytest.mark.faults
-def test_the_command(images, tmp_path, run_main):
-    """Starts seven processes that import torch and DALI, which takes a minute on a busy machine."""
-    usual = {"batch_size": BATCH, "size": SIZE, "patches": PATCHES, "seconds": 0.1, "cores": 1, "rounds": 1}
-    names = ["parts", "torchvision", "ours", "memory", "webdataset", "litdata"]
-    config = Config(
-        str(tmp_path), str(tmp_path / "results"), None, str(images), contenders=names, memory_batches=[4, 100], **usual
-    )
-    record, text, code = run_main(main, config)
-    assert code == 1 and [*record["failed"]] == ["memory 100"] and "larger than the" in record["failed"]["memory 100"]
-    assert record["missing"] == {"litdata": "not installed: --peers FOLDER does that"}
-    assert [*record["runs"]] == ["torchvision", "ours", "webdataset", "parts", "memory 4", "memory 100"]
-    for name in ("torchvision", "ours", "webdataset"):
-        (run,) = record["runs"][name]
-        assert run["batches"] % 3 == 0 and run["patches"] == run["batches"] * BATCH and run["wall_s"] >= 0.1
-    ms = {name: times[0] for name, times in record["runs"]["parts"][0]["ms"].items()}
-    assert 0 < ms["reading"] < ms["drawing"] < ms["loader"] and ms["decoding"] + ms["views"] < ms["loader"]
-    (run,) = record["runs"]["memory 4"]
-    assert len(run["resident_bytes"]) == 10 and all(100e6 < each <= run["peak_bytes"] for each in run["resident_bytes"])
-    assert f"| ours, simclr | {record['runs']['ours'][0]['patches_per_s']:,.0f} |" in text
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import packing
 import pytest
-from contenders.packing import CONTENDERS, Task
+from contenders.packing import Task
 from drawn_images import draw_images, image_files
 from harness import RunFailed
-from packing import Config, main, memory_report, note_peaks, one_run, speed_report, summarise
+from packing import Config, main, memory_report, note_peaks, one_run, speed_report, summary_of
 from PIL import Image
 
 
@@ -26,12 +26,6 @@ def test_few_pictures_and_no_equal_files(images):
     assert {path: path.stat().st_mtime_ns for path in files} == before
 
 
-@pytest.mark.parametrize("name", ["webdataset-pillow", "decode-dali", "ours-header"])
-def test_contenders_report_all_patches(images, tmp_path, name):
-    found = CONTENDERS[name].run(Task(str(images), str(tmp_path), 1, packing.LAYOUT))
-    assert found["patches"] == 12 and found["work_s"] > 0
-
-
 def _runs(rates, seconds):
     return [{"patches_per_s": r, "counted_s": s, "start_s": 0.5, "sync_s": 0.25} for r, s in zip(rates, seconds, strict=True)]
 
@@ -47,7 +41,7 @@ RUNS = {
 
 
 def test_ratios_and_targets(head):
-    summary = summarise(RUNS)
+    summary = summary_of(RUNS)
     assert summary["ours-decode"]["rate_to_decode"] == 0.8  # of 0.8, 0.75 and 0.9
     assert summary["ours-header"]["time_to_tar"] == 4  # of 6, 2 and 4
     assert summary["ours-header"]["rate_to_webdataset"] == 5  # of 5, 3 and 16
@@ -103,14 +97,6 @@ def test_a_packer_is_timed_until_its_output_is_on_the_disk(tmp_path, monkeypatch
         one_run("ours-header", task, 12, 101)
     with pytest.raises(RunFailed, match="12 of 13 patches are there"):
         one_run("ours-header", task, 13, 100)
-
-
-def test_the_command(images, tmp_path, run_main):
-    config = Config(str(tmp_path), str(tmp_path / "results"), str(images), rounds=2, workers=1, contenders=["tar"])
-    record, text, code = run_main(main, config)
-    assert code == 0 and [len(runs) for runs in record["runs"].values()] == [2]
-    assert record["runs"]["tar"][0]["start_s"] == 0 and record["versions"]["tar"] and "| GNU tar, one process |" in text
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -128,22 +128,6 @@ def test_user_errors(tmp_path, given, least):
     assert not (tmp_path / "results").exists()
 
 
-@pytest.mark.faults
-def test_the_command(tmp_path, run_main):
-    """Starts four processes that import torch, which takes a minute on a busy machine."""
-    usual = {"dry": True, "seconds": 0.1, "cores": 1, "patches": 16}
-    config = Config(str(tmp_path), str(tmp_path / "results"), contenders=["joint", "loader"], **usual)
-    record, text, code = run_main(main, config)
-    assert code == 0 and [*record["runs"]] == ["loader", "joint"] and "ours, both" in text
-    for (run,) in record["runs"].values():
-        assert run["img_per_s"] == pytest.approx(2 * 4 * run["steps"] / run["seconds"])
-    (joint,), (loader,) = record["runs"]["joint"], record["runs"]["loader"]
-    assert joint["steps"] >= record["timed"]["steps"] >= 3 and 0 <= joint["data_wait"] <= 1 and loader["seconds"] >= 0.1
-    assert not list(tmp_path.glob("run-*"))  # runs come and go
-    with pytest.raises(ValueError, match="resnot at 32 px takes no step on the cpu: exit code 1: ValueError: backbone 'resnot'"):
-        main(Config(str(tmp_path), str(tmp_path / "results"), backbone="resnot", **usual))
-
-
 # The model alone
 
 
