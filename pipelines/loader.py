@@ -14,7 +14,7 @@ import torch
 from pipelines.mixture import Mixture
 from pipelines.recipes import Recipe
 from pipelines.sampler import Order, by_first_use, epoch_order, rank_slice, steps_per_epoch
-from pipelines.shard_reader import ShardReader
+from pipelines.shard_reader import ShardReader, check_ids
 from pipelines.torchvision_reference import reference_views
 from pipelines.views import ViewParameters, draw_views
 from pipelines.wait_timer import WaitClock
@@ -111,11 +111,7 @@ class ViewLoader:
             self.reader.close()
 
     def _check(self):
-        if len(self.ids) == 0:
-            raise ValueError(f"{self.reader.folder}: no patch is selected")
-        if self.ids.min() < 0 or self.ids.max() >= len(self.reader):
-            wrong = self.ids.min() if self.ids.min() < 0 else self.ids.max()
-            raise ValueError(f"{self.reader.folder}: has patches 0 to {len(self.reader) - 1}, not {wrong}")
+        check_ids(self.ids, self.reader, self.reader.folder)
         if self.window is not None and self.window < 1:
             raise ValueError(f"a shuffling window of {self.window} shards is too small: give at least 1, or none to shuffle all")
         if self.batch_size < 1 or (self.drop_last and self.batch_size % self.world_size):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipelines.sampler import Order, epoch_order
-from pipelines.shard_reader import ShardReader
+from pipelines.shard_reader import ShardReader, check_ids
 from sharding.manifest import class_names
 
 # Position of the set's number in a draw key. Set 0's keys are its ids, so its draws are those of the set alone.
@@ -46,11 +46,7 @@ class Mixture:
         for reader, weight, ids in zip(self.readers, self.weights, chosen, strict=True):
             if not 0 < weight < float("inf"):
                 raise ValueError(f"{reader.folder}: its weight is {weight:g}; give a number above 0, or leave the set out")
-            if not len(ids):
-                raise ValueError(f"{reader.folder}: no patch is selected")
-            if ids.min() < 0 or ids.max() >= len(reader):
-                wrong = ids.min() if ids.min() < 0 else ids.max()
-                raise ValueError(f"{reader.folder}: has patches 0 to {len(reader) - 1}, not {wrong}")
+            check_ids(ids, reader, reader.folder)
         self.ids = np.concatenate([ids + start for ids, start in zip(chosen, self._starts, strict=False)])
         self.sizes = np.concatenate([reader.sizes for reader in self.readers])
         self.shards = np.concatenate(

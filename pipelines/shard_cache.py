@@ -31,16 +31,11 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.remote_folder import MAX_JSON_BYTES, Interrupted, NotThere, RemoteFolder, is_url
+from pipelines.remote_folder import MAX_JSON_BYTES, Interrupted, NotThere, RemoteFolder
 from sharding.manifest import read_dataset, read_manifest
 
 # Bytes of one request for any other file: what a failure costs, and what each thread holds in memory.
 _REQUEST_BYTES = 8 * 2**20
-
-
-def is_remote(shards: object) -> bool:
-    """Whether it is the URL of a shard set (s3://bucket/kidney, https://..., file://...), not a folder or an open reader."""
-    return is_url(shards)
 
 
 def default_cache() -> Path:

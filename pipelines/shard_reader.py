@@ -11,13 +11,15 @@ import mmap
 import os
 import resource
 from collections import Counter
+from collections.abc import Sized
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import numpy as np
 import pyarrow as pa
 
-from pipelines.shard_cache import RemoteSet, is_remote
+from pipelines.remote_folder import is_url
+from pipelines.shard_cache import RemoteSet
 from sharding.decoders import decoder_path
 from sharding.images.image_checks import parsed_size
 from sharding.manifest import read_manifest, shard_file
@@ -43,7 +45,7 @@ class ShardReader:
     """
 
     def __init__(self, shards: str | Path | RemoteSet):
-        self._owns_remote = is_remote(shards)
+        self._owns_remote = is_url(shards)
         self.remote = RemoteSet(str(shards)) if self._owns_remote else shards if isinstance(shards, RemoteSet) else None
         self.folder = self.remote.folder if self.remote else Path(shards)  # type: ignore[arg-type]
         # Only the columns that every batch needs: a set may have ten million patches.
@@ -194,6 +196,15 @@ class ShardReader:
         self._header_checked[self.shards == shard] = False
         self._mapped[shard] = _Mapped(np.frombuffer(mapped, np.uint8), path, stat)
         return self._mapped[shard].data
+
+
+def check_ids(ids: np.ndarray, reader: Sized, folder: Path | str) -> None:
+    """Raise ValueError if there are no ids, or for one that the reader of this folder does not have."""
+    if not len(ids):
+        raise ValueError(f"{folder}: no patch is selected")
+    if ids.min() < 0 or ids.max() >= len(reader):
+        wrong = ids.min() if ids.min() < 0 else ids.max()
+        raise ValueError(f"{folder}: has patches 0 to {len(reader) - 1}, not {wrong}")
 
 
 def _allow_open_files(shards: int) -> None:

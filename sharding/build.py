@@ -16,6 +16,7 @@ from rich.table import Table
 from sharding.build_config import BuildConfig
 from sharding.cli import run_script
 from sharding.packing import Summary, build_shards
+from sharding.sources.file_listing import counted
 
 
 def main(config: BuildConfig) -> None:
@@ -42,11 +43,10 @@ def report(summary: Summary) -> None:
     console.print(table)
     for note in summary.notes:
         console.print(f"- {note}")
-    shards = "1 shard" if summary.shards == 1 else f"{summary.shards:,} shards"
     console.print(f"{summary.found:,} images found = {summary.packed:,} packed + {summary.quarantined:,} quarantined")
     if summary.added and summary.added < summary.packed:
-        console.print("1 patch was added" if summary.added == 1 else f"{summary.added:,} patches were added")
-    console.print(f"{summary.name}: {summary.packed:,} patches in {shards}: {summary.out}")
+        console.print(counted(summary.added, "patch was added", "patches were added"))
+    console.print(f"{summary.name}: {summary.packed:,} patches in {counted(summary.shards, 'shard')}: {summary.out}")
 
 
 if __name__ == "__main__":

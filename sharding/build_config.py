@@ -104,12 +104,16 @@ def _is_of_type(value: object, hint: Any) -> bool:
     return type(value) in ((int, float) if hint is float else (hint,))
 
 
-def commands_of(shards: str | Path) -> list[list[str]]:
-    """The arguments of the commands that pack this set: of the build, then of each append.
+def commands_of(shards: str | Path, out: str | None = None) -> list[list[str]]:
+    """The arguments of the commands that pack this set: of the build, then of each append. Empty for a set of another packer.
 
-    With the sources as they were then, they give the same fingerprint. Raises ValueError when the folder is no shard set.
+    With the sources as they were then, they give the same fingerprint. out: their --out, the set's folder by default.
+    Raises ValueError when the folder is no shard set, and as recorded_builds does.
     """
-    return _commands(shards, str(shards))
+    dataset, out = read_dataset(shards), out or str(shards)
+    end = ["--out", out] if dataset["name"] == PurePosixPath(out).name else ["--out", out, "--name", dataset["name"]]
+    builds = recorded_builds(shards, dataset)
+    return [[*_command_line(recorded), *(["--append"] if i else []), *end] for i, recorded in enumerate(builds)]
 
 
 def packed_by(shards: str | Path, place: str | None = None) -> list[str]:
@@ -121,15 +125,8 @@ def packed_by(shards: str | Path, place: str | None = None) -> list[str]:
     def shorten(argument: str) -> str:
         return Path(argument).name if Path(argument).is_absolute() else argument
 
-    out = PurePosixPath(place or str(shards)).name
-    return [shlex.join(["python", "sharding/build.py", *map(shorten, command)]) for command in _commands(shards, out)]
-
-
-def _commands(shards, out):
-    dataset = read_dataset(shards)
-    end = ["--out", out] if dataset["name"] == PurePosixPath(out).name else ["--out", out, "--name", dataset["name"]]
-    builds = recorded_builds(shards, dataset)
-    return [[*_command_line(recorded), *(["--append"] if i else []), *end] for i, recorded in enumerate(builds)]
+    commands = commands_of(shards, out=PurePosixPath(place or str(shards)).name)
+    return [shlex.join(["python", "sharding/build.py", *map(shorten, command)]) for command in commands]
 
 
 def _command_line(recorded: dict[str, Any]) -> list[str]:

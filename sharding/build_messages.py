@@ -7,6 +7,7 @@ import pyarrow as pa
 
 from sharding.images.image_processing import ImageOptions
 from sharding.manifest_writer import ShardContents
+from sharding.sources.file_listing import counted
 from sharding.sources.scan import Scan, source_names
 
 
@@ -18,8 +19,7 @@ def refusal_messages(scan: Scan, contents: ShardContents, out: Path, strict: boo
     assert contents.first_refused is not None
     row, detail = contents.first_refused
     reasons = ", ".join(f"{number:,} {reason}" for reason, number in sorted(contents.refused.items()))
-    images = "1 image was refused" if count == 1 else f"{count:,} images were refused"
-    message = f"{images} ({reasons}), the first: {_source(scan, row)} ({detail})"
+    message = f"{counted(count, 'image was', 'images were')} refused ({reasons}), the first: {_source(scan, row)} ({detail})"
     if not len(contents.files):
         raise ValueError(f"all {message}: give images that can be decoded")
     if strict:
@@ -34,7 +34,7 @@ def processing_messages(scan: Scan, contents: ShardContents, options: ImageOptio
     if count := converted.total():
         kinds = ", ".join(f"{number:,} {what}" for what, number in converted.most_common(8))
         more = ", ..." if len(converted) > 8 else ""
-        messages.append(f"{count:,} {'image was' if count == 1 else 'images were'} converted: {kinds}{more}")
+        messages.append(f"{counted(count, 'image was', 'images were')} converted: {kinds}{more}")
     if len(contents.psnr):
         worst = int(np.argmin(contents.psnr))
         mean = float(contents.psnr.mean(dtype=np.float64))

@@ -22,6 +22,7 @@ from sharding.cli import option, positional, run_script
 from sharding.decoders import decoder_path
 from sharding.manifest import decoded, fingerprint, read_dataset, read_manifest, read_quarantine, source_digests
 from sharding.process_pool import available_cores
+from sharding.sources.file_listing import counted
 from sharding.splits.assign import content_digests
 from sharding.verification import verify
 
@@ -43,8 +44,7 @@ def main(config: InspectConfig) -> None:
         raise ValueError(f"--workers {config.workers} is out of range: give at least 1, or 0 for all cores")
     console = Console(soft_wrap=True, highlight=False, markup=False)
     dataset, manifest = read_dataset(config.shards), read_manifest(config.shards)
-    shards = "1 shard" if dataset["shards"] == 1 else f"{dataset['shards']:,} shards"
-    size = pc.sum(manifest["size"]).as_py()
+    shards, size = counted(dataset["shards"], "shard"), pc.sum(manifest["size"]).as_py()
     console.print(
         f"{dataset['name']}: {len(manifest):,} patches, {size / 1e6:,.1f} MB in {shards}, {dataset['quarantined']:,} quarantined"
     )
@@ -224,7 +224,7 @@ def _copies(manifest: pa.Table) -> Iterator[str]:
         pairs = np.unique(content.ravel() * (len(names) + 1) + codes + 1) // (len(names) + 1)
         spread = int((np.bincount(pairs) > 1).sum())
         if spread:
-            yield f"{spread:,} {'image is' if spread == 1 else 'images are'} in several {what} as exact copies"
+            yield f"{counted(spread, 'image is', 'images are')} in several {what} as exact copies"
 
 
 if __name__ == "__main__":

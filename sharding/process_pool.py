@@ -25,14 +25,6 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def ordered_map(
-    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int, total: int, title: str
-) -> Iterator[Result]:
-    """ProcessPool.map with a pool of its own."""
-    with ProcessPool(workers) as pool:
-        yield from pool.map(function, items, total=total, title=title)
-
-
 _add_progress: Callable[[int], None] | None = None  # what `report_progress` calls; None outside a map
 
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 from sharding.images.image_checks import silent_decoders
 from sharding.images.image_processing import check_stored
 from sharding.manifest import index_file, listed_shard_files, read_dataset, read_manifest, shard_file
-from sharding.process_pool import ordered_map, report_progress
+from sharding.process_pool import ProcessPool, report_progress
 from sharding.shard_format import EXTENSIONS, index_text
 
 
@@ -51,9 +51,9 @@ def verify(shards: str | Path, *, workers: int = 1) -> None:
         if not name.endswith(".tar"):
             _check_file(folder, name, dataset["files"][name])
     check = functools.partial(_verify_shard, folder=folder, files=dataset["files"])
-    workers = min(workers, dataset["shards"])
-    for _ in ordered_map(check, _shards(manifest, dataset["shards"]), workers=workers, total=len(manifest), title="verifying"):
-        pass
+    with ProcessPool(min(workers, dataset["shards"])) as pool:
+        for _ in pool.map(check, _shards(manifest, dataset["shards"]), total=len(manifest), title="verifying"):
+            pass
 
 
 def _shards(manifest: pa.Table, count: int) -> Iterator[_Shard]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sharding.cli import option, required
 from sharding.drawn_patches.patches import ORGANS, draw_patch, encode, patch_classes, slide_name
-from sharding.process_pool import ordered_map, report_progress
+from sharding.process_pool import ProcessPool, report_progress
 
 LAYOUTS = {"breast": "{class}/{slide}/{name}", "kidney": "{slide}/{name}"}
 
@@ -48,12 +48,11 @@ def draw_set(config: DrawConfig) -> Path:
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
-        tasks = [
-            range(start, min(start + _PATCHES_PER_TASK, config.patches)) for start in range(0, config.patches, _PATCHES_PER_TASK)
-        ]
-        draw = functools.partial(_draw_files, config, partial)
-        for _ in ordered_map(draw, tasks, workers=config.workers, total=config.patches, title=f"drawing {config.organ}"):
-            pass
+        indices, draw = range(config.patches), functools.partial(_draw_files, config, partial)
+        tasks = [indices[start : start + _PATCHES_PER_TASK] for start in indices[::_PATCHES_PER_TASK]]
+        with ProcessPool(config.workers) as pool:
+            for _ in pool.map(draw, tasks, total=config.patches, title=f"drawing {config.organ}"):
+                pass
         (partial / _MARKER).write_text(json.dumps(arguments, indent=2) + "\n", encoding="utf-8")
         os.rename(partial, out)
     finally:

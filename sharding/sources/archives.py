@@ -7,13 +7,22 @@ import os
 import tarfile
 from collections.abc import Iterator
 from errno import EIO, ENOENT
-from itertools import groupby
+from itertools import groupby, islice
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sharding.sources.file_listing import BATCH, IMAGE_EXTENSIONS, ImageBatch, SkippedFiles, extension, printable, split_path
+from sharding.sources.file_listing import (
+    BATCH,
+    IMAGE_EXTENSIONS,
+    ImageBatch,
+    SkippedFiles,
+    counted,
+    extension,
+    printable,
+    split_path,
+)
 from sharding.sources.zips import is_zip, read_zip_member, zip_members
 
 # The first bytes of compressed files. A compressed tar can only be read from its start.
@@ -98,30 +107,23 @@ def _tar_members(archive: bytes, skipped: SkippedFiles) -> Iterator[tuple[bytes,
 
 def _images_of(members: Iterator[tuple[bytes, int, int]], skipped: SkippedFiles) -> pa.Table:
     """The images among the members, as columns: path, offset, size."""
-    kinds = (pa.binary(), pa.int64(), pa.int64())
-    columns: tuple[list, list, list] = ([], [], [])
-    batches = []
 
-    def flush() -> None:
-        arrays = [pa.array(column, kind) for column, kind in zip(columns, kinds, strict=True)]
-        batches.append(pa.RecordBatch.from_arrays(arrays, names=["path", "offset", "size"]))
-        for column in columns:
-            column.clear()
+    def images() -> Iterator[tuple[bytes, int, int]]:
+        for member, offset, size in members:
+            path = _normalized(member)
+            kind = extension(split_path(path)[1])
+            if any(part.startswith(b".") and part != b".." for part in path.split(b"/")):
+                skipped.hidden += 1
+            elif kind not in IMAGE_EXTENSIONS:
+                skipped.extensions[printable(kind)] += 1
+            else:
+                yield path, offset, size
 
-    for member, offset, size in members:
-        path = _normalized(member)
-        kind = extension(split_path(path)[1])
-        if any(part.startswith(b".") and part != b".." for part in path.split(b"/")):
-            skipped.hidden += 1
-        elif kind not in IMAGE_EXTENSIONS:
-            skipped.extensions[printable(kind)] += 1
-        else:
-            for column, value in zip(columns, (path, offset, size), strict=True):
-                column.append(value)
-            if len(columns[0]) == BATCH:
-                flush()
-    flush()
-    return pa.Table.from_batches(batches)
+    schema = pa.schema({"path": pa.binary(), "offset": pa.int64(), "size": pa.int64()})
+    found, batches = images(), []
+    while rows := list(islice(found, BATCH)):
+        batches.append(pa.RecordBatch.from_arrays(list(map(pa.array, zip(*rows, strict=True), schema.types)), schema=schema))
+    return pa.Table.from_batches(batches, schema)
 
 
 def _sorted_unique(table: pa.Table, shown: str, skipped: SkippedFiles) -> pa.Table:
@@ -133,10 +135,8 @@ def _sorted_unique(table: pa.Table, shown: str, skipped: SkippedFiles) -> pa.Tab
     is_last = np.append(pc.not_equal(paths[:-1], paths[1:]).to_numpy(), True)
     if is_last.all():
         return table
-    again = int((~is_last).sum())
-    skipped.remarks.append(
-        f"{shown} has {again:,} {'file' if again == 1 else 'files'} again under the same name: the last one counts"
-    )
+    again = counted(int((~is_last).sum()), "file")
+    skipped.remarks.append(f"{shown} has {again} again under the same name: the last one counts")
     return table.filter(pa.array(is_last))
 
 
@@ -151,9 +151,8 @@ class FileReader:
     """Reads the images of a scan from files and archives. Keeps the last archives open. A context manager."""
 
     def __init__(self) -> None:
-        self._archives: dict[
-            bytes, tuple[int, bool]
-        ] = {}  # file descriptor, and whether it is a tar; the most recently used comes last
+        # File descriptor, and whether it is a tar. The most recently used comes last.
+        self._archives: dict[bytes, tuple[int, bool]] = {}
 
     def __enter__(self) -> "FileReader":
         return self
@@ -184,8 +183,7 @@ class FileReader:
         if archive is None:
             if len(self._archives) == _MOST_OPEN:
                 self._close_oldest()
-            is_tar = _is_tar(container)
-            archive = os.open(container, os.O_RDONLY), is_tar
+            archive = os.open(container, os.O_RDONLY), _is_tar(container)
         self._archives[container] = archive
         return archive
 

@@ -44,19 +44,17 @@ class SkippedFiles:
             kinds = ", ".join(
                 f"{count:,} {'.' + e if e else 'without extension'}" for e, count in sorted(self.extensions.items())
             )
-            notes.append(f"{file_count(self.extensions.total())} skipped by extension: {kinds}")
+            notes.append(f"{counted(self.extensions.total(), 'file')} skipped by extension: {kinds}")
         if self.archives:
-            number, are = ("1 archive", "was") if len(self.archives) == 1 else (f"{len(self.archives):,} archives", "were")
-            notes.append(
-                f"{number} in the folders {are} not opened, for example {min(self.archives)}: to pack it, give it as a source"
-            )
+            archives = counted(len(self.archives), "archive in the folders was", "archives in the folders were")
+            notes.append(f"{archives} not opened, for example {min(self.archives)}: to pack it, give it as a source")
         if self.hidden:
-            notes.append(f"{self.hidden:,} hidden {'entry' if self.hidden == 1 else 'entries'} skipped (name begins with a dot)")
+            notes.append(f"{counted(self.hidden, 'hidden entry', 'hidden entries')} skipped (name begins with a dot)")
         if self.special:
-            notes.append(f"{file_count(self.special)} skipped: neither a file nor a folder")
+            notes.append(f"{counted(self.special, 'file')} skipped: neither a file nor a folder")
         if self.repeated_folders:
-            folders = "folder was" if self.repeated_folders == 1 else "folders were"
-            notes.append(f"{self.repeated_folders:,} {folders} reached again (by a link or as another source) and taken once")
+            folders = counted(self.repeated_folders, "folder was", "folders were")
+            notes.append(f"{folders} reached again (by a link or as another source) and taken once")
         return notes + self.remarks
 
     def hint(self) -> str:
@@ -81,5 +79,6 @@ def printable(path: str | bytes) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def file_count(count: int) -> str:
-    return "1 file" if count == 1 else f"{count:,} files"
+def counted(count: int, one: str, several: str | None = None) -> str:
+    """A number with its noun: "1 file", "2,000 files". several: by default with an s."""
+    return f"{count:,} {one if count == 1 else several or f'{one}s'}"

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from sharding.sources.file_listing import file_count
+from sharding.sources.file_listing import counted
 from sharding.sources.layout import RESERVED
 
 PATH = "path"
@@ -83,7 +83,7 @@ def read_label_table(path: str) -> LabelTable:
 
     paths = _text(table[PATH], path, PATH)
     if empty := paths.null_count:
-        notes.append(f"--table: {empty:,} {'row' if empty == 1 else 'rows'} without a path left out")
+        notes.append(f"--table: {counted(empty, 'row')} without a path left out")
         table, paths = table.filter(pc.is_valid(paths)), paths.drop_null()
     if not len(paths):
         raise ValueError(f"--table {path} has no row with a path")
@@ -187,7 +187,7 @@ def match_table(table: LabelTable, sources: Sequence[SourcePaths]) -> TableMatch
                 f"--table {table.file} has no row for any of {images:,} images, for example {example!r}; its first path is "
                 f"{table.paths[0].as_py()!r}: write paths as they are below the source, or absolute ones"
             )
-        notes.append(f"{file_count(without)} left out: --table has no row for it, for example {example!r}")
+        notes.append(f"{counted(without, 'file')} left out: --table has no row for it, for example {example!r}")
     missing = _missing(table, np.flatnonzero(owner < 0), [source.root for source in sources])
     return TableMatch(found, missing, notes)
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sharding.sources.archives import images_in
-from sharding.sources.file_listing import ImageBatch, SkippedFiles, file_count, printable, split_path
+from sharding.sources.file_listing import ImageBatch, SkippedFiles, counted, printable, split_path
 from sharding.sources.filters import apply_where, parse_where
 from sharding.sources.folders import Visited, images_under
 from sharding.sources.image_table import LOCATION, ImageTableBuilder
@@ -78,7 +78,7 @@ def scan_sources(
             "give one that fits the paths below the source, or --unlabelled without a layout"
         )
     if builder.unmatched:
-        notes.append(f"{file_count(builder.unmatched)} left out: the layout does not match, for example {builder.example!r}")
+        notes.append(f"{counted(builder.unmatched, 'file')} left out: the layout does not match, for example {builder.example!r}")
     if labels is not None:
         tables, more = _join_labels(tables, opened, labels, parsed, builder)
         notes += more
@@ -87,7 +87,7 @@ def scan_sources(
         kept, more = apply_where(found, conditions)
         notes += more
         if left_out := len(kept) - int(kept.sum()):
-            notes.append(f"{file_count(left_out)} left out by --where")
+            notes.append(f"{counted(left_out, 'file')} left out by --where")
             found = found.filter(pa.array(kept))
     if labelled:
         _check_classes(found)
@@ -173,11 +173,12 @@ def _join_labels(
         table = builder.table(found, source.container, source.prefix)
         joined.append(_with_fields(table, labels, pa.chunked_array([[row.row for row in rows]], pa.int64())))
     if missing:
-        count = "1 row of --table names" if len(missing) == 1 else f"{len(missing):,} rows of --table name"
-        matched.notes.append(f"{count} no image in the sources, for example {missing[0].path!r}: unreadable")
+        rows_name = counted(len(missing), "row of --table names", "rows of --table name")
+        matched.notes.append(f"{rows_name} no image in the sources, for example {missing[0].path!r}: unreadable")
     if unmatched:
-        count = "1 row" if len(unmatched) == 1 else f"{len(unmatched):,} rows"
-        matched.notes.append(f"{count} of --table left out: the layout does not match, for example {unmatched[0].path!r}")
+        matched.notes.append(
+            f"{counted(len(unmatched), 'row')} of --table left out: the layout does not match, for example {unmatched[0].path!r}"
+        )
     return joined, matched.notes
 
 
@@ -201,5 +202,5 @@ def _nfc(path: bytes) -> str:
 def _check_classes(files: pa.Table) -> None:
     if count := files["class"].null_count:
         example = source_names(files.filter(pc.is_null(files["class"])).slice(0, 1))[0]
-        images = "1 image has no class:" if count == 1 else f"{count:,} images have no class, the first:"
+        images = counted(count, "image has no class:", "images have no class, the first:")
         raise ValueError(f"{images} {example}; fill in its cell in --table, remove its row, or give --unlabelled")

@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 from pipelines import shard_cache
 from pipelines.loader import ViewLoader
 from pipelines.recipes import RECIPES
-from pipelines.shard_cache import RemoteSet, is_remote
+from pipelines.remote_folder import is_url
+from pipelines.shard_cache import RemoteSet
 from pipelines.shard_reader import ShardReader
 from sharding.manifest import index_file, read_dataset, shard_file
 from tests.helpers import ROOT, S3_SECRET
@@ -175,9 +176,9 @@ def assert_equal_sets(remote: RemoteSet, shard_set: Path):
 # What a set at a URL is
 
 
-def test_is_remote():
-    assert all(map(is_remote, ["s3://bucket/kidney", "https://host/kidney", "file:///data", "memory://x"]))
-    assert not any(map(is_remote, ["shards/kidney", "/data/kidney", Path("shards"), "C:/x", "a s3://x", "://x"]))
+def test_is_url():
+    assert all(map(is_url, ["s3://bucket/kidney", "https://host/kidney", "file:///data", "memory://x"]))
+    assert not any(map(is_url, ["shards/kidney", "/data/kidney", Path("shards"), "C:/x", "a s3://x", "://x"]))
 
 
 @pytest.mark.parametrize("scheme", ["file", "memory", "http", "s3"])

@@ -10,7 +10,8 @@ import numpy as np
 
 from pipelines.mixture import Mixture, Part
 from pipelines.recipes import describe_recipe, get_recipe
-from pipelines.shard_cache import RemoteSet, is_remote
+from pipelines.remote_folder import is_url
+from pipelines.shard_cache import RemoteSet
 from pipelines.shard_reader import ShardReader
 from sharding.build_config import packed_by
 from sharding.manifest import fingerprint
@@ -127,13 +128,13 @@ class Input:
 def open_set(shards: str, cache_bytes: int | None = None) -> Iterator[ShardReader]:
     """A reader of the set in a folder or at a URL, which is closed at the end of the block."""
     with contextlib.ExitStack() as stack:
-        source = stack.enter_context(RemoteSet(shards, limit_bytes=cache_bytes)) if is_remote(shards) else shards
+        source = stack.enter_context(RemoteSet(shards, limit_bytes=cache_bytes)) if is_url(shards) else shards
         yield stack.enter_context(contextlib.closing(ShardReader(source)))
 
 
 def place_of(shards: str) -> str:
     """The set's absolute folder or its URL: Ray's workers run in another working directory."""
-    return shards.rstrip("/") if is_remote(shards) else str(Path(shards).absolute())
+    return shards.rstrip("/") if is_url(shards) else str(Path(shards).absolute())
 
 
 def parse_mix(mix: Sequence[str]) -> list[tuple[str, float]]:

@@ -192,15 +192,9 @@ def set_aside(study: Study, stages: list[str]) -> list[Path]:
         if node.stage in stages or to_rerun.intersection(before):
             to_rerun.add(node.name)
             for run in runs_of(study.storage):
-                if isinstance(node, Trial) and (
-                    run.name == node.name or (run.name.startswith(f"{node.name}-") and _suffixed(run, node))
-                ):
+                if isinstance(node, Trial) and run.name in (node.name, f"{node.name}-{run.record['key'][:8]}"):
                     moved.append(_moved(run))
     return moved
-
-
-def _suffixed(run: Run, node: Trial) -> bool:
-    return run.name == f"{node.name}-{run.record['key'][:8]}"
 
 
 def _moved(run: Run) -> Path:
