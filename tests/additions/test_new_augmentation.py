@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.recipes import RECIPES, describe_recipe
-from tests.helpers import ROOT
+from tests.helpers import copy_folders
 from train.config import EmbedConfig
 from train.stages.embedding import embed
 
@@ -54,9 +53,7 @@ embed(EmbedConfig(**json.loads(sys.argv[1])))
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
     """A copy of the project with the new fields."""
-    folder = tmp_path_factory.mktemp("project")
-    for name in ("sharding", "pipelines", "models", "train"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    folder = copy_folders(tmp_path_factory.mktemp("project"), "sharding", "pipelines", "models", "train")
     path = folder / "pipelines" / "recipes.py"
     text = path.read_text()
     for before, after in CHANGES.items():

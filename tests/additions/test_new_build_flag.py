@@ -6,7 +6,6 @@ is still the right one.
 
 import ast
 import os
-import shutil
 import subprocess
 import sys
 
@@ -15,7 +14,7 @@ import pytest
 from sharding.build_config import packed_by
 from sharding.manifest import fingerprint, read_dataset
 from sharding.packing import build_shards
-from tests.helpers import BREAST_LAYOUT, ROOT, encoded, write_tree
+from tests.helpers import BREAST_LAYOUT, copy_folders, encoded, write_tree
 
 FIELD = "    encode: str = option(\n"
 NEW_FIELDS = """    scanner: str = option("any", "a new flag whose default is what was done before")
@@ -28,7 +27,7 @@ LAYOUT = ["--layout", BREAST_LAYOUT]
 def changed(tmp_path):
     """A copy of the code with two flags more, which --append cannot change."""
     copy = tmp_path / "copy"
-    shutil.copytree(ROOT / "sharding", copy / "sharding", ignore=shutil.ignore_patterns("__pycache__"))
+    copy_folders(copy, "sharding")
     path = copy / "sharding/build_config.py"
     text = path.read_text()
     assert text.count(FIELD) == 1 and text.count("FIXED_ARGUMENTS = (") == 1

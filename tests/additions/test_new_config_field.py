@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 
-from tests.helpers import ROOT
+from tests.helpers import copy_folders
 from train.records.runs import Run
 from tune.execution.study_runner import run_study
 from tune.study.study_file import read_study
@@ -75,8 +75,7 @@ def test_earlier_runs_stay_what_they_are(tmp_path, small_set):
     (begun / "result.json").unlink()
 
     project = tmp_path / "project"
-    for folder in ("sharding", "pipelines", "models", "train", "tune"):
-        shutil.copytree(ROOT / folder, project / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    copy_folders(project, "sharding", "pipelines", "models", "train", "tune")
     config = project / "train" / "config.py"
     text = config.read_text()
     for name, fields in FIELDS.items():

@@ -20,7 +20,7 @@ from pipelines.recipes import RECIPES
 from sharding.manifest import COLUMNS, WORDS, read_manifest
 from sharding.packing import build_shards
 from sharding.selection import select
-from tests.helpers import BREAST_LAYOUT, ROOT, encoded, write_tree
+from tests.helpers import BREAST_LAYOUT, copy_folders, encoded, write_tree
 
 COLUMN = '    "sha256": pa.string(),  # of the image'
 IN_MANIFEST = '    "brightness": pa.float32(),  # mean sample, 0 to 255\n    "scanner": WORDS,\n'
@@ -52,7 +52,7 @@ print(json.dumps({
 def changed(tmp_path):
     """A copy of the code with the two columns, in the two files that CONTRIBUTING.md names."""
     copy = tmp_path / "copy"
-    shutil.copytree(ROOT / "sharding", copy / "sharding", ignore=shutil.ignore_patterns("__pycache__"))
+    copy_folders(copy, "sharding")
     for file, line, addition in (("manifest", COLUMN, IN_MANIFEST), ("shard_writer", ROW, IN_SHARD_WRITER)):
         path = copy / "sharding" / f"{file}.py"
         text = path.read_text()

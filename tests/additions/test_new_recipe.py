@@ -1,14 +1,13 @@
 """A new recipe is one entry in RECIPES: pretrain.py then offers it, accepts it, and still refuses wrong names."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT, assert_refused
+from tests.helpers import assert_refused, copy_folders
 
 ENTRY = '    "simclr-grey": dataclasses.replace(simclr(), grey=0.75),\n'
 ACCEPTED = """
@@ -27,9 +26,7 @@ print(draw_views(np.arange(1000), seed=1, epoch=0, recipe=recipe, sizes=np.full(
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
     """A copy of the project with one recipe more."""
-    folder = tmp_path_factory.mktemp("project")
-    for name in ("sharding", "pipelines", "models", "train"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    folder = copy_folders(tmp_path_factory.mktemp("project"), "sharding", "pipelines", "models", "train")
     path = folder / "pipelines" / "recipes.py"
     path.write_text(path.read_text().replace("RECIPES = {\n", "RECIPES = {\n" + ENTRY))
     return folder
