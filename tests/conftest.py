@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sharding.packing import build_shards
-from tests.helpers import ROOT, S3_SECRET, breast_files, write_tree
+from tests.helpers import ROOT, S3_SECRET, breast_files, tiny_pretraining, write_tree
 from tests.outcomes import Outcomes
 
 
@@ -72,22 +72,9 @@ def small_set(tmp_path_factory) -> Path:
 def pretrained_config(small_set, tmp_path_factory):
     """The config of a finished run: test_resnet after an epoch of SimCLR on small_set, without Ray. Its storage is for reading;
     `pretrained_copy` has the run in a folder of its own."""
-    from train.config import PretrainConfig
     from train.stages.pretraining import pretrain
 
-    config = PretrainConfig(
-        data=str(small_set),
-        name="tiny",
-        backbone="test_resnet",
-        image_size=32,
-        batch_size=16,
-        epochs=1,
-        projection_dim=16,
-        workers=0,
-        threads=1,
-        log_every=1,
-        storage=str(tmp_path_factory.mktemp("pretrained")),
-    )
+    config = tiny_pretraining(small_set, tmp_path_factory.mktemp("pretrained"), epochs=1)
     pretrain(config)
     return config
 

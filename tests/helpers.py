@@ -107,3 +107,12 @@ def open_files(folder: Path) -> set[str]:
 def folder_bytes(folder: Path) -> dict[str, bytes]:
     """Every file of a folder."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def tiny_pretraining(data: Path, storage: Path, **changes):
+    """The config of a pretraining that takes seconds, without Ray."""
+    from train.config import PretrainConfig
+
+    settings = {"name": "tiny", "backbone": "test_resnet", "image_size": 32, "batch_size": 16, "epochs": 2, "projection_dim": 16}
+    settings |= {"workers": 0, "threads": 1, "log_every": 1} | changes
+    return PretrainConfig(data=str(data), storage=str(storage), **settings)

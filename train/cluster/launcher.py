@@ -30,6 +30,7 @@ from train.records.run_lock import StoreLock
 from train.records.runs import versions
 from train.records.uploader import LOCK_TIMEOUT_S
 from train.trainer.loop import Job, fit
+from train.trainer.precision import device_name
 from train.trainer.prometheus import meaning, readings, shown_name
 from train.trainer.worker import Worker, single_worker
 
@@ -57,7 +58,7 @@ def run_job(job: Job, workers: str | int, gpus_per_worker: float | None = None, 
         worker = single_worker(job.folder, torch.device("cpu") if gpus_per_worker == 0 else None, url=job.url)
         with mirrored(job):
             fit(_with_local_init(job), worker, _gauges(job) if _is_ray_process() else None)
-        return _device_name(worker.device)
+        return device_name(worker.device)
     with mirrored(job):
         return _run_on_ray(job, workers, gpus_per_worker, cpus_per_worker)
 
@@ -141,11 +142,11 @@ def _run_on_ray(job, workers, gpus_per_worker, cpus_per_worker):
     sets = [(each.shards, each.fingerprint) for each in job.input.sets]
     _preflight(job.folder.name, per_worker, sets, storage=job.url or str(job.folder))
     job.folder.mkdir(parents=True, exist_ok=True)
-    _to_the_end(job, lambda again: _attempt(job, least, most, per_worker, again=again))
+    _retry_attempts(job, lambda again: _attempt(job, least, most, per_worker, again=again))
     return f"{workers} x {'GPU' if per_worker.gpus else 'CPU'}"
 
 
-def _to_the_end(job: Job, attempt: Callable[[bool], BaseException | None]) -> None:
+def _retry_attempts(job: Job, attempt: Callable[[bool], BaseException | None]) -> None:
     """Repeat attempts until one succeeds. attempt: is given whether an earlier one failed, and returns its error.
 
     Failures are counted until a new checkpoint follows. Raises the error once they exceed the job's limit, and a ValueError at
@@ -251,7 +252,7 @@ def _work(config) -> None:
     rank, workers = context.get_world_rank(), context.get_world_size()
     group: dist.ProcessGroup | None = None
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
-    used = working(job.batch_size, workers)
+    used = usable_workers(job.batch_size, workers)
     if used > 1:
         group = dist.new_group(list(range(used)))  # type: ignore[assignment]  # every rank must call it, also those outside the group
     if job.url:  # this node's folder may differ from the driver's
@@ -308,10 +309,6 @@ def _gauges(job: Job) -> Callable[[dict[str, float]], None]:
     return set_gauges
 
 
-def working(batch_size: int, workers: int) -> int:
+def usable_workers(batch_size: int, workers: int) -> int:
     """The number of workers that train: the largest that divides the global batch, whose size must not depend on it."""
     return max(n for n in range(1, workers + 1) if batch_size % n == 0)
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

@@ -6,10 +6,8 @@ The process there has just started, so modules that take seconds to import are i
 import contextlib
 import fcntl
 import hashlib
-import importlib.metadata
 import io
 import os
-import platform
 import shutil
 import socket
 import struct
@@ -26,6 +24,7 @@ from pipelines.remote_folder import MAX_JSON_BYTES, RemoteFolder, is_url
 from pipelines.shard_cache import default_cache
 from sharding.cli import describe
 from sharding.manifest import fingerprint, read_dataset
+from train.records.runs import versions
 
 _CODE_FOLDERS = ("sharding", "pipelines", "models", "train", "tune")
 _TEST_FILE_BYTES = 2**20  # a full disk may still take fewer
@@ -64,16 +63,10 @@ class NodeActor:
 
 def installed_versions(packages: Sequence[str]) -> dict[str, str]:
     """Versions of Python and these packages, and a digest of this project's code, which may be a copy without git."""
-    found = {"python": platform.python_version()}
-    for package in [each for each in packages if each not in found]:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
     root, digest = Path(__file__).parents[1], hashlib.sha256()
     for path in sorted(path for folder in _CODE_FOLDERS for path in (root / folder).rglob("*.py")):
         digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
-    return found | {"code": digest.hexdigest()[:12]}
+    return versions(each for each in packages if each != "python") | {"code": digest.hexdigest()[:12]}
 
 
 def write_test_file(storage: str, folder: str, make: bool, name: str) -> None:

@@ -152,7 +152,7 @@ def parse_mix(mix: Sequence[str]) -> list[tuple[str, float]]:
     return parsed
 
 
-def gib(cache_gib: float | None) -> int | None:
+def cache_limit(cache_gib: float | None) -> int | None:
     """--cache-gib in bytes. Raises ValueError unless it is above 0 and finite."""
     if cache_gib is None:
         return None

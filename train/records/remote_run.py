@@ -31,7 +31,7 @@ from train.records.run_lock import LOCK_NAME
 
 RESULT_NAME = "result.json"
 CHECKPOINTS, CHECKPOINT_NAME = "checkpoints", "checkpoint.pt"  # folder of a run's checkpoints, and the file in each of them
-EVERY_SECONDS = 15.0  # between two uploads or downloads of what has changed
+SYNC_INTERVAL_S = 15.0  # between two uploads or downloads of what has changed
 
 CELLS = "cells"  # folder of a run's sub-runs
 _EXCLUDED = (".", f"{CELLS}/", "ray/")  # sub-runs, and Ray's own files on this node
@@ -153,7 +153,7 @@ class Mirror:
         stop = threading.Event()
 
         def follow() -> None:
-            while not stop.wait(EVERY_SECONDS):
+            while not stop.wait(SYNC_INTERVAL_S):
                 # Only for display: the process that trains reports errors of the store.
                 with contextlib.suppress(ValueError, Interrupted):
                     self.pull(whole=False)
@@ -176,7 +176,7 @@ class Mirror:
         return {name: each for name, each in found if re.fullmatch(_checkpoint(r"step-\d+"), name)}
 
     def _files(self) -> list[str]:
-        walked = os.walk(self.folder, onerror=_unless_gone)
+        walked = os.walk(self.folder, onerror=_ignore_missing)
         paths = (Path(folder, name) for folder, _, names in walked for name in names)
         return list(_files_of_run({path.relative_to(self.folder).as_posix(): None for path in paths if path.is_file()}))
 
@@ -221,7 +221,7 @@ def fetch_source(source: str) -> str:
     return str(mirror.folder)
 
 
-def _unless_gone(error: OSError) -> None:
+def _ignore_missing(error: OSError) -> None:
     """Ignore that a checkpoint's folder is removed during the walk."""
     if not isinstance(error, FileNotFoundError):
         raise error

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from train.records.remote_run import CHECKPOINT_NAME, EVERY_SECONDS, Mirror
+from train.records.remote_run import CHECKPOINT_NAME, SYNC_INTERVAL_S, Mirror
 from train.records.run_lock import LockLost, StoreLock, exclusive_lock
 
 LOCK_TIMEOUT_S = 30.0  # a worker whose driver was killed may live on for so long
@@ -90,7 +90,7 @@ class RunUploader:
                 task.result()
 
     def _upload_files(self):
-        while not self._stop.wait(EVERY_SECONDS):
+        while not self._stop.wait(SYNC_INTERVAL_S):
             try:
                 self._lock.renew()
                 self._mirror.push()

@@ -148,7 +148,7 @@ def _project(features_nF: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
 
 
 def _gallery(test, test_nF, known, known_mF, labels, groups, seed):
-    queries = _over_classes(test, labels[test], seed)
+    queries = _choose_queries(test, labels[test], seed)
     among = "test" if np.isin(known, test).any() else "learnt"
     rows, cosine = nearest(known_mF, test_nF[queries], _NEIGHBOURS + 1)  # one more, for itself may be among them
     found = []
@@ -162,7 +162,7 @@ def _gallery(test, test_nF, known, known_mF, labels, groups, seed):
     return found
 
 
-def _over_classes(ids: np.ndarray, labels: np.ndarray, seed: int) -> list[int]:
+def _choose_queries(ids: np.ndarray, labels: np.ndarray, seed: int) -> list[int]:
     """Rows of the queries: one of each class in turn, drawn, until there are enough."""
     order = np.argsort(shuffle_keys(ids, seed=seed, stream="exhibits"))
     waiting = [order[labels[order] == label].tolist() for label in np.unique(labels)]

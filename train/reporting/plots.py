@@ -65,10 +65,10 @@ class Line(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """jpeg: its bytes; said: what is to be read below it, line by line."""
+    """jpeg: its bytes; caption: the text below it, line by line."""
 
     jpeg: bytes
-    said: str
+    caption: str
 
 
 def line_style(number: int) -> tuple[str, str]:

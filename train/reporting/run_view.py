@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 
 from train.records.runs import Run
 from train.reporting.gallery import GALLERY_NAME, MAP_NAME, MISTAKES_NAME, THUMBNAILS_NAME
+from train.reporting.markup import Html, heading
 
 NO_VALUE: dict[str, Any] = dict.fromkeys(("mean", "std", "low", "high"))
 
@@ -123,6 +125,11 @@ class RunView:
 
     def _damaged(self, name):
         return ValueError(f"{self.run.folder / name}: this file is missing or damaged: remove the run and run its command again")
+
+
+def per_run(runs: Sequence[RunView], shown: Sequence[RunView], parts: Callable[[RunView], list[Html]]) -> list[Html]:
+    """The parts of each run that is shown, below its name where the report is of several runs."""
+    return [part for run in shown for part in ([heading(run.name)] if len(runs) > 1 else []) + parts(run)]
 
 
 def read_run(run: Run, number: int) -> RunView:

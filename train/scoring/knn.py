@@ -10,35 +10,32 @@ _GRID = 2.0**24  # cosines are told apart by this part of 1: what float32 holds 
 
 
 @torch.no_grad()
-def nearest(
-    known_nF: np.ndarray, asked_mF: np.ndarray, count: int, *, device: str | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def nearest(known_nF: np.ndarray, asked_mF: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """The `count` known patches of the largest cosine with each one asked about, or all where there are fewer.
 
     Returns rows of known_nF, (m, R) int64, the nearest first, and their cosines, (m, R) float32. Of equals the lower row comes
     first. Cosines are computed in float64 and rounded to multiples of 2**-24, so that copies of a patch are equals wherever they
-    stand. The cosine with features that are all 0 is 0. device: "cpu" or "cuda"; None: the CPU.
+    stand. The cosine with features that are all 0 is 0.
     Raises ValueError for features that are no numbers, and where no patch is known.
     """
     assert known_nF.ndim == asked_mF.ndim == 2 and known_nF.shape[1] == asked_mF.shape[1] and count > 0, count
     if not len(known_nF):
         raise ValueError("nothing is near where no patch is known: give patches to look among")
-    device = device or "cpu"
     rows = np.empty((len(asked_mF), min(count, len(known_nF))), np.int64)
     cosine = np.empty(rows.shape, np.float32)
     for start in range(0, len(asked_mF), _QUERIES):
-        asked_qF = _unit(asked_mF[start : start + _QUERIES], device)
-        rows_qR = torch.empty((len(asked_qF), 0), dtype=torch.int64, device=device)
-        cosine_qR = torch.empty((len(asked_qF), 0), dtype=torch.float32, device=device)
+        asked_qF = _unit(asked_mF[start : start + _QUERIES])
+        rows_qR = torch.empty((len(asked_qF), 0), dtype=torch.int64)
+        cosine_qR = torch.empty((len(asked_qF), 0), dtype=torch.float32)
         for first in range(0, len(known_nF), _KNOWN):
-            exact = asked_qF @ _unit(known_nF[first : first + _KNOWN], device).T
+            exact = asked_qF @ _unit(known_nF[first : first + _KNOWN]).T
             here = (exact.mul_(_GRID).round_() / _GRID).float()
             column = _largest(here, count)
             # Those before are of lower rows and stand in front, as a stable sort leaves them.
             rows_qR, cosine_qR = torch.cat([rows_qR, column + first], 1), torch.cat([cosine_qR, here.gather(1, column)], 1)
             order = cosine_qR.argsort(dim=1, descending=True, stable=True)[:, :count]
             rows_qR, cosine_qR = rows_qR.gather(1, order), cosine_qR.gather(1, order)
-        rows[start : start + _QUERIES], cosine[start : start + _QUERIES] = rows_qR.cpu().numpy(), cosine_qR.cpu().numpy()
+        rows[start : start + _QUERIES], cosine[start : start + _QUERIES] = rows_qR.numpy(), cosine_qR.numpy()
     return rows, cosine
 
 
@@ -50,14 +47,13 @@ def knn_probabilities(
     classes: int,
     neighbours: int,
     temperature: float,
-    device: str | None = None,
 ) -> np.ndarray:
     """(m, K) float64: each class's share of the votes of the nearest, which vote with exp(cosine / temperature).
 
     labels_n: from 0 to classes - 1; otherwise as in `nearest`.
     Source: Wu et al. 2018, "Unsupervised feature learning via non-parametric instance discrimination", section 3.4.
     """
-    rows_mR, cosine_mR = nearest(known_nF, asked_mF, neighbours, device=device)
+    rows_mR, cosine_mR = nearest(known_nF, asked_mF, neighbours)
     # Less the nearest one's, which changes no share and keeps a low temperature from overflowing.
     votes_mR = np.exp((cosine_mR.astype(np.float64) - cosine_mR[:, :1]) / temperature)
     labels_mR = np.asarray(labels_n)[rows_mR]
@@ -65,8 +61,8 @@ def knn_probabilities(
     return votes_mK / votes_mK.sum(1, keepdims=True)
 
 
-def _unit(features: np.ndarray, device: str) -> torch.Tensor:
-    unit = torch.tensor(np.asarray(features, np.float64), device=device)
+def _unit(features: np.ndarray) -> torch.Tensor:
+    unit = torch.tensor(np.asarray(features, np.float64))
     if not torch.isfinite(unit).all():
         raise ValueError("the features are not all finite numbers: the backbone's training diverged, so take an earlier one")
     length = unit.norm(dim=1, keepdim=True)

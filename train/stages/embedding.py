@@ -19,7 +19,7 @@ from pipelines.shard_reader import ShardReader
 from sharding.manifest import fingerprint, read_dataset
 from sharding.selection import select
 from train.config import EmbedConfig
-from train.records.data import gib, open_set, place_of
+from train.records.data import cache_limit, open_set, place_of
 from train.records.init_weights import resolve_backbone
 from train.records.runs import read_json, replacing, write_json
 from train.stages.feature_cache import FEATURES_VERSION, PART, FeaturePass, WorkerOptions, compute_parts, split_parts
@@ -36,10 +36,10 @@ def embed(config: EmbedConfig) -> Path:
     """
     start = resolve_backbone(config)
     out = Path(config.out)
-    with open_set(config.data, gib(config.cache_gib)) as reader:
+    with open_set(config.data, cache_limit(config.cache_gib)) as reader:
         ids = select(reader.manifest, split=config.split)
         backbone, lines = init_backbone(start, config.seed)
-        place, cache_bytes = place_of(config.data), gib(config.cache_gib)
+        place, cache_bytes = place_of(config.data), cache_limit(config.cache_gib)
         what = FeaturePass(backbone, place, fingerprint(reader.folder), "eval", start.image_size, cache_bytes)
         record = {
             "version": FEATURES_VERSION,

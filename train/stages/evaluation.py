@@ -14,7 +14,7 @@ from pipelines.shard_reader import ShardReader
 from sharding.manifest import fingerprint
 from sharding.selection import select
 from train.config import EvaluateConfig
-from train.records.data import Input, SetInput, gib, open_set
+from train.records.data import Input, SetInput, cache_limit, open_set
 from train.records.init_weights import InitialWeights, StartingPoint, resolve_backbone, resolve_init, view_size
 from train.records.provenance import earlier_stages, find_overlap
 from train.records.remote_run import local_storage
@@ -46,7 +46,7 @@ def evaluate(config: EvaluateConfig) -> Run:
 
     Raises ValueError for user errors: data without labels, missing splits, weights that do not fit, a name that is taken.
     """
-    with open_set(config.data, gib(config.cache_gib)) as reader:
+    with open_set(config.data, cache_limit(config.cache_gib)) as reader:
         return _evaluate(config, reader)
 
 
@@ -56,7 +56,7 @@ def stage_of(config: EvaluateConfig) -> Stage:
     Raises ValueError as `evaluate` does for flags and backbones that do not fit.
     """
     _check(config)
-    with open_set(config.data, gib(config.cache_gib)) as reader:
+    with open_set(config.data, cache_limit(config.cache_gib)) as reader:
         return _stage(config, _starting_point(config), fingerprint(reader.folder))
 
 
@@ -77,7 +77,7 @@ def _evaluate(config: EvaluateConfig, reader: ShardReader) -> Run:
     data = SetInput.of(config.data, reader, np.arange(len(reader)))
     run = open_run(config.storage, config.name or _default_name(config, start))
     stage = _stage(config, start, data.fingerprint)
-    if not run.begin(stage, config, _reads(config, data, start, splits[0][2])):
+    if not run.begin(stage, config, _describe_input(config, data, start, splits[0][2])):
         print(f"{run.name}: finished already, {run.place}", flush=True)
         return run
     amounts = " / ".join(f"{len(split.used):,}" for _, seed, split in splits if seed == config.seed)
@@ -91,12 +91,12 @@ def _evaluate(config: EvaluateConfig, reader: ShardReader) -> Run:
     with contextlib.nullcontext() if config.mode in TRAINED and len(splits) == 1 else run.locked(stage.key):
         began = time.monotonic()
         if config.mode in TRAINED:
-            results, shown, extra, device = _evaluate_by_training(config, known, data, start, run, stage, splits)
+            results, gallery_features, extra, device = _evaluate_by_training(config, known, data, start, run, stage, splits)
         else:
-            results, shown, extra, device = _evaluate_frozen_features(config, reader, known, data, start, splits)
+            results, gallery_features, extra, device = _evaluate_frozen_features(config, reader, known, data, start, splits)
         write_predictions(run.folder, reader, known, results)
         first = _shown_result(results)
-        test_features, known_features, known_ids = shown(first)
+        test_features, known_features, known_ids = gallery_features(first)
         write_gallery(
             run.folder,
             reader,
@@ -167,9 +167,9 @@ def _default_name(config, start):
     return f"{origin}-{config.mode}-{'+'.join(f'{each:g}' for each in config.fraction)}-{seeds}"
 
 
-def _reads(config, data, start, split: LabelSplit) -> dict[str, Any]:
+def _describe_input(config, data, start, split: LabelSplit) -> dict[str, Any]:
     """What run.json records of the input, for the first fraction and seed."""
-    train = Input((replace(data, ids=split.train),), cache_bytes=gib(config.cache_gib))
+    train = Input((replace(data, ids=split.train),), cache_bytes=cache_limit(config.cache_gib))
     trains = config.mode in TRAINED
     return train.describe(
         selection=split.selection,
@@ -184,16 +184,16 @@ def _evaluate_frozen_features(config, reader, known, data, start, splits):
     """The results; a function from a result to the features for its gallery; what else the record says; the device."""
     options = WorkerOptions.from_config(config)
     backbone, init = init_backbone(start, config.seed)
-    what = FeaturePass(backbone, data.shards, data.fingerprint, "eval", start.image_size, gib(config.cache_gib))
+    what = FeaturePass(backbone, data.shards, data.fingerprint, "eval", start.image_size, cache_limit(config.cache_gib))
     parts = _whole_splits(config, reader, known)
     features = split_features(what, parts, len(reader), options, local_storage(config.storage) / ".features")
     results = evaluate_frozen(config, features, known.labels, len(known.classes), splits)
 
-    def shown(result: SeedResult):
+    def gallery_features(result: SeedResult):
         of = [features.values[features.of(ids)] for ids in (result.split.test, result.split.used)]
         return *of, result.split.used
 
-    return results, shown, {"init": init}, "CPU" if config.workers == 0 else f"{config.workers} workers"
+    return results, gallery_features, {"init": init}, "CPU" if config.workers == 0 else f"{config.workers} workers"
 
 
 def _whole_splits(config: EvaluateConfig, reader: ShardReader, known: LabelledSet) -> dict[str, np.ndarray]:
@@ -229,11 +229,11 @@ def _evaluate_by_training(config, known, data, start, run, stage, splits):
         results.append(result)
         features[fraction, seed] = test_features
 
-    def shown(result: SeedResult):
+    def gallery_features(result: SeedResult):
         # With the trained weights, only the test patches have features, so these are each other's neighbours.
         return features[result.fraction, result.seed], features[result.fraction, result.seed], result.split.test
 
-    return results, shown, {}, device
+    return results, gallery_features, {}, device
 
 
 def _shown_result(results: Sequence[SeedResult]) -> SeedResult:

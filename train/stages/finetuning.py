@@ -12,7 +12,7 @@ from models.heads import LinearHead
 from models.weights import load_backbone_weights
 from train.cluster.launcher import run_job
 from train.config import EvaluateConfig
-from train.records.data import Input, SetInput, gib
+from train.records.data import Input, SetInput, cache_limit
 from train.records.init_weights import StartingPoint
 from train.records.provenance import write_training_record
 from train.records.runs import Run, read_json, replacing
@@ -63,12 +63,12 @@ def train_and_predict(
 
     data: the set; its ids are ignored. Returns the predictions, the test patches' features, and the device.
     """
-    train = _some(data, split.train, config)
+    train = _subset(data, split.train, config)
     folder = run.folder
     run.fetch()
     job = _job(config, seed, split, train, run=run, data=data, known=known, start=start, key=key)
     with run.locked(key):
-        write_training_record(folder, kind=config.mode, data=_some(data, split.used, config), parent=start.parent)
+        write_training_record(folder, kind=config.mode, data=_subset(data, split.used, config), parent=start.parent)
     if not (folder / _FEATURES_NAME).exists():  # else it had finished before the run was interrupted
         model = describe_model(
             job.method, backbone=job.backbone, image_size=job.image_size, init=start.parent.source, weight_decay=job.weight_decay
@@ -93,15 +93,15 @@ def train_and_predict(
     )
 
 
-def _some(data: SetInput, ids: np.ndarray, config: EvaluateConfig) -> Input:
-    return Input((replace(data, ids=ids),), cache_bytes=gib(config.cache_gib))
+def _subset(data: SetInput, ids: np.ndarray, config: EvaluateConfig) -> Input:
+    return Input((replace(data, ids=ids),), cache_bytes=cache_limit(config.cache_gib))
 
 
 def _job(config, seed, split, train, *, run, data, known, start, key) -> Job:
     validation = None
     if len(split.validation):
         outputs = known.labels[split.validation]
-        validation = Validation(_some(data, split.validation, config), outputs, config.patience or None)
+        validation = Validation(_subset(data, split.validation, config), outputs, config.patience or None)
     codes = known.set_labels
     return Job.from_config(
         config,
@@ -127,7 +127,7 @@ def _test_features(config, backbone, data, split, start, folder) -> np.ndarray:
     """Features of the test patches from the trained weights, kept in the run's folder for when the run is resumed."""
     path = folder / _FEATURES_NAME
     if not path.exists():
-        what = FeaturePass(backbone, data.shards, data.fingerprint, "eval", start.image_size, gib(config.cache_gib))
+        what = FeaturePass(backbone, data.shards, data.fingerprint, "eval", start.image_size, cache_limit(config.cache_gib))
         parts = split_parts(split.test)
         found = dict(compute_parts(what, parts, WorkerOptions.from_config(config), title="predictions"))
         with replacing(path) as partial, open(partial, "wb") as file:

@@ -132,7 +132,7 @@ def split_rule(config: EvaluateConfig) -> str:
 def label_warnings(known: LabelledSet, splits: Sequence[LabelSplit]) -> list[str]:
     """What a reviewer would ask about: groups on both sides, absent classes, imbalanced classes. For the worst of the splits."""
     found = []
-    shared = max(_shared(known, split) for split in splits)
+    shared = max(_count_shared_groups(known, split) for split in splits)
     test = max(len(split.test) for split in splits)
     if shared:
         found.append(f"{shared:,} of {test:,} test patches are of a group (slide or patient) that was trained on")
@@ -153,7 +153,7 @@ def label_warnings(known: LabelledSet, splits: Sequence[LabelSplit]) -> list[str
     return found
 
 
-def _shared(known: LabelledSet, split: LabelSplit) -> int:
+def _count_shared_groups(known: LabelledSet, split: LabelSplit) -> int:
     trained = np.unique(known.groups[split.used])
     groups = known.groups[split.test]
     return int((np.isin(groups, trained) & (groups >= 0)).sum())

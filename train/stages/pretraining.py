@@ -12,7 +12,7 @@ from sharding.selection import select
 from train.cluster.launcher import run_job
 from train.cluster.ray_cluster import gpus_with_bf16
 from train.config import PretrainConfig, worker_range
-from train.records.data import Input, SetInput, gib, open_set, parse_mix
+from train.records.data import Input, SetInput, cache_limit, open_set, parse_mix
 from train.records.init_weights import InitialWeights, resolve_init
 from train.records.provenance import write_training_record
 from train.records.runs import Run, Stage, identity, open_run
@@ -37,7 +37,7 @@ def pretrain(config: PretrainConfig) -> Run:
 
     method = build_method(config)
     peak = peak_learning_rate(config.learning_rate, optimizer=config.optimizer, batch_size=config.batch_size, rule=config.lr_rule)
-    chosen, parent, run = _inputs(config)
+    chosen, parent, run = _resolve_inputs(config)
     probe, probe_line = build_probe(config)
     describe = functools.partial(
         describe_model,
@@ -87,7 +87,7 @@ def pretrain(config: PretrainConfig) -> Run:
         },
     )
     print(
-        f"{run.name}: {config.method} of {config.backbone} on {chosen.patches:,} patches of {_sets(config)}"
+        f"{run.name}: {config.method} of {config.backbone} on {chosen.patches:,} patches of {_set_names(config)}"
         f" (split {config.split}), {job.steps:,} steps of {config.batch_size}",
         flush=True,
     )
@@ -98,7 +98,7 @@ def pretrain(config: PretrainConfig) -> Run:
     with follow(run, steps=job.steps, title=run.name, starting=starting, accuracy=method.accuracy, checks=_health_checks(job)):
         device = run_job(job, config.workers, config.gpus_per_worker, config.cpus_per_worker)
     if config.profile:
-        print(f"{run.name}: {_where_traced(run)}", flush=True)
+        print(f"{run.name}: {_profile_message(run)}", flush=True)
 
     # ---- Result and report ----
 
@@ -111,13 +111,13 @@ def stage_of(config: PretrainConfig) -> Stage:
 
     Raises ValueError as `pretrain` does for data, sizes and parents that do not fit.
     """
-    chosen, parent, run = _inputs(config)
+    chosen, parent, run = _resolve_inputs(config)
     return _stage(config, build_method(config), _settle_precision(config, run), chosen, parent)
 
 
-def _inputs(config: PretrainConfig) -> tuple[Input, InitialWeights, Run]:
+def _resolve_inputs(config: PretrainConfig) -> tuple[Input, InitialWeights, Run]:
     """What is learnt from, what the weights come from, and the run of that name."""
-    chosen = _choose(config, _selection(config))
+    chosen = _select_patches(config, _selection(config))
     _check(config, chosen.patches)
     parent = resolve_init(config.init, config.storage, backbone=config.backbone)
     return chosen, parent, open_run(config.storage, config.name)
@@ -132,8 +132,8 @@ def _selection(config: PretrainConfig) -> dict[str, Any]:
     return {"split": config.split, "fraction": config.fraction, "seed": config.seed}
 
 
-def _choose(config: PretrainConfig, selection: dict[str, Any]) -> Input:
-    sets, cache_bytes = [], gib(config.cache_gib)
+def _select_patches(config: PretrainConfig, selection: dict[str, Any]) -> Input:
+    sets, cache_bytes = [], cache_limit(config.cache_gib)
     for shards, weight in [(config.data, 1.0), *parse_mix(config.mix)]:
         with open_set(shards, cache_bytes) as reader:
             try:
@@ -160,14 +160,14 @@ def _health_checks(job: Job) -> HealthChecks:
     )
 
 
-def _where_traced(run: Run) -> str:
+def _profile_message(run: Run) -> str:
     path = run.folder / "profile" / TRACE_NAME
     if path.exists():
         return f"the profile is {path}, for chrome://tracing or ui.perfetto.dev"
     return f"no profile: it begins after {SKIPPED + WARM_UP} steps, and fewer were left"
 
 
-def _sets(config: PretrainConfig) -> str:
+def _set_names(config: PretrainConfig) -> str:
     return " + ".join([config.data, *config.mix])
 
 
@@ -178,7 +178,7 @@ def _check(config: PretrainConfig, patches: int) -> None:
         raise ValueError(f"--batch-size {config.batch_size}: a batch needs at least 2 patches, to compare with each other")
     if config.batch_size > patches:
         raise ValueError(
-            f"--batch-size {config.batch_size} is larger than the {patches} selected patches of {_sets(config)}:"
+            f"--batch-size {config.batch_size} is larger than the {patches} selected patches of {_set_names(config)}:"
             " choose a smaller batch, another split or a larger fraction"
         )
     for workers in worker_range(config.workers):

@@ -38,24 +38,16 @@ class EarlyStopping:
     def evaluate(self, model: nn.Module, epoch: int, *, image_size: int, device: str, threads: int | None) -> dict[str, float]:
         """Evaluate the model after this epoch. Returns validation_loss (nats) and validation_accuracy, for metrics.jsonl."""
         validation = self._validation
-        training = model.training
-        try:
-            with validation.input.opened() as (reader, ids):
-                features = compute_features(
-                    model.backbone,  # type: ignore[arg-type]
-                    reader,
-                    ids,
-                    recipe=get_recipe("eval"),
-                    image_size=image_size,
-                    device=device,
-                    threads=threads,
-                    title=None,
-                )
-            with torch.no_grad():
-                weight = next(model.head.parameters())  # type: ignore[union-attr]
-                scores = model.head(torch.from_numpy(features).to(weight)).double().cpu()  # type: ignore[operator]
-        finally:
-            model.train(training)
+        features = features_while_training(
+            model.backbone,  # type: ignore[arg-type]
+            validation.input,
+            image_size=image_size,
+            device=device,
+            threads=threads,
+        )
+        with torch.no_grad():
+            weight = next(model.head.parameters())  # type: ignore[union-attr]
+            scores = model.head(torch.from_numpy(features).to(weight)).double().cpu()  # type: ignore[operator]
         target = torch.from_numpy(validation.outputs)
         loss = float(nn.functional.cross_entropy(scores, target))
         if loss < self.best_loss:  # of weights that are no numbers there is none
@@ -75,3 +67,22 @@ class EarlyStopping:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best_loss, self.best_epoch, self.stopped = state["best_loss"], state["best_epoch"], state["stopped"]
         self._best = state["best"]
+
+
+def features_while_training(backbone: nn.Module, data: Input, *, image_size: int, device: str, threads: int | None) -> np.ndarray:
+    """(n, F) float32 features of these patches by a backbone that is being trained, which is then in the mode that it was in."""
+    training = backbone.training
+    try:
+        with data.opened() as (reader, ids):
+            return compute_features(
+                backbone,
+                reader,
+                ids,
+                recipe=get_recipe("eval"),
+                image_size=image_size,
+                device=device,
+                threads=threads,
+                title=None,
+            )
+    finally:
+        backbone.train(training)

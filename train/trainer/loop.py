@@ -29,7 +29,7 @@ from train.trainer.logger import Clock, MetricsLogger
 from train.trainer.methods import Method
 from train.trainer.online_probe import Probe, run_probe
 from train.trainer.optim import build_optimizer, learning_rate
-from train.trainer.precision import backend_settings, compile_model, default_on_cuda
+from train.trainer.precision import backend_settings, compile_model, default_on_cuda, device_name
 from train.trainer.profiler import tracing
 from train.trainer.worker import Worker
 
@@ -263,7 +263,7 @@ def _build_model(job: Job, worker: Worker) -> tuple[ViewModel, list[str]]:
 def _describe_engine(job: Job, worker: Worker, compiled: bool | str) -> dict[str, Any]:
     """How the steps are computed, as plain data for the run's record."""
     return {
-        "device": torch.cuda.get_device_name(worker.device) if worker.device.type == "cuda" else "CPU",
+        "device": device_name(worker.device),
         "workers": worker.world_size,
         "precision": job.precision,
         "float32_products": torch.get_float32_matmul_precision(),

@@ -12,15 +12,14 @@ import numpy as np
 import pyarrow as pa
 from torch import nn
 
-from pipelines.recipes import get_recipe
 from sharding.manifest import class_names, read_manifest
 from sharding.selection import select
 from train.config import PretrainConfig
-from train.records.data import Input, SetInput, gib, open_set
-from train.scoring.features import compute_features
+from train.records.data import Input, SetInput, cache_limit, open_set
 from train.scoring.knn import knn_probabilities
 from train.scoring.logistic import principal
 from train.scoring.metrics import accuracies
+from train.trainer.early_stopping import features_while_training
 
 # n patches that a classifier is fitted on, m that it is asked about, F features, R principal components, K classes, D decays
 
@@ -82,7 +81,7 @@ def build_probe(config: PretrainConfig) -> tuple[Probe | None, str]:
     if not config.probe_every:
         return None, "no probe (--probe-every 0)"
     try:
-        probe = _plan(config.probe_data or config.data, config)
+        probe = _choose_patches(config.probe_data or config.data, config)
     except ValueError as error:
         if config.probe_data:
             raise ValueError(f"--probe-data {config.probe_data}: {error}") from None
@@ -95,8 +94,8 @@ def build_probe(config: PretrainConfig) -> tuple[Probe | None, str]:
     )
 
 
-def _plan(shards: str, config: PretrainConfig) -> Probe:
-    cache_bytes = gib(config.cache_gib)
+def _choose_patches(shards: str, config: PretrainConfig) -> Probe:
+    cache_bytes = cache_limit(config.cache_gib)
     with open_set(shards, cache_bytes) as reader:
         manifest = read_manifest(reader.folder, columns=_COLUMNS)
         ids = select(manifest, split=config.split)
@@ -105,14 +104,14 @@ def _plan(shards: str, config: PretrainConfig) -> Probe:
         if len(np.unique(labels)) < 2:
             raise ValueError(f"has no labels of two classes among the patches looked at (split {config.split!r})")
         looked_at = manifest.take(pa.array(ids))
-        held_out, by_group = _set_aside(looked_at, _HELD_OUT)
+        held_out, by_group = _hold_out(looked_at, _HELD_OUT)
         tuning = np.zeros(len(ids), bool)
-        tuning[~held_out], _ = _set_aside(looked_at.filter(pa.array(~held_out)), _TUNING)
+        tuning[~held_out], _ = _hold_out(looked_at.filter(pa.array(~held_out)), _TUNING)
         chosen = Input((SetInput.of(shards, reader, ids),), window=1, cache_bytes=cache_bytes)
     return Probe(config.probe_every, chosen, labels, held_out, tuning, classes, by_group)
 
 
-def _set_aside(manifest: pa.Table, share: float) -> tuple[np.ndarray, bool]:
+def _hold_out(manifest: pa.Table, share: float) -> tuple[np.ndarray, bool]:
     """(n,) bool, a share of each class, and whether it is of whole groups.
 
     By patch where groups are not known or are too few: what is set aside has two classes or more, all known to the rest.
@@ -139,21 +138,7 @@ def run_probe(probe: Probe, backbone: nn.Module, image_size: int, device: str, t
     they wait at most.
     Raises ValueError where the set is not to be had, or was changed since the probe was planned.
     """
-    training = backbone.training
-    try:
-        with probe.input.opened() as (reader, ids):
-            features_pF = compute_features(
-                backbone,
-                reader,
-                ids,
-                recipe=get_recipe("eval"),
-                image_size=image_size,
-                device=device,
-                threads=threads,
-                title=None,
-            )
-    finally:
-        backbone.train(training)
+    features_pF = features_while_training(backbone, probe.input, image_size=image_size, device=device, threads=threads)
     if not np.isfinite(features_pF).all():
         return dict.fromkeys(_NAMES, float("nan"))
     known, labels = ~probe.held_out, probe.labels

@@ -12,6 +12,11 @@ def default_on_cuda(choice: bool | None, device: torch.device) -> bool:
     return device.type == "cuda" if choice is None else choice
 
 
+def device_name(device: torch.device) -> str:
+    """For records and the console."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
 @contextlib.contextmanager
 def backend_settings(device: torch.device, *, deterministic: bool) -> Iterator[None]:
     """A block in which a GPU computes fast: float32 products in TF32, and cuDNN tries which of its algorithms are fastest.

@@ -15,8 +15,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from train.records.runs import Run, parse_row
 from train.trainer.health_checks import HealthChecks
 
-_EVERY_SECONDS = 0.3
-_PLAIN_EVERY_SECONDS = 20  # where the console is a file or a pipe: a line now and then
+_REFRESH_INTERVAL_S = 0.3
+_LINE_INTERVAL_S = 20  # where the console is a file or a pipe: a line now and then
 
 
 @contextlib.contextmanager
@@ -30,7 +30,7 @@ def follow(
     """
     console = Console()
     stop = threading.Event()
-    show = _bar if console.is_terminal else _lines
+    show = _show_bar if console.is_terminal else _print_lines
     tail = Tail(run.folder / "metrics.jsonl")
     tail.read()  # rows of an earlier start: those that stand come again
     watcher = threading.Thread(target=show, args=(tail, steps, title, starting, accuracy, checks, console, stop), daemon=True)
@@ -43,7 +43,7 @@ def follow(
         watcher.join()
 
 
-def _bar(tail, steps, title, starting, accuracy, checks, console, stop):
+def _show_bar(tail, steps, title, starting, accuracy, checks, console, stop):
     pace = Pace(steps)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
     with Progress(*columns, console=console) as progress:
@@ -56,10 +56,10 @@ def _bar(tail, steps, title, starting, accuracy, checks, console, stop):
                 progress.update(task, completed=step, note=_note(rows[-1], steps, pace.left(step, time.monotonic()), accuracy))
             if last:
                 return
-            last = stop.wait(_EVERY_SECONDS)
+            last = stop.wait(_REFRESH_INTERVAL_S)
 
 
-def _lines(tail, steps, title, starting, accuracy, checks, console, stop):
+def _print_lines(tail, steps, title, starting, accuracy, checks, console, stop):
     pace = Pace(steps)
     console.print(f"{title}: {starting}", highlight=False, markup=False, soft_wrap=True)
     row, shown, quiet_until = None, 0, 0.0
@@ -70,11 +70,11 @@ def _lines(tail, steps, title, starting, accuracy, checks, console, stop):
             row = rows[-1]
             left = pace.left(row["step"], time.monotonic())
         if row and row["step"] > shown and (last or time.monotonic() > quiet_until):
-            shown, quiet_until = row["step"], time.monotonic() + _PLAIN_EVERY_SECONDS
+            shown, quiet_until = row["step"], time.monotonic() + _LINE_INTERVAL_S
             console.print(f"{title}: {_note(row, steps, left, accuracy)}", highlight=False, markup=False, soft_wrap=True)
         if last:
             return
-        last = stop.wait(_EVERY_SECONDS)
+        last = stop.wait(_REFRESH_INTERVAL_S)
 
 
 def _warn(rows, checks, title, console):

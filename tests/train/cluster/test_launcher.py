@@ -15,7 +15,7 @@ from sharding.manifest import fingerprint, read_manifest
 from sharding.selection import select
 from tests.helpers import ROOT
 from train.cluster import launcher as workers
-from train.cluster.launcher import run_job, working
+from train.cluster.launcher import run_job, usable_workers
 from train.config import PretrainConfig, worker_range
 from train.records.data import Input, SetInput
 from train.records.runs import Run
@@ -139,7 +139,7 @@ def attempts(monkeypatch, job, *outcomes):
         return error
 
     try:
-        workers._to_the_end(job, attempt)
+        workers._retry_attempts(job, attempt)
     finally:
         assert next(left, None) is None, "there should have been more attempts"
     return told, pauses
@@ -205,7 +205,7 @@ def test_a_worker_that_does_not_reach_the_head_ends(tmp_path):
     ("batch_size", "workers", "used"), [(256, 8, 8), (256, 7, 4), (96, 7, 6), (41, 3, 1), (6, 3, 3), (1, 2, 1)]
 )
 def test_the_global_batch_decides_how_many_workers_have_a_part(batch_size, workers, used):
-    assert working(batch_size, workers) == used
+    assert usable_workers(batch_size, workers) == used
 
 
 @pytest.mark.parametrize(("given", "found"), [(0, (0, 0)), (2, (2, 2)), ("2", (2, 2)), ("2:8", (2, 8)), ("3:3", (3, 3))])

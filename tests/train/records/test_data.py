@@ -21,10 +21,10 @@ from pipelines.shard_reader import ShardReader
 from sharding.build_config import packed_by
 from sharding.manifest import fingerprint, read_manifest
 from sharding.selection import select
-from tests.helpers import assert_refused, call_script, open_files
+from tests.helpers import assert_refused, call_script, open_files, tiny_pretraining
 from train.cluster.launcher import run_job
-from train.config import EvaluateConfig, PretrainConfig
-from train.records.data import Input, SetInput, gib, open_set, parse_mix, place_of
+from train.config import EvaluateConfig
+from train.records.data import Input, SetInput, cache_limit, open_set, parse_mix, place_of
 from train.records.runs import Run
 from train.reporting import plots
 from train.reporting.plots import pairs
@@ -50,19 +50,7 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def settings(tmp_path, small_set, quick):
-    return PretrainConfig(
-        data=str(small_set),
-        name="folder",
-        backbone="test_resnet",
-        image_size=32,
-        batch_size=16,
-        epochs=2,
-        projection_dim=16,
-        workers=0,
-        threads=1,
-        log_every=1,
-        storage=str(tmp_path / "runs"),
-    )
+    return tiny_pretraining(small_set, tmp_path / "runs", name="folder")
 
 
 def weights_of(run):
@@ -100,11 +88,11 @@ def test_place_of(tmp_path, monkeypatch):
     assert place_of("s3://bucket/kidney/") == "s3://bucket/kidney"
 
 
-def test_gib():
-    assert (gib(None), gib(0.5), gib(3)) == (None, 2**29, 3 * 2**30)
+def test_cache_limit():
+    assert (cache_limit(None), cache_limit(0.5), cache_limit(3)) == (None, 2**29, 3 * 2**30)
     for size in (0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=r"--cache-gib .*: give a size above 0"):
-            gib(size)
+            cache_limit(size)
 
 
 def test_fingerprint_and_name_of_several():

@@ -53,8 +53,8 @@ def url(no_one_s_stores, tmp_path, monkeypatch) -> str:
 @pytest.fixture
 def quick(monkeypatch):
     """Nothing waits for long, neither for changes nor for a store that fails."""
-    monkeypatch.setattr(remote_run, "EVERY_SECONDS", 0.02)
-    monkeypatch.setattr(uploader, "EVERY_SECONDS", 0.02)
+    monkeypatch.setattr(remote_run, "SYNC_INTERVAL_S", 0.02)
+    monkeypatch.setattr(uploader, "SYNC_INTERVAL_S", 0.02)
     monkeypatch.setattr(run_lock, "_POLL_SECONDS", 0.005)
     monkeypatch.setattr(remote_folder, "_FIRST_PAUSE", 0.001)
 

@@ -81,10 +81,10 @@ def test_pairs_are_the_first_patches(small_set):
     shown = plots.pairs(str(small_set), recipe="supervised", image_size=64, seed=3)
     assert [len(pair) for pair in shown] == [2] * 6
     for i, (patch, view) in enumerate(shown):
-        assert patch.said.startswith(f"patch {i}\nclass ")
+        assert patch.caption.startswith(f"patch {i}\nclass ")
         sizes = [Image.open(io.BytesIO(picture.jpeg)).size for picture in (patch, view)]
         assert sizes == [(16, 12), (192, 192)]
-        assert " at " in view.said  # the crop
+        assert " at " in view.caption  # the crop
     assert shown == plots.pairs(str(small_set), recipe="supervised", image_size=64, seed=3)
     assert shown != plots.pairs(str(small_set), recipe="supervised", image_size=64, seed=4)
     assert len(ShardReader(small_set)) > len(shown)

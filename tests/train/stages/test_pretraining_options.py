@@ -9,6 +9,7 @@ import torch
 
 from pipelines.loader import ViewLoader
 from sharding.cli import parse
+from tests.helpers import tiny_pretraining
 from train.cluster import ray_cluster
 from train.cluster.ray_cluster import gpus_with_bf16
 from train.config import PretrainConfig
@@ -26,21 +27,7 @@ def _reference_views(monkeypatch):
 
 @pytest.fixture
 def config(tmp_path, small_set):
-    return PretrainConfig(
-        data=str(small_set),
-        name="tiny",
-        backbone="test_resnet",
-        image_size=32,
-        batch_size=16,
-        epochs=2,
-        projection_dim=16,
-        recipe="simclr-mild",
-        workers=0,
-        threads=1,
-        log_every=1,
-        probe_every=0,
-        storage=str(tmp_path),
-    )
+    return tiny_pretraining(small_set, tmp_path, recipe="simclr-mild", probe_every=0)
 
 
 def with_gpus(monkeypatch, found):

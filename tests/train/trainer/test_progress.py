@@ -122,8 +122,8 @@ def test_time_left_begins_anew_when_a_run_goes_on_from_an_earlier_step():
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_what_is_shown(tmp_path, monkeypatch, capsys, terminal):
-    monkeypatch.setattr(progress, "_EVERY_SECONDS", 0.01)
-    monkeypatch.setattr(progress, "_PLAIN_EVERY_SECONDS", 0)
+    monkeypatch.setattr(progress, "_REFRESH_INTERVAL_S", 0.01)
+    monkeypatch.setattr(progress, "_LINE_INTERVAL_S", 0)
     monkeypatch.setenv("COLUMNS", "180")
     if terminal:
         monkeypatch.setenv("FORCE_COLOR", "1")

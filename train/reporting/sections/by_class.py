@@ -4,18 +4,17 @@ from collections.abc import Sequence
 from statistics import mean
 
 from train.reporting import plots
-from train.reporting.markup import Content, Html, count, element, figure, heading, joined, note, number, row, share, table
-from train.reporting.run_view import RunView
+from train.reporting.markup import Content, Html, count, element, figure, joined, note, number, row, share, table
+from train.reporting.run_view import RunView, per_run
 
 _TITLES = {"precision": "precision", "recall": "recall", "f1": "F1", "auroc": "AUROC"}
 
 
 def show(runs: Sequence[RunView]) -> list[Html]:
-    evaluations = [run for run in runs if run.is_evaluation]
-    return [part for run in evaluations for part in ([heading(run.name)] if len(runs) > 1 else []) + _of(run)]
+    return per_run(runs, [run for run in runs if run.is_evaluation], _class_section)
 
 
-def _of(run: RunView) -> list[Html]:
+def _class_section(run: RunView) -> list[Html]:
     first = run.cells[0]
     seeds = f"mean over {count(len(run.cells), 'seed')}" if len(run.cells) > 1 else f"seed {first['seed']}"
     text = f"With {share(run.largest['fraction'])} of the labels. Table: {seeds}. Matrix and diagram: seed {first['seed']}."

@@ -7,8 +7,8 @@ import numpy as np
 from sharding.manifest import decoded
 from train.reporting import plots
 from train.reporting.legends import class_legend, mark_legend
-from train.reporting.markup import Html, figure, heading, note, row
-from train.reporting.run_view import RunView
+from train.reporting.markup import Html, figure, note, row
+from train.reporting.run_view import RunView, per_run
 
 _NAMED = 20  # groups; a longer legend helps nobody
 
@@ -21,10 +21,10 @@ def show(runs: Sequence[RunView]) -> list[Html]:
         "Each point is a test patch; nearby points look similar to the backbone. It distinguishes classes that lie apart. If"
         " slides lie apart too, it may have learned their stains. Distances between clusters have no meaning."
     )
-    return [text, *(part for run in mapped for part in ([heading(run.name)] if len(runs) > 1 else []) + _of(run))]
+    return [text, *per_run(runs, mapped, _map_section)]
 
 
-def _of(run: RunView) -> list[Html]:
+def _map_section(run: RunView) -> list[Html]:
     assert run.map is not None
     table, how = run.map
     x, y = table["x"].to_numpy(), table["y"].to_numpy()

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from train.reporting.markup import Content, Html, element, heading, joined, note, photo
-from train.reporting.run_view import RunView
+from train.reporting.markup import Content, Html, element, joined, note, photo
+from train.reporting.run_view import RunView, per_run
 
 
 def show_neighbours(runs: Sequence[RunView]) -> list[Html]:
@@ -14,10 +14,7 @@ def show_neighbours(runs: Sequence[RunView]) -> list[Html]:
     text = note(
         "Left: a test patch. Beside it: the patches most similar to it by the cosine of their features. A ✗ marks another class."
     )
-    return [
-        text,
-        *(part for run in asked for part in [*_named(run, runs), _among(run), *(_neighbours(run, each) for each in run.gallery)]),
-    ]
+    return [text, *per_run(runs, asked, lambda run: [_among(run), *(_neighbours(run, each) for each in run.gallery)])]
 
 
 def show_mistakes(runs: Sequence[RunView]) -> list[Html]:
@@ -25,11 +22,7 @@ def show_mistakes(runs: Sequence[RunView]) -> list[Html]:
     if not evaluations:
         return []
     text = note("The test patches with the highest probability for a wrong class, at most three per slide.")
-    return [text, *(part for run in evaluations for part in [*_named(run, runs), _mistakes(run)])]
-
-
-def _named(run, runs):
-    return [heading(run.name)] if len(runs) > 1 else []
+    return [text, *per_run(runs, evaluations, lambda run: [_mistakes(run)])]
 
 
 def _among(run: RunView) -> Html:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from train.records.data import gib
+from train.records.data import cache_limit
 from train.records.runs import replacing
 from train.reporting import plots
-from train.reporting.markup import Html, element, heading, note, photo
-from train.reporting.run_view import RunView
+from train.reporting.markup import Html, element, note, photo
+from train.reporting.run_view import RunView, per_run
 
 _NAME = "views.parquet"
 _COLUMNS = pa.schema({"row": pa.int64(), "jpeg": pa.binary(), "said": pa.string()})
@@ -24,7 +24,7 @@ def show(runs: Sequence[RunView]) -> list[Html]:
         "Each patch, and beside it its views in the first epoch with their parameters: the crop (width x height at left, top),"
         " and the augmentations in order."
     )
-    return [text, *(part for run in pretrained for part in ([heading(run.name)] if len(runs) > 1 else []) + [_views(run)])]
+    return [text, *per_run(runs, pretrained, lambda run: [_views(run)])]
 
 
 def _views(run: RunView) -> Html:
@@ -47,8 +47,8 @@ def _table(run: RunView) -> pa.Table:
     path, config = run.run.folder / _NAME, run.record["stage"]["config"]
     if not path.exists():
         settings = {name: config[name] for name in ("recipe", "image_size", "seed")}
-        made = plots.pairs(run.record["data"], **settings, cache_bytes=gib(run.run.config.get("cache_gib")))
-        rows = [{"row": row, "jpeg": one.jpeg, "said": one.said} for row, pair in enumerate(made) for one in pair]
+        made = plots.pairs(run.record["data"], **settings, cache_bytes=cache_limit(run.run.config.get("cache_gib")))
+        rows = [{"row": row, "jpeg": one.jpeg, "said": one.caption} for row, pair in enumerate(made) for one in pair]
         with replacing(path) as partial:
             pq.write_table(pa.Table.from_pylist(rows, schema=_COLUMNS), partial)
     return run.table(_NAME)
