@@ -167,6 +167,7 @@ def one_rank(rank, world_size, patches, folder):
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_give_the_loss_and_the_gradient_of_one_process_with_the_joint_batch(world_size, tmp_path):
+    """Each rank is a process that imports torch, which takes 4 s."""
     patches = 24
     expected = step(small_model(), joint_batch(patches), None)
     torch.testing.assert_close(expected["loss"], slow_nt_xent(small_model()(joint_batch(patches)), 0.2).detach())

@@ -465,6 +465,7 @@ def test_folder_that_is_no_run(tmp_path):
 
 
 def test_script_makes_a_picture(shard_set, tmp_path):
+    """In a process of its own, whose stderr must stay empty of what DALI and Numba print: it imports for 10 s."""
     done = run_python(
         "pipelines/preview.py", "--data", shard_set, "--out", tmp_path / "views.png", "--recipe", "supervised",
         "--patches", 3, "--image-size", 240, cwd=tmp_path,

@@ -25,7 +25,7 @@ from pipelines import remote_folder
 from pipelines.loader import ViewLoader
 from pipelines.remote_folder import RemoteFolder
 from pipelines.training_input import read_training_input
-from tests.helpers import ROOT, assert_refused, run_python
+from tests.helpers import ROOT, assert_refused, call_script
 from tests.train.records.lock_race import contend
 from train import report
 from train.config import EvaluateConfig, PretrainConfig
@@ -785,7 +785,7 @@ def test_a_finetuning_that_was_cut_off_goes_on_elsewhere(settings, quick_views, 
 
 
 def test_a_bucket_that_is_not_there_is_said_before_training(settings):
-    done = run_python("train/pretrain.py", *flags_of(settings | {"storage": "s3://no-such-bucket/runs"}))
+    done = call_script("train/pretrain.py", *flags_of(settings | {"storage": "s3://no-such-bucket/runs"}))
     assert_refused(done, "s3://no-such-bucket/runs/kidney/", "see whether the bucket is there")
     assert done.stdout == ""
 

@@ -187,6 +187,7 @@ def counted(averaged, bucket):
 
 
 def test_two_ranks_give_the_gradient_of_one_process_with_the_joint_batch(tmp_path):
+    """Each rank is a process that imports torch, which takes 4 s."""
     torch.multiprocessing.spawn(one_rank, args=(2, str(tmp_path)), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for name, loss_of in (("contrastive", contrastive), ("cross_entropy", cross_entropy)):
