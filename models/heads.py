@@ -3,7 +3,6 @@
 Shapes: B patches, F features of the backbone, D projection width, K classes.
 """
 
-import torch
 from torch import nn
 
 
@@ -51,15 +50,3 @@ class LinearHead(nn.Linear):
         super().__init__(features, classes)
         nn.init.normal_(self.weight, std=0.01)
         nn.init.zeros_(self.bias)
-
-
-class Classifier(nn.Module):
-    """A backbone with a linear head: images (B, 3, S, S) -> class scores (B, K), not normalised."""
-
-    def __init__(self, backbone: nn.Module, classes: int):
-        super().__init__()
-        self.backbone = backbone
-        self.head = LinearHead(int(backbone.num_features), classes)  # type: ignore[arg-type]
-
-    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
-        return self.head(self.backbone(images_BCHW))

@@ -164,11 +164,8 @@ class ViewLoader:
         """This rank's patches at a step of the current epoch."""
         return rank_slice(self._order().ids, step, self.batch_size, rank=self.rank, world_size=self.world_size)
 
-    def shards_of(self, steps: range) -> np.ndarray:
-        """The shards that these global batches of the current epoch read, in order of first use."""
-        return self._shards_of(self._order(), steps)
-
-    def _shards_of(self, order: Order, steps: range) -> np.ndarray:
+    def shards_of(self, order: Order, steps: range) -> np.ndarray:
+        """The shards that these global batches read, in order of first use."""
         return by_first_use(self.reader.shards[order.ids[steps.start * self.batch_size : steps.stop * self.batch_size]])
 
     def _order(self) -> Order:
@@ -197,7 +194,7 @@ class ViewLoader:
             every = max(1, self.window * len(order.ids) // (int(self.reader.shards.max()) + 1) // self.batch_size)
         for step in steps:
             if (step - steps.start) % every == 0:
-                self.reader.expect(self._shards_of(order, range(step, step + 2 * every)))
+                self.reader.expect(self.shards_of(order, range(step, step + 2 * every)))
             yield order.part(step, self.batch_size, rank=self.rank, world_size=self.world_size)
 
     def _read(self, ids: np.ndarray) -> list[np.ndarray]:

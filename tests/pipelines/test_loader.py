@@ -244,7 +244,7 @@ def test_shards_of_coming_steps(shard_set):
     loader.load_state_dict({"epoch": 0, "step": 0})
     for start, stop in ((0, 1), (0, 11), (3, 5), (9, 40)):
         expected = list(dict.fromkeys(shard for part in read[start:stop] for shard in part))
-        assert loader.shards_of(range(start, stop)).tolist() == expected
+        assert loader.shards_of(loader._order(), range(start, stop)).tolist() == expected
 
 
 @pytest.mark.parametrize("window", [None, 1, 2])

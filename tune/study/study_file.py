@@ -57,23 +57,10 @@ from pathlib import Path
 from pipelines.remote_folder import is_url
 from tune.study.comparability import why_incomparable
 from tune.study.grid_expansion import FieldValue, SelectSpec, StageSpec, StudySettings, build_config, expand, field_names
-from tune.study.schema import (
-    KINDS,
-    SELECTION_RULES,
-    EarlyStopping,
-    GraphNode,
-    Published,
-    Resources,
-    Selection,
-    Study,
-    TableSpec,
-    Trial,
-)
+from tune.study.schema import KINDS, SELECTION_RULES, EarlyStopping, Resources, Study, Trial
 from tune.study.smoke_size import read_smoke_size, shrink_stage
 from tune.study.table_specs import read_tables
 from tune.study.yaml_lines import YamlFile, read_yaml
-
-__all__ = ["EarlyStopping", "GraphNode", "Published", "Resources", "Selection", "Study", "TableSpec", "Trial", "read_study"]
 
 _KEYS = ("name", "storage", "report", "data", "defaults", "stages", "tables", "resources", "asha", "smoke")
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from tests.helpers import ROOT
 from train.config import EvaluateConfig, PretrainConfig
-from tune.study.study_file import EarlyStopping, Published, Resources, Selection, Trial, read_study
+from tune.study.schema import EarlyStopping, Published, Resources, Selection, Trial
+from tune.study.study_file import read_study
 
 STUDY = {
     "name": "chain",
