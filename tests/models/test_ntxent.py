@@ -165,7 +165,7 @@ def one_rank(rank, world_size, patches, folder):
     os._exit(0)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.faults)])
 def test_ranks_give_the_loss_and_the_gradient_of_one_process_with_the_joint_batch(world_size, tmp_path):
     """Each rank is a process that imports torch, which takes 4 s."""
     patches = 24

@@ -95,6 +95,7 @@ def test_more_workers_than_cores_is_refused(ray_here, tmp_path, small_set):
         run_job(make_job(tmp_path / "run", small_set), workers=1000)
 
 
+@pytest.mark.faults
 def test_a_run_begun_without_ray_continues_with_one_worker(ray_here, one_process, tmp_path, small_set):
     """With a range of numbers, as for a cluster that grows. Ray's processes take 15 s of imports."""
     job = make_job(tmp_path / "run", small_set)

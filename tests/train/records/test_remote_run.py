@@ -587,7 +587,7 @@ def test_a_late_create_of_a_version_that_was_passed_is_no_lock(url, tmp_path):
     assert at_store(url) == {".lease-3", ".lease-4"}
 
 
-@pytest.mark.parametrize("expired", [False, True])
+@pytest.mark.parametrize("expired", [False, pytest.param(True, marks=pytest.mark.faults)])
 def test_of_processes_that_race_exactly_one_has_the_lock(lock_url, tmp_path, monkeypatch, expired):
     """Three processes, many rounds. Takes some 10 s, most of it to start them."""
     from moto.s3.responses import S3Response

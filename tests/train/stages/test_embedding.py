@@ -124,6 +124,7 @@ def test_a_folder_of_other_things_is_left_alone(config, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.faults
 def test_workers_write_the_same(ray_here, config, tmp_path):
     alone, by_two = embed(config), embed(changed(config, out=str(tmp_path / "two"), workers=2))
     for path in sorted(alone.glob("*.parquet")):

@@ -148,8 +148,9 @@ def test_a_trial_whose_process_is_killed_goes_on(ray_here, study_file, tmp_path)
 
 @pytest.mark.timeout(400)
 def test_early_stopping_by_the_probe(ray_here, study_file, tmp_path, small_set, monkeypatch):
-    """Of three, some are stopped at a rung and are named; the others are finished. Paths in the file are relative. Each trial is a
-    process that imports torch and DALI, which takes 8 s."""
+    """Of three, some are stopped at a rung and are named; the others are finished. Paths in the file are relative.
+
+    Each trial is a process that imports torch and DALI, which takes 8 s."""
     monkeypatch.chdir(tmp_path)
     text = study_file.read_text().replace("temperature: [0.2, 0.5], seed: [1, 2]}", "temperature: [0.1, 0.2, 0.5], epochs: 3}")
     text = text.replace(str(small_set), os.path.relpath(small_set)).replace(f"{tmp_path}/", "")
