@@ -11,7 +11,8 @@ bottleneck. Results: <out>/<date>-scale.json and .md; of the check <date>-scale-
 W ranks (GPUs), V = 2 views of a patch, B patches of a rank in a step, D width of the projection, M = V B anchors of a rank,
 N = W M anchors of all. Times in seconds, volumes in bytes, rates in units per second; machines.yaml says what each constant is. A
 step takes what its parts take one after the other (`step_parts`). Patches are read and decoded at the same time. So the rate of
-the whole is the lowest of the rates of all stages (`limits`), and that stage is the bottleneck.
+the whole is the lowest of the rates of all stages (`limits`), and that stage is the bottleneck. Formulas, constants and tables
+are one file, so that a number in a table can be followed to its formula.
 """
 
 import dataclasses

@@ -17,7 +17,7 @@ from ntxent import plain as plain_loss
 from worker import Contender
 
 from contenders.loader import TwoViews, torchvision_transform
-from contenders.step import PROJECTION, TEMPERATURE, seeded_backbone
+from contenders.step import PROJECTION, TEMPERATURE, pretrained, seeded_backbone
 
 WEIGHTS = "backbone.safetensors"
 PEAK, DECAY, WARMUP = 3e-4, 1e-6, 0.1  # of Adam: the rate at its peak, the decay of weights; the share of the epochs before it
@@ -151,33 +151,20 @@ def run_loop(task: Task, net: Any, batches: Iterable, loss_of: Callable[[list[An
 
 def ours(task: Task) -> list[float]:
     """The stage as a user starts it, without Ray."""
-    from train.config import PretrainConfig
-    from train.stages.pretraining import pretrain
-
-    config = PretrainConfig(
-        data=task.shards,
+    run = pretrained(
+        task,
         name="pretrained",
         recipe=task.recipe,
-        backbone=task.backbone,
-        image_size=task.image_size,
-        batch_size=task.batch_size,
-        projection_dim=PROJECTION,
-        temperature=TEMPERATURE,
         optimizer="adam",
         learning_rate=PEAK,
         weight_decay=DECAY,
         epochs=task.epochs,
         warmup_epochs=WARMUP * task.epochs,
-        precision="bf16" if task.bf16 else "fp32",
         seed=task.seed,
         workers=0,
-        threads=task.cores,
         log_every=1,
         probe_every=0,
-        checkpoint_every=10**9,
-        storage=task.work,
     )
-    run = pretrain(config)
     shutil.copyfile(run.folder / WEIGHTS, Path(task.work) / WEIGHTS)
     return [row["loss"] for row in run.metrics()]
 

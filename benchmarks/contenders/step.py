@@ -46,10 +46,6 @@ class Task:
     micro_batch: int | None = None
     tf32: bool = True
 
-    @property
-    def precision(self) -> str:
-        return "bf16" if self.bf16 else "fp32"
-
 
 def timed(batches: Iterator, step: Callable[[Any], None], task: Task) -> dict[str, Any]:
     """img_per_s: views, two of each patch; data_wait: the share of the time spent waiting for batches, 0 to 1."""
@@ -190,38 +186,38 @@ def model(task: Task) -> dict[str, Any]:
     }
 
 
-def joint(task: Task, *, workers: int = 0) -> dict[str, Any]:
-    """The stage as a user starts it. Its metrics' first row, which holds all that is done once, is left out."""
-    from sharding.manifest import read_manifest
+def pretrained(task: Any, **settings: Any) -> Any:
+    """The finished run of the stage as a user starts it: with what the task says, and further settings of its config."""
     from train.config import PretrainConfig
     from train.stages.pretraining import pretrain
+
+    sizes = {name: getattr(task, name) for name in ("backbone", "image_size", "batch_size")}
+    settings |= {"projection_dim": PROJECTION, "temperature": TEMPERATURE, "precision": "bf16" if task.bf16 else "fp32"}
+    settings |= {"threads": task.cores, "storage": task.work, "checkpoint_every": 10**9}  # writing is not what is measured
+    return pretrain(PretrainConfig(data=task.shards, **sizes, **settings))
+
+
+def joint(task: Task, *, workers: int = 0) -> dict[str, Any]:
+    """The stage. Its metrics' first row, which holds all that is done once, is left out."""
+    from sharding.manifest import read_manifest
 
     fresh_memory(task.device)
     patches = len(read_manifest(task.shards, columns=["id"]))
     row = max(WARM, -(-task.steps // _ROWS))
     wanted = task.batch_size * (row + task.steps)
-    config = PretrainConfig(
-        data=task.shards,
+    run = pretrained(
+        task,
         name=f"workers-{workers}",
-        backbone=task.backbone,
         # As few epochs as give so many steps: between two of them there is a pause.
         fraction=min(1.0, wanted / patches),
         epochs=math.ceil(wanted / (patches - patches % task.batch_size)),
-        image_size=task.image_size,
-        batch_size=task.batch_size,
-        projection_dim=PROJECTION,
-        temperature=TEMPERATURE,
-        precision=task.precision,  # type: ignore[arg-type]
         compile=task.compile,
         channels_last=task.channels_last,
         workers=workers,
-        threads=task.cores,
         log_every=row,
-        checkpoint_every=10**9,  # writing is not what is measured
         seed=SEED,
-        storage=task.work,
     )
-    rows = pretrain(config).metrics()
+    rows = run.metrics()
     return summarise_rows(rows, task.batch_size) | {"peak_gib": rows[-1].get("gpu_memory_gib")}
 
 
