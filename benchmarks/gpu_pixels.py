@@ -18,7 +18,7 @@ from report import Record
 from pipelines.loader import ViewLoader
 from pipelines.recipes import IMAGENET_MEAN, IMAGENET_STD, get_recipe
 from pipelines.shard_reader import ShardReader
-from pipelines.view_kernels import parameter_rows, resized_view_step
+from pipelines.view_kernels_numba import parameter_rows, resized_view_step
 from pipelines.view_kernels_torch import resized_view_batch
 from pipelines.views import draw_views
 from sharding.packing import build_shards

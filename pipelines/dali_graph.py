@@ -1,7 +1,7 @@
 """The DALI graph: encoded images and drawn parameters in, views out. It holds no random state and no position.
 
-On the CPU, DALI decodes and then calls our kernels (`view_kernels`), which write each view straight into the tensor that the
-consumer gets: copying views out of DALI's memory took longer than making them. On a GPU, DALI decodes, crops and resizes, and
+On the CPU, DALI decodes and then calls our kernels (`view_kernels_numba`), which write each view straight into the tensor that
+the consumer gets: copying views out of DALI's memory took longer than making them. On a GPU, DALI decodes, crops and resizes, and
 `view_kernels_torch` does the rest.
 
 DALI's resize needs help to match torchvision, which ignores what lies outside the box. Resizing with a region of interest mixes
@@ -23,7 +23,7 @@ from PIL import Image
 
 from pipelines.buffer_pool import BatchMemory
 from pipelines.recipes import Recipe
-from pipelines.view_kernels import parameter_rows, view_step_at
+from pipelines.view_kernels_numba import parameter_rows, view_step_at
 from pipelines.view_kernels_torch import box_sizes, inside_weights, resize_margin, resized_view_batch
 from pipelines.views import ViewParameters, draw_views
 
@@ -45,7 +45,7 @@ def _view_operator():
     """The operator that DALI runs for each patch. Created once, since DALI compiles each operator's function: 1.5 s for a call by
     address, 3 s for the kernels themselves.
 
-    rows: (V, COLUMNS), see `view_kernels`; place: address of the patch's first view, bytes from one view to the next, S.
+    rows: (V, COLUMNS), see `view_kernels_numba`; place: address of the patch's first view, bytes from one view to the next, S.
     """
     from nvidia.dali.plugin.numba import NumbaFunction  # not needed on a GPU
 

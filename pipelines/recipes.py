@@ -1,6 +1,6 @@
 """Augmentation recipes as data: frozen dataclasses, listed in RECIPES by the names that users type.
 
-A new operation is a field here, its draws in `views`, and its pixels in `view_kernels` and `view_kernels_torch`.
+A new operation is a field here, its draws in `views`, and its pixels in `view_kernels_numba` and `view_kernels_torch`.
 """
 
 import dataclasses

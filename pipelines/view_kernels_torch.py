@@ -1,13 +1,13 @@
 """The augmentation kernels for a whole batch in torch, for a GPU: DALI crops and resizes, and the rest of a view is made here.
 
-The same operations as `view_kernels`, from the same parameter rows.
+The same operations as `view_kernels_numba`, from the same parameter rows.
 """
 
 import numpy as np
 import torch
 
 from pipelines.recipes import DARKEST, kernel_size
-from pipelines.view_kernels import BRIGHTNESS, CONTRAST, LUMA_BLUE, LUMA_GREEN, LUMA_RED, SATURATION, Column, blur_weights
+from pipelines.view_kernels_numba import BRIGHTNESS, CONTRAST, LUMA_BLUE, LUMA_GREEN, LUMA_RED, SATURATION, Column, blur_weights
 
 
 def box_sizes(rows_BR: np.ndarray) -> np.ndarray:

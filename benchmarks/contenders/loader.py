@@ -343,7 +343,7 @@ def parts(task: Task) -> dict[str, Any]:
 
     from pipelines.recipes import get_recipe
     from pipelines.shard_reader import ShardReader
-    from pipelines.view_kernels import parameter_rows, view_step
+    from pipelines.view_kernels_numba import parameter_rows, view_step
     from pipelines.views import draw_views
 
     assert task.cores == 1, task

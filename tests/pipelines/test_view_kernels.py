@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import functional as F
 
 from pipelines.recipes import RECIPES, GaussianBlur, RandomCrop, Recipe, StainJitter, simclr
 from pipelines.torchvision_reference import reference_view
-from pipelines.view_kernels import parameter_rows, resized_view_step, view_step
+from pipelines.view_kernels_numba import parameter_rows, resized_view_step, view_step
 from pipelines.view_kernels_torch import resized_view_batch
 from pipelines.views import OPERATIONS, ViewParameters, draw_views
 

@@ -19,9 +19,9 @@ import torch.distributed as dist
 
 from sharding.cli import describe, without_addresses
 from train.cluster.diagnostics import preflight
-from train.cluster.pickled_call import call_pickled
 from train.cluster.ray_cluster import NodeActors, alive_nodes, connect, possible_nodes
 from train.cluster.resources import WorkerResources, resources_per_worker
+from train.cluster.worker_entry import run_pickled
 from train.config import worker_range
 from train.records.checkpoints import CheckpointStore
 from train.records.remote_run import Mirror, fetch_source
@@ -180,7 +180,7 @@ def _attempt(job, least, most, per_worker, *, again) -> BaseException | None:
     shutil.rmtree(job.folder / _RAY_FOLDER, ignore_errors=True)  # state of an earlier attempt, from which Ray would continue
     job = dataclasses.replace(job, threads=job.threads or per_worker.cpus)
     trainer = TorchTrainer(
-        call_pickled,
+        run_pickled,
         train_loop_config={"call": pickle.dumps((_work, {"job": job, "again": again}))},
         scaling_config=ScalingConfig(
             num_workers=most if least == most else (least, most),  # type: ignore[arg-type]

@@ -1,10 +1,10 @@
-"""A call that Ray Train's controller passes on to the workers without importing what it needs, which takes seconds."""
+"""What Ray Train calls in each worker. Its controller imports this module too, so it imports nothing that takes long."""
 
 import pickle
 from typing import Any
 
 
-def call_pickled(config: dict[str, Any]) -> None:
+def run_pickled(config: dict[str, Any]) -> None:
     """Call a function with its argument. config: "call" is the pair of them, pickled."""
     function, argument = pickle.loads(config["call"])
     function(argument)
