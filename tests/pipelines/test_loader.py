@@ -449,7 +449,7 @@ from pipelines.recipes import get_recipe
 first, refused = int(sys.argv[2]), 0
 ids = np.concatenate([[first], np.arange(55).repeat(9)])[:440]
 settings = {"batch_size": 220, "image_size": 16, "recipe": get_recipe("eval"), "seed": 1, "threads": 3, "shuffle": False}
-for _ in range(5):
+for _ in range(3):
     with ViewLoader(sys.argv[1], ids, **settings) as loader:
         try:
             list(loader)
@@ -467,7 +467,7 @@ def test_header_that_cannot_be_parsed_in_a_large_batch(copied_set):
         file.write(bytes(row["size"] - 200))
     command = [sys.executable, "-c", LARGE_BATCHES, str(copied_set), str(row["id"])]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
-    assert (done.returncode, done.stdout) == (0, "5\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr
 
 
 @pytest.mark.parametrize("backend", ["dali", "torchvision"])

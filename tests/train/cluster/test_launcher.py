@@ -179,6 +179,7 @@ def test_a_failure_is_told_in_a_few_words(texts, told):
     assert workers._reason(Died(**failures)) == told
 
 
+@pytest.mark.faults
 def test_a_worker_that_does_not_reach_the_head_ends(tmp_path):
     """The head is a socket that listens, until it is closed."""
     script = (

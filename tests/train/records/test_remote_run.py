@@ -587,7 +587,8 @@ def test_a_late_create_of_a_version_that_was_passed_is_no_lock(url, tmp_path):
     assert at_store(url) == {".lease-3", ".lease-4"}
 
 
-@pytest.mark.parametrize("expired", [False, pytest.param(True, marks=pytest.mark.faults)])
+@pytest.mark.faults
+@pytest.mark.parametrize("expired", [False, True])
 def test_of_processes_that_race_exactly_one_has_the_lock(lock_url, tmp_path, monkeypatch, expired):
     """Three processes, many rounds. Takes some 10 s, most of it to start them."""
     from moto.s3.responses import S3Response
@@ -755,6 +756,7 @@ def test_what_was_made_on_one_node_is_used_on_another(settings, quick_views, tmp
             read_training_input(f"{first.url}-2")
 
 
+@pytest.mark.faults
 def test_a_finetuning_that_was_cut_off_goes_on_elsewhere(settings, quick_views, tmp_path, monkeypatch):
     """Of two cells the first one is done: what it left comes back, and is not made again."""
     from train.stages import evaluation, finetuning

@@ -359,10 +359,10 @@ def test_a_set_without_labels_is_one_sentence(settings, pretrained, tmp_path):
         judge(settings, data=str(tmp_path / "plain"), name="plain")
 
 
-def test_three_workers_see_each_test_patch_once(ray_here, settings, pretrained, monkeypatch):
+def test_two_workers_see_each_test_patch_once(ray_here, settings, pretrained, monkeypatch):
     """In small parts, of which no worker has as many as another. Each worker imports torch and DALI for 8 s."""
     monkeypatch.setattr(feature_cache, "PART", 10)
-    run = judge(settings, name="by three", workers=3, image_size=27)
+    run = judge(settings, name="by two", workers=2, image_size=27)
     apart = settings.storage + "/apart"  # the features of `run` are not in its cache
     alone = judge(settings, name="alone", image_size=27, storage=apart, backbone=str(pretrained.folder))
     rows, others = predictions_of(run), predictions_of(alone)
