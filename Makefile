@@ -4,7 +4,7 @@
 # make test   is a change right?                  make lint   format, lint and types
 # make test-faults   kills, outages, two simulated machines, Prometheus, a browser: needs root and `make system-packages`
 # make system-packages   apt-get install what make test-faults needs
-# make soak   24 faults to a run on two machines of namespaces, figures to benchmarks/results (about 35 minutes)
+# make soak   injects 24 faults into a run on two simulated machines, results to benchmarks/results (about 35 minutes)
 # make bench-smoke   is something of ours slower than it was? Ratios against benchmarks/smoke.json (a minute, ARGS=--update writes it)
 # make gpu-check   one command for a host with a GPU (DRY=1 for the same on a CPU)
 # make gpu-bench   every figure that only a GPU shows, in 8 minutes (DRY=1 on a CPU, DATA=shards/oral to pretrain on a set of yours)
