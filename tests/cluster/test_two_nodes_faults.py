@@ -23,4 +23,5 @@ def test_a_run_goes_on_after(fault, course):
 
 
 def test_after_all_of_it_the_run_is_as_if_nothing_had_happened(course, shards, tmp_path):
+    """Trains the whole run again, undisturbed, in this process: about three minutes."""
     assert as_if_nothing_had_happened(course, shards, tmp_path) > 100

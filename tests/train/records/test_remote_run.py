@@ -693,6 +693,7 @@ def assert_same_weights(one: Run, other: Run, **tolerance) -> None:
 
 @pytest.mark.faults
 def test_killed_and_the_node_lost_it_ends_as_if_undisturbed(settings, quick_views, tmp_path, monkeypatch):
+    """Trains in three processes, which import torch for 5 s each."""
     undisturbed = pretrain(PretrainConfig(**settings | {"storage": str(tmp_path / "folder")}))
     url = f"{settings['storage']}/kidney"
     command = [sys.executable, "-c", _QUICKLY, json.dumps(settings)]

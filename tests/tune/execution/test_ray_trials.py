@@ -70,6 +70,7 @@ def rows_written(folder: Path) -> int:
 @pytest.mark.faults
 @pytest.mark.timeout(900)
 def test_a_grid_that_is_killed_three_times_ends_as_an_undisturbed_one(ray_here, study, study_file, tmp_path):
+    """Runs the grid five times over, four of them on Ray: about two and a half minutes."""
     undisturbed = tmp_path / "undisturbed"
     undisturbed.mkdir()
     other = undisturbed / "small.yaml"
