@@ -2,7 +2,7 @@
 
 Each image's header is parsed before a decoder gets it. When DALI 2.4 meets a header that it cannot parse in a batch of 32 images
 or more, it raises while its other threads still work on that batch, in memory that it has given back: a crash, or damage that
-shows later. And the kernels take an image to have the size for which its views were drawn.
+shows later. And views are drawn for the manifest's height and width, which the image must have.
 """
 
 import functools

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from docs.make_reference import SCRIPTS
 from tests.helpers import ROOT
 
 # Which of our folders a folder may import besides itself; arrows point one way.
@@ -50,19 +51,6 @@ ONLY_IN = {
     "nvidia.dali": {"pipelines.dali_graph"},
     "nvidia": {"pipelines.dali_graph", "sharding.images.image_checks"},
 }
-SCRIPTS = (
-    "sharding/build.py",
-    "sharding/inspect_shards.py",
-    "sharding/synthetic.py",
-    "pipelines/preview.py",
-    "train/pretrain.py",
-    "train/evaluate.py",
-    "train/embed.py",
-    "train/report.py",
-    "train/doctor.py",
-    "tune/grid.py",
-    "tune/random_weights.py",
-)
 MOST_LINES = 400
 
 MODULES = {

@@ -473,7 +473,7 @@ def test_header_that_cannot_be_parsed_in_a_large_batch(copied_set):
 @pytest.mark.parametrize("backend", ["dali", "torchvision"])
 @pytest.mark.parametrize(("column", "change"), [("height", 1), ("height", 10**5), ("width", -1), ("width", 10**9)])
 def test_size_that_is_not_the_image_s(copied_set, column, change, backend):
-    """Views are drawn for the manifest's size, and the kernels would read beyond an image that is smaller."""
+    """Views are drawn for the manifest's size, so an image of another size would give wrong views, or none."""
     table, row = ShardReader(copied_set).manifest, patch_in(copied_set, 1)
     values = table[column].to_pylist()
     values[row["id"]] += change
