@@ -58,6 +58,7 @@ class ShardReader:
             )
         self.sizes = np.stack([table[name].to_numpy() for name in ("height", "width")], axis=1)
         self._header_checked = np.zeros(len(table), bool)
+        self._file_states: dict[int, tuple[int, int, int]] = {}  # of each shard that was mapped, when it was last
         self._mapped: dict[int, _Mapped] = {}
         _allow_open_files(int(self.shards.max(initial=-1)) + 1)
 
@@ -193,7 +194,10 @@ class ShardReader:
             ) from None
         except ValueError:  # mmap's error for an empty file
             raise ValueError(f"{path}: this shard is empty; copy or build the set again") from None
-        self._header_checked[self.shards == shard] = False
+        state = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if self._file_states.setdefault(shard, state) != state:  # another file than was mapped before
+            self._file_states[shard] = state
+            self._header_checked[self.shards == shard] = False
         self._mapped[shard] = _Mapped(np.frombuffer(mapped, np.uint8), path, stat)
         return self._mapped[shard].data
 
