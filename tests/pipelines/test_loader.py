@@ -470,6 +470,19 @@ def test_header_that_cannot_be_parsed_in_a_large_batch(copied_set):
     assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr
 
 
+def test_header_of_a_shard_that_was_replaced(copied_set):
+    """What was parsed in the old file says nothing about the new one."""
+    reader, row = ShardReader(copied_set), patch_in(copied_set, 0)
+    reader.read(np.array([row["id"]]))
+    reader.close()
+    path = copied_set / shard_file(0)
+    old = path.read_bytes()
+    path.unlink()
+    path.write_bytes(old[: row["offset"]] + bytes(row["size"]) + old[row["offset"] + row["size"] :])
+    with pytest.raises(ValueError, match="changed or damaged"):
+        reader.read(np.array([row["id"]]))
+
+
 @pytest.mark.parametrize("backend", ["dali", "torchvision"])
 @pytest.mark.parametrize(("column", "change"), [("height", 1), ("height", 10**5), ("width", -1), ("width", 10**9)])
 def test_size_that_is_not_the_image_s(copied_set, column, change, backend):
