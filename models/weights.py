@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 
 import huggingface_hub
@@ -80,7 +81,8 @@ def load_backbone_weights(backbone: nn.Module, path: str | os.PathLike) -> LoadR
     The prefixes `module.`, `_orig_mod.`, `backbone.` and `encoder.` are removed from the file's names.
 
     Returns a report. Raises ValueError and leaves the backbone unchanged if the file cannot be read, matches nothing, has a
-    tensor of another shape, or lacks a parameter of the backbone (which would silently stay random).
+    tensor of another shape or with a value that is not finite, or lacks a parameter of the backbone (which would silently stay
+    random).
     """
     path = Path(path)
     own = backbone.state_dict()
@@ -99,6 +101,11 @@ def load_backbone_weights(backbone: nn.Module, path: str | os.PathLike) -> LoadR
     if lacking:
         count = f"{len(lacking)} of the backbone's {len(parameters)} parameters are not in it"
         raise ValueError(f"{path} is of another architecture: {count} ({lacking[0]}, ...); give the one that it was saved from")
+    if broken := [name for name, tensor in loaded.items() if not all_finite([tensor])]:
+        raise ValueError(
+            f"{path} holds weights that are NaN or infinite (in {len(broken)} of {len(loaded)} tensors, such as {broken[0]}): the"
+            " training that wrote it has diverged; train again with a smaller learning rate"
+        )
     backbone.load_state_dict(loaded, strict=False)
     extra = [name for name in found if name not in own]
     heads = _head_prefixes(backbone)
@@ -143,6 +150,12 @@ def apply_init(backbone: nn.Module, name: str, init: str) -> list[str]:
     if not os.path.exists(init):
         raise ValueError(f"--init {init}: no such file or folder; give scratch, imagenet, or the path of weights or of a run")
     return load_backbone_weights(backbone, init).lines()
+
+
+def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether no element of any tensor is NaN or infinite. On a GPU it waits for the device once."""
+    checks = [tensor.isfinite().all() for tensor in tensors]
+    return not checks or bool(torch.stack(checks).all())
 
 
 def weights_hash(module: nn.Module) -> str:

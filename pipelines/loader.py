@@ -48,8 +48,6 @@ class ViewLoader:
     than the page cache (see sampler.epoch_order); None shuffles all patches together.
     drop_last: drop an incomplete last batch. Otherwise every rank gets a batch at every step, possibly empty, so that collective
     operations do not hang.
-    verify: compare each patch's bytes with the manifest's checksum at first read (64 bytes of memory per patch of the set);
-    otherwise only patches that cannot be decoded are checked.
     backend: "dali", or "torchvision" for the slow reference with the same draws. device: "cpu" or "cuda", torch's current GPU.
     dtype: of the views, converted from float32 at the end; channels_last: memory layout of the views (torch.channels_last, also
     after `views.flatten(0, 1)`).
@@ -76,7 +74,6 @@ class ViewLoader:
         window: int | None = None,
         drop_last: bool = True,
         threads: int | None = None,
-        verify: bool = False,
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
     ):
@@ -92,7 +89,6 @@ class ViewLoader:
         self._check()
         self.epoch = self.step = 0
         self._wait = WaitClock(device)
-        self._verified = np.zeros(len(self.reader), bool) if verify else None
         self._graph: Any = None  # a DaliGraph, made at the first use
         self._warned = False
 
@@ -197,13 +193,6 @@ class ViewLoader:
                 self.reader.expect(self.shards_of(order, range(step, step + 2 * every)))
             yield order.part(step, self.batch_size, rank=self.rank, world_size=self.world_size)
 
-    def _read(self, ids: np.ndarray) -> list[np.ndarray]:
-        encoded = self.reader.read(ids)
-        if self._verified is not None:
-            self.reader.check(ids[~self._verified[ids]])
-            self._verified[ids] = True
-        return encoded
-
     def _empty_views(self) -> torch.Tensor:
         return torch.empty((self.recipe.views, 0, 3, self.image_size, self.image_size), device=self.device)
 
@@ -219,7 +208,7 @@ class ViewLoader:
                 views = self._empty_views()
                 if len(ids):
                     parameters = self.parameters(ids, epochs)
-                    views = reference_views(self._read(ids), parameters, recipe=self.recipe, image_size=self.image_size)
+                    views = reference_views(self.reader.read(ids), parameters, recipe=self.recipe, image_size=self.image_size)
                 views = self._convert(views)
             yield ids, views
 
@@ -233,7 +222,7 @@ class ViewLoader:
             with self._wait.waiting():
                 while len(in_flight) < AHEAD and (part := next(parts, None)) is not None:
                     if len(part.ids):
-                        graph.put(self._read(part.ids), self.parameters(*part))
+                        graph.put(self.reader.read(part.ids), self.parameters(*part))
                     in_flight.append(part.ids)
                 if not in_flight:
                     return

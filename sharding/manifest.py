@@ -10,6 +10,7 @@
 dataset.json is written last, so a folder that has one is complete.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -149,16 +150,15 @@ def read_manifest(shards: str | Path, *, columns: Sequence[str] | None = None) -
 
     columns: read only these, for sets whose whole manifest would take gigabytes. A column of COLUMNS that did not exist when the
     set was packed is null in every row.
-    Raises ValueError as read_dataset does, and when manifest.parquet is missing or damaged.
+    Raises ValueError as read_dataset does, and when manifest.parquet is missing, damaged, or not the one that dataset.json names.
     """
     dataset, path = read_dataset(shards), Path(shards) / "manifest.parquet"
+    _check_digest(path, dataset["files"])
     try:
         # Not memory-mapped: the set may be on a network drive that disconnects.
         with pq.ParquetFile(path, memory_map=False) as file:
             table = file.read(columns=columns)
         table.validate(full=True)  # Parquet has no checksum: an index into a dictionary may be out of its bounds
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: pack the set again, or copy it again") from None
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is damaged: pack the set again, or copy it again") from error
     missing = [name for name in columns or COLUMNS if name not in table.column_names]
@@ -171,6 +171,28 @@ def read_manifest(shards: str | Path, *, columns: Sequence[str] | None = None) -
         table = table.select(order)
     _check_ranges(table, path, labels=len(dataset["classes"]), shards=dataset["shards"])
     return table.unify_dictionaries().combine_chunks()
+
+
+def _check_digest(path: Path, files: dict[str, str]) -> None:
+    """Raise ValueError unless manifest.parquet has the sha256 of dataset.json. It is hashed again only if its state changed."""
+    try:
+        state = path.stat()
+        digest = _sha256(path, state.st_ino, state.st_size, state.st_mtime_ns)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: pack the set again, or copy it again") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): pack the set again, or copy it again") from error
+    if digest != files.get(path.name):
+        raise ValueError(
+            f"{path} is not the file that dataset.json describes: it was changed or damaged since the set was packed. To correct"
+            " labels or splits, pack the set again with a corrected --table; else copy the set again"
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256(path: Path, *_state: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_ranges(table: pa.Table, path: Path, *, labels: int, shards: int) -> None:
@@ -186,8 +208,13 @@ def _check_ranges(table: pa.Table, path: Path, *, labels: int, shards: int) -> N
 
 
 def fingerprint(shards: str | Path) -> str:
-    """64 hex digits that depend on every byte of the set's patches, labels, splits and order, not on its location or name."""
+    """64 hex digits that depend on every byte of the set's patches, labels, splits and order, not on its location or name.
+
+    Raises ValueError as read_manifest does: the manifest is checked. Shards count by their sha256 in dataset.json, which readers
+    check by patch (`ShardReader.check`) and `sharding.verification.verify` by file.
+    """
     dataset = read_dataset(shards)
+    _check_digest(Path(shards) / "manifest.parquet", dataset["files"])
     content = {name: dataset[name] for name in ("format_version", "classes", "files")}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -204,6 +231,17 @@ def read_quarantine(shards: str | Path) -> pa.Table:
         return pq.read_table(path).select(list(QUARANTINE_COLUMNS))
     except (pa.ArrowException, OSError, KeyError) as error:
         raise ValueError(f"{path} is missing or damaged: pack the set again, or copy it again") from error
+
+
+def count_patches(
+    splits: np.ndarray, split_names: list[str], labels: np.ndarray, classes: list[str]
+) -> dict[str, dict[str, int]]:
+    """Patches per split and class, sorted; the class is "" where unlabelled."""
+    names = classes or [""]
+    codes = splits * len(names) + np.maximum(labels, 0)
+    table = np.bincount(codes, minlength=len(split_names) * len(names)).reshape(len(split_names), len(names))
+    counted = {split: dict(sorted(zip(names, map(int, row), strict=True))) for split, row in zip(split_names, table, strict=True)}
+    return {split: counted[split] for split in sorted(counted) if sum(counted[split].values())}
 
 
 def source_digests(manifest: pa.Table) -> pa.ChunkedArray:

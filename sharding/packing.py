@@ -23,10 +23,11 @@ import pyarrow as pa
 from sharding.build_config import BuildConfig, recorded_arguments
 from sharding.build_messages import processing_messages, refusal_messages
 from sharding.field_roles import FieldRoles, assign_roles
+from sharding.folder_names import check_name
 from sharding.images.image_checks import load_decoder
 from sharding.images.image_processing import ImageOptions
 from sharding.incremental import ExistingSet, check_arguments, check_columns, find_new_images, read_existing
-from sharding.manifest import FORMAT_VERSION, decoded, listed_shard_files
+from sharding.manifest import FORMAT_VERSION, count_patches, decoded, listed_shard_files
 from sharding.manifest_writer import ShardContents, WrittenShards, read_contents, write_manifest, write_quarantine
 from sharding.new_splits import split_new
 from sharding.philox import shuffle_keys
@@ -75,6 +76,8 @@ def build_shards(sources: Sequence[str | Path], out: str | Path, *, workers: int
     options = ImageOptions(**{each.name: getattr(config, each.name) for each in fields(ImageOptions)})
     workers = config.workers or available_cores()
     _check_numbers(workers, config)
+    if config.name is not None and not (target / "dataset.json").exists():
+        check_name(config.name)
     with ProcessPool(workers, prepare=load_decoder) as pool:
         scan = scan_sources(
             config.sources, layout=config.layout, table=config.table, where=config.where, labelled=not config.unlabelled
@@ -211,7 +214,7 @@ def _finish(
         "patches": len(all_labels),
         "quarantined": contents.refused.total() + (len(refused_before) if refused_before else 0),
         "shards": written.first + len(written.rows),
-        "counts": _counts(split.codes, split.names, all_labels, classes),
+        "counts": count_patches(split.codes, split.names, all_labels, classes),
         "arguments": arguments,
         "appended": [],
     }
@@ -225,15 +228,6 @@ def _finish(
     dataset["files"] = dict(sorted(files.items()))
     write_chunks(folder / "dataset.json", [(json.dumps(dataset, indent=2, ensure_ascii=False) + "\n").encode()])
     return dataset, notes
-
-
-def _counts(splits: np.ndarray, split_names: list[str], labels: np.ndarray, classes: list[str]) -> dict[str, dict[str, int]]:
-    """Patches per split and class, sorted; the class is "" where unlabelled."""
-    names = classes or [""]
-    codes = splits * len(names) + np.maximum(labels, 0)
-    table = np.bincount(codes, minlength=len(split_names) * len(names)).reshape(len(split_names), len(names))
-    counted = {split: dict(sorted(zip(names, map(int, row), strict=True))) for split, row in zip(split_names, table, strict=True)}
-    return {split: counted[split] for split in sorted(counted) if sum(counted[split].values())}
 
 
 def _summary(out: Path, dataset: dict, notes: list[str], *, was_there: bool = False, added: int = 0) -> Summary:

@@ -17,7 +17,16 @@ import pyarrow as pa
 
 from sharding.images.image_checks import silent_decoders
 from sharding.images.image_processing import check_stored
-from sharding.manifest import index_file, listed_shard_files, read_dataset, read_manifest, shard_file
+from sharding.manifest import (
+    as_array,
+    count_patches,
+    decoded,
+    index_file,
+    listed_shard_files,
+    read_dataset,
+    read_manifest,
+    shard_file,
+)
 from sharding.process_pool import ProcessPool, report_progress
 from sharding.shard_format import EXTENSIONS, index_text
 
@@ -42,18 +51,41 @@ def verify(shards: str | Path, *, workers: int = 1) -> None:
         raise ValueError(
             f"{folder / 'manifest.parquet'} does not list the {dataset['patches']:,} patches of dataset.json in order"
         )
-    listed_shard_files(folder, dataset)
-    if missing := sorted({"manifest.parquet", "quarantine.parquet"} - dataset["files"].keys()):
-        raise ValueError(f"{folder / 'dataset.json'} does not list {missing[0]}")
+    _check_classes(folder, dataset, manifest)
+    _check_listing(folder, dataset)
     for name in sorted(dataset["files"]):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder / name} is missing")
         if not name.endswith(".tar"):
             _check_file(folder, name, dataset["files"][name])
     check = functools.partial(_verify_shard, folder=folder, files=dataset["files"])
     with ProcessPool(min(workers, dataset["shards"])) as pool:
         for _ in pool.map(check, _shards(manifest, dataset["shards"]), total=len(manifest), title="verifying"):
             pass
+
+
+def _check_classes(folder: Path, dataset: dict, manifest: pa.Table) -> None:
+    """Raise ValueError unless dataset.json has the manifest's classes, in the order of the labels, and its counts."""
+    labels = manifest["label"].to_numpy()
+    given = [None, *dataset["classes"]]
+    named = pa.array(given, pa.string()).take(pa.array(labels + 1))
+    counts = count_patches(*decoded(manifest["split"]), labels, dataset["classes"])
+    if not named.equals(as_array(manifest["class"])) or counts != dataset["counts"]:
+        raise ValueError(
+            f"{folder / 'dataset.json'} has other classes or counts than the manifest: copy the set again, or build it again"
+        )
+
+
+def _check_listing(folder: Path, dataset: dict) -> None:
+    """Raise ValueError unless dataset.json lists the set's files and no others, and the folder has them and no other shards."""
+    expected = {"manifest.parquet", "quarantine.parquet", *listed_shard_files(folder, dataset)}
+    if missing := sorted(expected - dataset["files"].keys()):
+        raise ValueError(f"{folder / 'dataset.json'} does not list {missing[0]}: copy the set again, or build it again")
+    found = {path.name for path in folder.glob("shard-*") if path.suffix in (".tar", ".idx")}
+    if stray := sorted((found | dataset["files"].keys()) - expected):
+        raise ValueError(
+            f"{folder / stray[0]} is no file of this set of {dataset['shards']:,} shards: remove it, or copy the set again"
+        )
+    if gone := sorted(expected - {path.name for path in folder.iterdir() if path.is_file()}):
+        raise ValueError(f"{folder / gone[0]} is missing: copy the set again, or build it again")
 
 
 def _shards(manifest: pa.Table, count: int) -> Iterator[_Shard]:

@@ -1,7 +1,9 @@
 """Small trees of drawn images, and a way to run the scripts."""
 
 import contextlib
+import hashlib
 import io
+import json
 import os
 import runpy
 import shutil
@@ -11,6 +13,8 @@ import traceback
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -95,6 +99,15 @@ def assert_refused(done: subprocess.CompletedProcess, *words: str) -> None:
     assert "Traceback" not in done.stderr
     for word in words:
         assert word in done.stderr
+
+
+def replace_manifest(shards: Path, table: pa.Table) -> None:
+    """Write another manifest, and its sha256 into dataset.json, as another packer would have written them."""
+    path = shards / "manifest.parquet"
+    pq.write_table(table, path)
+    dataset = json.loads((shards / "dataset.json").read_bytes())
+    dataset["files"][path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (shards / "dataset.json").write_text(json.dumps(dataset))
 
 
 def open_files(folder: Path) -> set[str]:

@@ -20,7 +20,7 @@ from pipelines.recipes import RECIPES
 from sharding.manifest import COLUMNS, WORDS, read_manifest
 from sharding.packing import build_shards
 from sharding.selection import select
-from tests.helpers import BREAST_LAYOUT, copy_folders, encoded, write_tree
+from tests.helpers import BREAST_LAYOUT, copy_folders, encoded, replace_manifest, write_tree
 
 COLUMN = '    "sha256": pa.string(),  # of the image'
 IN_MANIFEST = '    "brightness": pa.float32(),  # mean sample, 0 to 255\n    "scanner": WORDS,\n'
@@ -112,7 +112,7 @@ def test_training_reads_a_set_that_lacks_the_columns(small_set, monkeypatch):
 def test_a_set_without_a_column_that_it_always_had_is_damaged(small_set, tmp_path):
     copy = shutil.copytree(small_set, tmp_path / "set")
     table = pq.read_table(copy / "manifest.parquet")
-    pq.write_table(table.drop(["offset"]), copy / "manifest.parquet")
+    replace_manifest(copy, table.drop(["offset"]))
     for columns in (None, ["offset"]):
         with pytest.raises(ValueError, match="has no column 'offset'"):
             read_manifest(copy, columns=columns)

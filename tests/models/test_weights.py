@@ -119,6 +119,9 @@ def test_bad_files_are_refused_and_leave_the_backbone_alone(backbone, fresh, tmp
     (tmp_path / "unfinished").mkdir()
     wider = {name: torch.zeros(*tensor.shape, 2) for name, tensor in backbone.state_dict().items()}
     torch.save(wider, tmp_path / "shapes.pt")
+    broken = dict.fromkeys(("layer4.1.conv2.weight", "bn1.running_var"), float("nan"))
+    diverged = {name: tensor * broken.get(name, 1) for name, tensor in backbone.state_dict().items()}
+    torch.save(diverged, tmp_path / "diverged.pt")
     for name, sentence in {
         "other.pt": "matches nothing of this backbone .*has weight, the backbone conv1.weight",
         "evil.pt": "holds more than tensors",
@@ -128,6 +131,7 @@ def test_bad_files_are_refused_and_leave_the_backbone_alone(backbone, fresh, tmp
         "zero.pth": "not a readable torch file",
         "unfinished": "holds no backbone.safetensors",
         "shapes.pt": r"another architecture or image size: conv1.weight is \(64, 3, 7, 7, 2\) there",
+        "diverged.pt": r"NaN or infinite \(in 2 of \d+ tensors, such as .*\): the training that wrote it has diverged",
         "nothing.pt": "no such file",
     }.items():
         with pytest.raises(ValueError, match=sentence):

@@ -21,7 +21,7 @@ from pipelines.recipes import get_recipe
 from pipelines.shard_reader import ShardReader
 from sharding.manifest import shard_file
 from sharding.packing import build_shards
-from tests.helpers import ROOT, encoded, write_tree
+from tests.helpers import ROOT, encoded, replace_manifest, write_tree
 
 # Shared, so that the graph is made once where a test does not need its own.
 SIMCLR, EVAL = get_recipe("simclr"), get_recipe("eval")
@@ -491,7 +491,7 @@ def test_size_that_is_not_the_image_s(copied_set, column, change, backend):
     values = table[column].to_pylist()
     values[row["id"]] += change
     table = table.set_column(table.schema.get_field_index(column), table.schema.field(column), pa.array(values, pa.int32()))
-    pq.write_table(table, copied_set / "manifest.parquet")
+    replace_manifest(copied_set, table)
     with pytest.raises(ValueError, match="which was changed or damaged: copy or build the set again") as error:
         list(loader_of(copied_set, EVAL, backend=backend))
     height, width = (values[row["id"]] if name == column else row[name] for name in ("height", "width"))
@@ -520,7 +520,7 @@ def test_loader_is_of_use_after_a_damaged_batch(copied_set, batch_size):
 @pytest.mark.parametrize("column", ["width", "height"])
 def test_set_without_the_images_sizes(copied_set, column):
     table = pq.read_table(copied_set / "manifest.parquet")
-    pq.write_table(table.drop([column]), copied_set / "manifest.parquet")
+    replace_manifest(copied_set, table.drop([column]))
     with pytest.raises(ValueError, match="lacks the images' width and height"):
         ShardReader(copied_set)
 
@@ -573,7 +573,8 @@ def test_shard_that_is_missing(copied_set, backend):
     assert_one_sentence(error, copied_set / shard_file(1))
 
 
-def test_verify_finds_what_the_decoder_takes(copied_set):
+@pytest.mark.parametrize("backend", ["dali", "torchvision"])
+def test_damage_that_the_decoder_takes_is_found(copied_set, backend):
     """A flipped bit in a JPEG's pixels decodes without complaint: only the checksum tells, and before the batch comes."""
     row = patch_in(copied_set, 1)
     with open(copied_set / shard_file(1), "r+b") as file:
@@ -581,9 +582,7 @@ def test_verify_finds_what_the_decoder_takes(copied_set):
         byte = file.read(1)[0]
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte ^ 1]))
-    settings = {"batch_size": 5, "drop_last": False, "recipe": EVAL}
-    assert len(epoch_of(loader_of(copied_set, **settings))[0]) == 55
-    loader = loader_of(copied_set, verify=True, **settings)
+    loader = loader_of(copied_set, batch_size=5, drop_last=False, recipe=EVAL, backend=backend)
     (step,) = (step for step in range(11) if row["id"] in loader.batch_ids(step))
     with pytest.raises(ValueError, match="changed or damaged") as error:
         list(loader)
@@ -591,17 +590,41 @@ def test_verify_finds_what_the_decoder_takes(copied_set):
     assert loader.state_dict()["step"] <= step
 
 
-@pytest.mark.parametrize("backend", ["dali", "torchvision"])
-def test_verify_checks_each_patch_once(shard_set, whole, backend, monkeypatch):
-    checked, check = [], ShardReader.check
-    monkeypatch.setattr(ShardReader, "check", lambda self, ids: checked.extend(ids.tolist()) or check(self, ids))
-    loader = loader_of(shard_set, batch_size=5, backend=backend, verify=True)
+def test_patch_in_the_place_of_another_is_found(copied_set):
+    """It decodes and has the right size, with the label of the other."""
+    rows = [row for row in ShardReader(copied_set).manifest.to_pylist() if row["shard"] == 1]
+    pairs = ((a, b) for a in rows for b in rows if a["size"] > b["size"])
+    one, other = next((a, b) for a, b in pairs if all(a[name] == b[name] for name in ("format", "width", "height")))
+    path = copied_set / shard_file(1)
+    data = bytearray(path.read_bytes())
+    image = data[other["offset"] : other["offset"] + other["size"]]
+    data[one["offset"] : one["offset"] + one["size"]] = image.ljust(one["size"], b"\0")
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="changed or damaged") as error:
+        list(loader_of(copied_set, EVAL))
+    assert_one_sentence(error, path, one["key"])
+
+
+def test_each_patch_is_checked_once(shard_set, whole, monkeypatch):
+    checked, check = [], ShardReader._check_bytes
+    monkeypatch.setattr(ShardReader, "_check_bytes", lambda self, i, data: checked.append(i) or check(self, i, data))
+    loader = loader_of(shard_set, batch_size=5)
     first = epoch_of(loader)
     assert sorted(checked) == list(range(55))
     epoch_of(loader)
     assert sorted(checked) == list(range(55))
-    if backend == "dali":
-        assert_same_epoch(first, whole)
+    assert_same_epoch(first, whole)
+
+
+@pytest.mark.parametrize("value", ["", "zz" * 32, None], ids=["empty", "no hex", "null"])
+def test_checksum_that_is_none_is_named(copied_set, value):
+    table = ShardReader(copied_set).manifest
+    digests = [value, *table["sha256"].to_pylist()[1:]]
+    replace_manifest(
+        copied_set, table.set_column(table.schema.get_field_index("sha256"), "sha256", pa.array(digests, pa.string()))
+    )
+    with pytest.raises(ValueError, match=r"manifest.parquet is damaged \(see its column 'sha256'\)"):
+        list(loader_of(copied_set, EVAL))
 
 
 def read_all(loader, step, change, found):

@@ -10,13 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines.shard_reader import ShardReader
 from sharding.build_config import BuildConfig, commands_of
 from sharding.inspect_shards import InspectConfig
 from sharding.inspect_shards import main as inspect
 from sharding.manifest import class_names, fingerprint, read_dataset, read_manifest
 from sharding.packing import build_shards
 from sharding.verification import verify
-from tests.helpers import BREAST_LAYOUT, assert_refused, call_script, encoded, write_tree
+from tests.helpers import BREAST_LAYOUT, assert_refused, call_script, encoded, replace_manifest, write_tree
 
 MISSING = object()
 ODD_VALUES = [MISSING, None, True, -1, 0, 2.5, 10**30, float("nan"), "", "other", "\ud800", [], [None], [[]], {}, {"a": None}]
@@ -155,7 +156,7 @@ def test_a_number_that_cannot_be_is_named(grown, tmp_path, column, value):
     numbers = table[column].to_pylist()
     numbers[3] = value
     table = table.set_column(place, column, pa.array(numbers, table.schema.field(column).type))
-    pq.write_table(table, tmp_path / "set/manifest.parquet")
+    replace_manifest(tmp_path / "set", table)
     for columns in (None, [column]):
         with pytest.raises(ValueError, match=rf"manifest.parquet is damaged \(see its column '{column}'\)"):
             read_manifest(tmp_path / "set", columns=columns)
@@ -170,3 +171,29 @@ def test_a_dictionary_index_out_of_its_bounds_is_found(grown, tmp_path, monkeypa
     monkeypatch.setattr(pq.ParquetFile, "read", lambda self, columns=None: table)
     with pytest.raises(ValueError, match=r"manifest.parquet is damaged"):
         read_manifest(tmp_path / "set")
+
+
+def test_a_manifest_that_was_edited_is_refused(grown, tmp_path):
+    """Labels or splits that were corrected with pandas are another set, which dataset.json does not describe."""
+    shutil.copytree(grown / "set", tmp_path / "set")
+    before = fingerprint(tmp_path / "set")
+    table = read_manifest(tmp_path / "set")  # what this process has checked before does not count
+    labels = pa.array([1 - label for label in table["label"].to_pylist()], pa.int32())
+    edited = table.set_column(table.column_names.index("label"), table.schema.field("label"), labels)
+    pq.write_table(edited, tmp_path / "set/manifest.parquet")
+    for read in (read_manifest, fingerprint, ShardReader, verify):
+        with pytest.raises(
+            ValueError, match=r"set/manifest.parquet is not the file that dataset.json describes.* --table"
+        ) as error:
+            read(tmp_path / "set")
+        assert "\n" not in str(error.value)
+    replace_manifest(tmp_path / "set", edited)
+    assert fingerprint(tmp_path / "set") != before
+
+
+def test_a_manifest_that_dataset_json_does_not_list_is_refused(grown, described):
+    dataset = read_dataset(grown / "set")
+    del dataset["files"]["manifest.parquet"]
+    described(dataset)
+    with pytest.raises(ValueError, match=r"not the file that dataset\.json describes"):
+        read_manifest(grown / "set")

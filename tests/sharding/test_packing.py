@@ -247,8 +247,8 @@ def test_a_name_that_is_not_utf8_is_packed_too(tmp_path):
         (lambda s: (s / "dataset.json").write_text(json.dumps({"format_version": 3})), "upgrade PatchCLR"),
         (lambda s: (s / "dataset.json").write_text(json.dumps({"format_version": 1})), "pack the set again"),
         (lambda s: (s / "manifest.parquet").unlink(), "missing"),
-        (lambda s: (s / "manifest.parquet").write_bytes(b"PAR1 but not really"), "damaged"),
-        (lambda s: os.truncate(s / "manifest.parquet", 900), "damaged"),
+        (lambda s: (s / "manifest.parquet").write_bytes(b"PAR1 but not really"), "changed or damaged"),
+        (lambda s: os.truncate(s / "manifest.parquet", 900), "changed or damaged"),
     ],
 )
 def test_a_damaged_set_is_one_sentence(shards, damage, words):

@@ -1,5 +1,6 @@
 """The two scripts: what goes wrong is one sentence and exit code 2, and leaves nothing behind."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -135,6 +136,11 @@ def change_byte(path, place):
     path.write_bytes(data)
 
 
+def edit_dataset(shards, **changes):
+    path = shards / "dataset.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -145,6 +151,13 @@ def change_byte(path, place):
         (lambda s: (s / "shard-000001.tar").unlink(), "is missing"),
         (lambda s: (s / "shard-000001.idx").unlink(), "is missing"),
         (lambda s: (s / "shard-000000.tar").rename(s / "shard-000001.tar"), "is missing"),
+        (lambda s: shutil.copy(s / "shard-000000.tar", s / "shard-000002.tar"), "shard-000002.tar is no file of this set of 2"),
+        (lambda s: edit_dataset(s, shards=0), "'shard'"),
+        (lambda s: edit_dataset(s, shards=1), "'shard'"),
+        (lambda s: edit_dataset(s, shards=3), "does not list shard-000002.tar"),
+        (lambda s: edit_dataset(s, shards=10**9), "does not list shard-000002.tar"),
+        (lambda s: edit_dataset(s, classes=["b", "a"]), "other classes or counts"),
+        (lambda s: edit_dataset(s, counts={"train": {"a": 6, "b": 4}}), "other classes or counts"),
     ],
 )
 def test_verify_finds_any_damage(small_set, tmp_path, damage, words):

@@ -16,13 +16,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
 
 from pipelines.remote_folder import RemoteFolder, is_url
 from sharding.cli import old_defaults
+from sharding.folder_names import check_name
 from train.records.data import place_of
 from train.records.remote_run import CELLS, RESULT_NAME, Mirror
 from train.records.uploader import locked_run
@@ -266,6 +267,22 @@ def open_run(storage: str, name: str, *, whole: bool = False) -> Run:
     mirror = Mirror(f"{storage.rstrip('/')}/{name}")
     mirror.pull(whole=whole)
     return Run(mirror.folder, mirror)
+
+
+def named_run(storage: str, name: str) -> Run:
+    """The run that a stage's --name stands for, whether there is one yet or not.
+
+    Raises ValueError as open_run does, and for a name that check_name refuses. A run that an earlier version began under such a
+    name still goes on, if its folder is inside the storage.
+    """
+    try:
+        check_name(name)
+    except ValueError:
+        parts = PurePosixPath(name).parts
+        inside = parts and parts[0] != "/" and ".." not in parts and len(os.fsencode(name)) < 256
+        if not inside or not open_run(storage, name).exists:
+            raise
+    return open_run(storage, name)
 
 
 def find_run(name: str, storage: str) -> Run | None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from pipelines.recipes import describe_recipe, get_recipe
 from pipelines.shard_reader import ShardReader
+from sharding.folder_names import to_name
 from sharding.manifest import fingerprint
 from sharding.selection import select
 from train.config import EvaluateConfig
@@ -18,7 +19,7 @@ from train.records.data import Input, SetInput, cache_limit, open_set
 from train.records.init_weights import InitialWeights, StartingPoint, resolve_backbone, resolve_init, view_size
 from train.records.provenance import earlier_stages, find_overlap
 from train.records.remote_run import local_storage
-from train.records.runs import Run, Stage, find_run, identity, open_run
+from train.records.runs import Run, Stage, find_run, identity, named_run
 from train.reporting.gallery import write_gallery
 from train.reporting.report_writer import write_report
 from train.scoring.bootstrap import FEW_UNITS
@@ -75,7 +76,7 @@ def _evaluate(config: EvaluateConfig, reader: ShardReader) -> Run:
     ]
     start = _starting_point(config)
     data = SetInput.of(config.data, reader, np.arange(len(reader)))
-    run = open_run(config.storage, config.name or _default_name(config, start))
+    run = named_run(config.storage, _default_name(config, start) if config.name is None else config.name)
     stage = _stage(config, start, data.fingerprint)
     if not run.begin(stage, config, _describe_input(config, data, start, splits[0][2])):
         print(f"{run.name}: finished already, {run.place}", flush=True)
@@ -164,7 +165,7 @@ def _default_name(config, start):
     # A name such as hf-hub:OWNER/MODEL is not one folder.
     origin = start.parent.run.name if start.parent.run else re.sub(r"[^\w.+-]+", "-", start.architecture)
     seeds = f"seed{config.seed}" if config.seeds == 1 else f"seeds{config.seed}-{config.seed + config.seeds - 1}"
-    return f"{origin}-{config.mode}-{'+'.join(f'{each:g}' for each in config.fraction)}-{seeds}"
+    return to_name(f"{origin}-{config.mode}-{'+'.join(f'{each:g}' for each in config.fraction)}-{seeds}")
 
 
 def _describe_input(config, data, start, split: LabelSplit) -> dict[str, Any]:

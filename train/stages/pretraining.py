@@ -15,7 +15,7 @@ from train.config import PretrainConfig, worker_range
 from train.records.data import Input, SetInput, cache_limit, open_set, parse_mix
 from train.records.init_weights import InitialWeights, resolve_init
 from train.records.provenance import write_training_record
-from train.records.runs import Run, Stage, identity, open_run
+from train.records.runs import Run, Stage, identity, named_run
 from train.reporting.report_writer import write_report
 from train.trainer.grad_cache import check_micro_batch
 from train.trainer.health_checks import HealthChecks
@@ -117,10 +117,11 @@ def stage_of(config: PretrainConfig) -> Stage:
 
 def _resolve_inputs(config: PretrainConfig) -> tuple[Input, InitialWeights, Run]:
     """What is learnt from, what the weights come from, and the run of that name."""
+    run = named_run(config.storage, config.name)
     chosen = _select_patches(config, _selection(config))
     _check(config, chosen.patches)
     parent = resolve_init(config.init, config.storage, backbone=config.backbone)
-    return chosen, parent, open_run(config.storage, config.name)
+    return chosen, parent, run
 
 
 def _stage(config: PretrainConfig, method: Method, precision: str, chosen: Input, parent: InitialWeights) -> Stage:
@@ -216,7 +217,6 @@ def _finish(run, job, stage, seconds, device):
     run.finish(result, wall_seconds=seconds, device=device)
     report = write_report([run], run.folder / "report.html")
     run.publish()
-    loss = "is not a number: try a smaller --learning-rate" if last["loss"] is None else f"{last['loss']:.3f}"
-    print(f"{run.name}: loss {loss} (nothing learned: {result['nothing_learned_loss']:.3f}), {report}", flush=True)
+    print(f"{run.name}: loss {last['loss']:.3f} (nothing learned: {result['nothing_learned_loss']:.3f}), {report}", flush=True)
     if result["compare_by"]:
         print(f"{run.name}: {result['compare_by']}", flush=True)

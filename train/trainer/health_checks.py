@@ -1,4 +1,4 @@
-"""Warnings about a run's metrics: the loss is not a number, the model learns nothing, or the embeddings collapse."""
+"""Warnings about a run's metrics: the model learns nothing, or the embeddings collapse."""
 
 from typing import Any
 
@@ -21,8 +21,6 @@ class HealthChecks:
         """The new warnings that this row gives rise to."""
         found = {}
         loss, std = row["loss"], row.get("embedding_std")
-        if loss is None:
-            found["number"] = f"from step {row['step']} on the loss is not a number: try a smaller --learning-rate"
         if row["step"] >= self._grace_steps:
             if loss is not None and loss >= (1 - _NEAR_CHANCE) * self._chance:
                 found["chance"] = (

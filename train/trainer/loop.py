@@ -7,6 +7,7 @@ and the number of steps taken.
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models.backbones import build_backbone
-from models.weights import apply_init, save_backbone
+from models.weights import all_finite, apply_init, save_backbone
 from pipelines.loader import Batch, ViewLoader
 from pipelines.recipes import describe_recipe
 from train.records.checkpoints import copied_state
@@ -219,6 +220,8 @@ def _train(job: Job, worker: Worker, on_row: Callable[[dict[str, float]], None] 
                             )
                         logger.write(row)
                     clock = Clock(loader)
+                    if not math.isfinite(row["loss"]):  # the mean over ranks, so that all of them end here
+                        raise _diverged(f"the loss is {row['loss']:g}", step)
                 if validation:
                     validation.stopped = worker.broadcast(validation.stopped)  # all ranks end in the same step
                 stopped = validation is not None and validation.stopped
@@ -234,6 +237,8 @@ def _train(job: Job, worker: Worker, on_row: Callable[[dict[str, float]], None] 
                         "loader": loader.state_dict(),
                         "step": step,
                     }
+                    if not all_finite(state["model"].values()):
+                        raise _diverged("a weight is not finite", step)
                     if stopping:
                         state["stopping"] = stopping.state_dict()
                     worker.store.save(step, copied_state(state, device))
@@ -307,6 +312,13 @@ def _step(model, optimizer, batch: Batch, rate: float, step: int, job: Job, work
         values["gradient_norm"] = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     optimizer.step()
     return values
+
+
+def _diverged(what: str, step: int) -> ValueError:
+    return ValueError(
+        f"at step {step} {what}: training has diverged, and no weights are written. Try a smaller --learning-rate or more"
+        " --warmup-epochs, under another --name; the newest checkpoint before that step is kept"
+    )
 
 
 def _write_weights(job: Job, model: ViewModel) -> None:

@@ -49,7 +49,7 @@ def run_trials(state: StudyState) -> None:
                 num_samples=len(study.trials),
                 max_concurrent_trials=concurrent,
                 reuse_actors=study.early_stopping is None,  # early stopping ends a stage by ending its process
-                trial_name_creator=lambda trial: trial.config["name"].replace("/", "_"),
+                trial_name_creator=lambda trial: trial.config["name"],
                 trial_dirname_creator=lambda trial: trial.trial_id,
             ),
             run_config=tune.RunConfig(

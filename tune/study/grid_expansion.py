@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from jsonargparse import ArgumentError
 
 from sharding.cli import build_parser
+from sharding.folder_names import to_name
 from tune.study.comparability import why_incomparable
 from tune.study.schema import PARENT_FIELDS, GraphNode, Selection, Trial
 
@@ -193,7 +194,7 @@ def _trial(stage: StageSpec, chosen, node: GraphNode | None, inherited, outside:
     settled = {
         name: FieldValue(_resolve_names(name, field.value, stage, outside.data), field.at) for name, field in fields.items()
     }
-    settled["name"] = FieldValue("-".join([stage.name, *labels]).replace("/", "_"), stage.at)
+    settled["name"] = FieldValue(to_name("-".join([stage.name, *labels])), stage.at)
     settled["storage"] = FieldValue(outside.storage, stage.at)
     settled["workers"] = FieldValue(outside.workers[stage.kind], stage.at)
     if node is not None:
@@ -272,7 +273,7 @@ def _selections(stage: SelectSpec, of_stage, known) -> Iterator[Selection]:
         groups.setdefault(tuple(node.axes[name] for name in per), []).append(node)
     for values, candidates in groups.items():
         axes = dict(zip(per, values, strict=True))
-        name = "-".join([stage.name, *(f"{axis}-{value}" for axis, value in axes.items())]).replace("/", "_")
+        name = to_name("-".join([stage.name, *(f"{axis}-{value}" for axis, value in axes.items())]))
         reason = why_incomparable([trial for node in candidates for trial in leaves(node, known)], stage.by)
         if reason:
             raise stage.error(f"{name} would compare {reason}")

@@ -55,6 +55,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipelines.remote_folder import is_url
+from sharding.folder_names import check_name
 from tune.study.comparability import why_incomparable
 from tune.study.grid_expansion import FieldValue, SelectSpec, StageSpec, StudySettings, build_config, expand, field_names
 from tune.study.schema import KINDS, SELECTION_RULES, EarlyStopping, Resources, Study, Trial
@@ -80,6 +81,11 @@ def read_study(path: str | Path, *, smoke: bool = False) -> Study:
     for key in ("name", "storage", "report"):
         if not isinstance(content.get(key, ""), str):
             raise source.error(f"{key} must be a word, not {content[key]!r}", key)
+    if "name" in content:
+        try:
+            check_name(content["name"], what="name")
+        except ValueError as error:
+            raise source.error(str(error), "name") from None
     resources = {kind: _resources(source, kind) for kind in KINDS}
     stages = [_read_stage(source, stage, resources) for stage in content["stages"]]
     small = read_smoke_size(source, stages)

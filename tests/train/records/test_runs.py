@@ -10,7 +10,18 @@ import yaml
 
 from tests.train.records.begin_race import contend
 from train.config import EvaluateConfig, PretrainConfig
-from train.records.runs import STAGE_VERSIONS, Run, Stage, find_run, identity, read_json, versions, write_json, write_text
+from train.records.runs import (
+    STAGE_VERSIONS,
+    Run,
+    Stage,
+    find_run,
+    identity,
+    named_run,
+    read_json,
+    versions,
+    write_json,
+    write_text,
+)
 from train.reporting.report_writer import render_report
 from tune.execution.study_state import runs_by_key
 
@@ -226,6 +237,27 @@ def test_find_run_by_name_or_folder(tmp_path):
     assert find_run(str(run.folder), "elsewhere").folder == run.folder
     assert find_run("breast", str(tmp_path / "runs")) is None
     assert find_run("empty", str(tmp_path / "runs")) is None
+
+
+OUTSIDE = ["", ".", "..", "../outside", "a/../../outside", "{tmp}/outside", "a" * 300, "a\0", "가" * 90]
+
+
+@pytest.mark.parametrize("name", [*OUTSIDE, "a/b", "lr=1:2", " a"])
+def test_name_that_is_no_folder_s_is_refused(tmp_path, name):
+    storage = tmp_path / "runs"
+    with pytest.raises(ValueError, match="--name"):
+        named_run(str(storage), name.replace("{tmp}", str(tmp_path)))
+    assert not storage.exists()
+
+
+def test_run_of_an_earlier_version_goes_on_whatever_its_name(tmp_path):
+    for folder in ("runs/lr=1:2", "runs/sub/a", "outside"):
+        Run(tmp_path / folder).begin(stage_of(), CONFIG, {})
+    for name in ("lr=1:2", "sub/a"):
+        assert named_run(str(tmp_path / "runs"), name).folder == tmp_path / "runs" / name
+    for name in ("../outside", str(tmp_path / "outside")):
+        with pytest.raises(ValueError, match="the character '/'"):
+            named_run(str(tmp_path / "runs"), name)
 
 
 def test_final_figures_are_the_newest_and_say_nothing_of_the_machine(tmp_path):

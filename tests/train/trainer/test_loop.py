@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from models.backbones import build_backbone
-from models.weights import load_backbone_weights
+from models.weights import WEIGHTS_NAME, load_backbone_weights
 from pipelines.loader import Batch, ViewLoader
 from pipelines.recipes import RandomCrop, Recipe
 from sharding.manifest import fingerprint
@@ -498,10 +498,29 @@ def test_half_written_checkpoint_is_no_checkpoint(tmp_path):
     assert len(list((tmp_path / "checkpoints").glob("step-*"))) == 1
 
 
-def test_loss_that_is_no_number_becomes_null(tmp_path, small_set):
-    """JSON knows no NaN, and a report must open all the same."""
-    job = job_of(tmp_path / "run", small_set, epochs=1, peak_learning_rate=1e30)
-    fit(job, single_worker(job.folder, CPU))
+def test_diverged_run_ends_and_keeps_its_finite_checkpoint(tmp_path, small_set):
+    """A loss that is not finite ends it, with a row that JSON can hold; the weights before it are those that it goes on from."""
+    job = job_of(tmp_path / "run", small_set, epochs=4)
+    with pytest.raises(CutOff):
+        fit(job, cut_after(single_worker(job.folder, CPU), 4))
+    kept = CheckpointStore(job.folder).newest()
+    job = dataclasses.replace(job, peak_learning_rate=1e30)
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"at step \d+ the loss is (nan|inf): training has diverged.* smaller --learning-rate"
+        ):
+            fit(job, single_worker(job.folder, CPU))
+        assert CheckpointStore(job.folder).newest() == kept and not (job.folder / WEIGHTS_NAME).exists()
     text = (job.folder / "metrics.jsonl").read_text()
     assert "NaN" not in text and "Infinity" not in text
     assert Run(job.folder).metrics()[-1]["loss"] is None
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, small_set):
+    """The loss of a step is that of the weights before it, so the last one says nothing of the weights that are handed over."""
+    job = job_of(tmp_path / "run", small_set, epochs=1, batch_size=20, optimizer="sgd", warmup_epochs=0)
+    job = dataclasses.replace(job, peak_learning_rate=1e38, weight_decay=1e30)
+    assert job.steps == 1
+    with pytest.raises(ValueError, match="at step 1 a weight is not finite: training has diverged"):
+        fit(job, single_worker(job.folder, CPU))
+    assert CheckpointStore(job.folder).newest() is None and not (job.folder / WEIGHTS_NAME).exists()

@@ -14,6 +14,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sharding.folder_names import check_name
 from tests.helpers import ROOT
 from train.config import EvaluateConfig, PretrainConfig
 from tune.study.schema import EarlyStopping, Published, Resources, Selection, Trial
@@ -217,6 +218,8 @@ PRETRAIN = {"pretrain": {"data": "kidney"}}
         (STUDY | {"defaults": {"pretrain": 5}}, "`defaults: pretrain` must be a mapping"),
         (STUDY | {"defaults": {"pretran": {"epochs": 5}}}, "there is no field 'pretran'; did you mean pretrain?"),
         (stages_of(a=None), "stage a: a stage is one of `pretrain: {...}` or `evaluate: {...}` or `select: {...}`"),
+        ({"name": "../x", "stages": {"a": PRETRAIN}}, "name '../x' has the character '/'"),
+        ({"name": "", "stages": {"a": PRETRAIN}}, "name '' is empty"),
         (stages_of(a="pretrain"), "stage a: a stage is one of"),
         (stages_of(a={"train": {}}), "stage a: a stage is one of"),
         (stages_of(a=PRETRAIN | {"evaluate": {}}), "stage a: a stage is one of"),
@@ -255,6 +258,22 @@ def test_malformed_file_is_one_sentence(tmp_path, content, words):
         read_study(path)
     assert re.match(rf"{re.escape(str(path))}:\d+: ", str(error.value))
     assert "Traceback" not in str(error.value)
+
+
+def test_names_of_trials_are_those_of_folders(tmp_path):
+    """Values may hold anything and be long: two sets, a model of the hub, a hundred classes."""
+    classes = [[f"class {i:03d}" for i in range(100)], [f"class {i:03d}" for i in range(99)]]
+    content = {
+        "stages": {
+            "a": {"pretrain": {"data": ["d", "s3://bucket/d"], "backbone": "hf-hub:timm/resnet18"}},
+            "b": {"evaluate": {"data": "d", "backbone": "a", "classes": classes}},
+        }
+    }
+    names = [trial.name for trial in read_study(write(tmp_path, content)).trials]
+    assert names[:2] == ["a-data-d", "a-data-s3___bucket_d"]
+    assert len(set(names)) == 6
+    for name in names:
+        check_name(f"{name}-01234567")
 
 
 def test_missing_file(tmp_path):
