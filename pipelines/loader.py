@@ -137,8 +137,9 @@ class ViewLoader:
         return {"epoch": self.epoch, "step": self.step}
 
     def load_state_dict(self, state: dict) -> None:
-        """Set the position; start a new iteration afterwards."""
-        assert 0 <= state["step"] <= len(self), (state, len(self))
+        """Set the position; start a new iteration afterwards. Raises ValueError for a position that the loader does not have."""
+        if state["epoch"] < 0 or not 0 <= state["step"] <= len(self):
+            raise ValueError(f"epoch {state['epoch']}, step {state['step']} is no position in epochs of {len(self)} steps")
         self.epoch, self.step = state["epoch"], state["step"]
 
     def parameters(self, ids: np.ndarray, epochs: np.ndarray | None = None) -> ViewParameters:

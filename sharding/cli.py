@@ -5,6 +5,8 @@ them, flags override it, and field names are the YAML keys.
 """
 
 import dataclasses
+import io
+import math
 import os
 import re
 import select
@@ -16,22 +18,34 @@ from collections.abc import Callable, Collection, Sequence
 import rich.console
 from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser, DefaultHelpFormatter
 
+from sharding.yaml_lines import read_yaml
+
 _AS_DEFAULT = object()
 
 
-def option(default, text: str, *, identity: bool = True, old_default=_AS_DEFAULT, choices: Collection[str] | None = None):
+def option(
+    default,
+    text: str,
+    *,
+    identity: bool = True,
+    old_default=_AS_DEFAULT,
+    choices: Collection[str] | None = None,
+    least: float | None = None,
+):
     """A config field that becomes `--field-name`, with its default and its line of help.
 
     identity: whether the field decides the result; where, how fast and by how many something is done does not.
     old_default: the value that holds for records made before the field existed, where it is not `default`: what the code did
     then. Keep it when you give the field another default later.
     choices: the values that are accepted, such as the keys of a registry, to which names may still be added later.
+    least: the least number that `check_numbers` accepts.
     """
     metadata = {
         "help": text,
         "identity": identity,
         "old_default": default if old_default is _AS_DEFAULT else old_default,
         "choices": choices,
+        "least": least,
     }
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -46,6 +60,14 @@ def required(text: str, *, identity: bool = True):
 def positional(text: str, *, identity: bool = True):
     """A config field that is given by its place; a list takes one or more."""
     return dataclasses.field(metadata={"help": text, "identity": identity, "positional": True})
+
+
+def check_numbers(config) -> None:
+    """Raise ValueError for a number that is below its field's `least`, or not finite."""
+    for field in dataclasses.fields(config):
+        value, least = getattr(config, field.name), field.metadata.get("least")
+        if least is not None and value is not None and not least <= value < math.inf:
+            raise ValueError(f"--{field.name.replace('_', '-')} {value:g}: give at least {least:g}")
 
 
 def old_defaults(config_class: type) -> dict[str, typing.Any]:
@@ -76,9 +98,10 @@ class _Parser(ArgumentParser):
 class _ConfigFile(ActionConfigFile):
     def __call__(self, parser, cfg, values, option_string=None):
         try:
-            super().__call__(parser, cfg, values, option_string)
-        except UnicodeDecodeError:
-            parser.error(f"--config {values}: this file is not text in UTF-8: save it as UTF-8")
+            read_yaml(values, example="a YAML file of settings")
+        except (ValueError, OSError) as error:
+            parser.error(f"--config {describe(error)}")
+        super().__call__(parser, cfg, values, option_string)
 
 
 def build_parser(config_class: type, *, prog: str, description: str, exit_on_error: bool = True) -> ArgumentParser:
@@ -131,6 +154,7 @@ def run_script(main: Callable, config_class: type, *, prog: str, description: st
     Returns the exit code: 0, 2 for a mistake in the input (ValueError, or a file that cannot be read or written), 130
     after Ctrl-C. Anything else is our fault and keeps its traceback.
     """
+    _open_standard_streams()
     config = parse(config_class, arguments, prog=prog, description=description)
     try:
         main(config)
@@ -147,6 +171,21 @@ def run_script(main: Callable, config_class: type, *, prog: str, description: st
         print(f"{prog}: interrupted; the same command goes on from where it was", file=sys.stderr)
         return 130
     return 0
+
+
+def _open_standard_streams() -> None:
+    """Without them (`2>&-`), the next file that is opened would take their numbers, and get what is written to them. And a
+    terminal that cannot show a Korean name shows its code points."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r"))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _refused(prog: str, error: BaseException) -> int:

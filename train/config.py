@@ -66,8 +66,8 @@ class PretrainConfig:
     shuffle_window: int | None = option(
         None, "shuffle within so many shards at a time, for a set larger than memory or cache; default: all together"
     )
-    image_size: int = option(224, _IMAGE_SIZE)
-    batch_size: int = option(256, _BATCH)
+    image_size: int = option(224, _IMAGE_SIZE, least=1)
+    batch_size: int = option(256, _BATCH, least=2)
     micro_batch: int | None = option(
         None,
         "for a batch larger than memory: so many patches per worker at a time, in two passes, with the loss of the whole batch."
@@ -83,15 +83,15 @@ class PretrainConfig:
         "linear", "the default rate of lars and sgd: 0.3 x batch / 256, or 0.075 x sqrt(batch), which is higher below 4096"
     )
     schedule: Schedule = option("cosine", _SCHEDULE)
-    weight_decay: float = option(1e-6, "decay of weights; biases and norms have none")
-    epochs: int = option(100, "passes over the selected patches")
-    warmup_epochs: float = option(10.0, _WARMUP)
+    weight_decay: float = option(1e-6, "decay of weights; biases and norms have none", least=0)
+    epochs: int = option(100, "passes over the selected patches", least=1)
+    warmup_epochs: float = option(10.0, _WARMUP, least=0)
     precision: Literal["auto", "fp32", "bf16", "fp64"] = option("auto", _AUTO_PRECISION)
-    seed: int = option(42, _SEED)
+    seed: int = option(42, _SEED, least=0)
     workers: WorkerRange | int = option(1, _WORKERS, identity=False)  # type: ignore[valid-type]
     gpus_per_worker: float | None = option(None, _GPUS, identity=False)
-    cpus_per_worker: int = option(0, _CPUS, identity=False)
-    threads: int = option(0, _THREADS, identity=False)
+    cpus_per_worker: int = option(0, _CPUS, identity=False, least=0)
+    threads: int = option(0, _THREADS, identity=False, least=0)
     compile: bool | None = option(None, "torch.compile the model; default: on a GPU where the compiler works", identity=False)
     channels_last: bool | None = option(None, "channels last in memory; default: on a GPU", identity=False)
     deterministic: bool = option(
@@ -100,16 +100,21 @@ class PretrainConfig:
         identity=False,
     )
     profile: bool = option(False, "trace a few steps with torch's profiler, into the run's folder profile/", identity=False)
-    log_every: int = option(10, "steps between two rows of metrics.jsonl", identity=False)
+    log_every: int = option(10, "steps between two rows of metrics.jsonl", identity=False, least=1)
     probe_every: int = option(
-        10, "epochs between two probes (a ridge classifier and kNN on frozen features, in metrics.jsonl); 0: none", identity=False
+        10,
+        "epochs between two probes (a ridge classifier and kNN on frozen features, in metrics.jsonl); 0: none",
+        identity=False,
+        least=0,
     )
     probe_data: str | None = option(
         None, "the labelled shard set to probe on, its --split alone; default: --data where it has labels", identity=False
     )
-    probe_patches: int = option(2048, "labelled patches that a probe looks at", identity=False)
-    checkpoint_every: int = option(0, "steps between checkpoints; 0: one per epoch", identity=False)
-    max_failures: int = option(3, "how often workers may fail without a new checkpoint since, and start again", identity=False)
+    probe_patches: int = option(2048, "labelled patches that a probe looks at", identity=False, least=1)
+    checkpoint_every: int = option(0, "steps between checkpoints; 0: one per epoch", identity=False, least=0)
+    max_failures: int = option(
+        3, "how often workers may fail without a new checkpoint since, and start again", identity=False, least=0
+    )
     cache_gib: float | None = option(None, _CACHE, identity=False)
     storage: str = option("runs", _STORAGE, identity=False)
 
@@ -148,37 +153,39 @@ class EvaluateConfig:
     classes: list[str] = option([], "only these classes; default: all")
     leave_out: list[str] = option([], "all classes but these")
     fraction: list[float] = option([1.0], "shares of the labels to use, each evaluated, 0 to 1 (5 %% lies inside 50 %%)")
-    cap: int | None = option(None, "at most so many labels of each class")
+    cap: int | None = option(None, "at most so many labels of each class", least=1)
     balance: bool = option(False, "cut every class to the size of the smallest")
     validation: float = option(0.2, "share of the used labels that is chosen on: the regularisation, the best epoch")
-    seeds: int = option(1, "so many seeds, from --seed on; results are their mean and deviation")
+    seeds: int = option(1, "so many seeds, from --seed on; results are their mean and deviation", least=1)
     protocol: Literal["lbfgs", "adam", "sgd"] = option(
         "lbfgs",
         "how a linear classifier learns: lbfgs to convergence with the decay that does best on the validation part; adam (3e-4,"
         " batch 64, 100 epochs) or sgd (0.2, batch 256, early stopping), with the weights of the best validation loss",
     )
     head: Literal["linear", "mlp"] = option("linear", "for --protocol adam and sgd: a linear layer, or two with ReLU between")
-    neighbours: int = option(20, "neighbours that vote (knn)")
-    image_size: int | None = option(None, _IMAGE_SIZE + "; default: the backbone's own")
-    batch_size: int = option(64, _BATCH + " (finetune and supervised)")
+    neighbours: int = option(20, "neighbours that vote (knn)", least=1)
+    image_size: int | None = option(None, _IMAGE_SIZE + "; default: the backbone's own", least=1)
+    batch_size: int = option(64, _BATCH + " (finetune and supervised)", least=2)
     optimizer: Optimizer = option("adam", _OPTIMIZER)
     learning_rate: float | None = option(None, "peak learning rate; default 1e-3 for supervised, 1e-4 for finetune")
     schedule: Schedule = option("cosine", _SCHEDULE)
-    weight_decay: float = option(1e-4, "decay of weights; biases and norms have none")
-    epochs: int = option(50, "passes over the used labels, at most (finetune and supervised)")
+    weight_decay: float = option(1e-4, "decay of weights; biases and norms have none", least=0)
+    epochs: int = option(50, "passes over the used labels, at most (finetune and supervised)", least=1)
     patience: int = option(
-        10, "epochs without a lower validation loss after which training ends (finetune and supervised); 0: never"
+        10, "epochs without a lower validation loss after which training ends (finetune and supervised); 0: never", least=0
     )
-    warmup_epochs: float = option(1.0, _WARMUP)
+    warmup_epochs: float = option(1.0, _WARMUP, least=0)
     precision: Precision = option("fp32", _PRECISION)
-    seed: int = option(42, _SEED + ", and of which labels are used")
-    draws: int = option(1000, "draws of the bootstrap by group that the intervals come from")
+    seed: int = option(42, _SEED + ", and of which labels are used", least=0)
+    draws: int = option(1000, "draws of the bootstrap by group that the intervals come from", least=1)
     workers: WorkerRange | int = option(0, _WORKERS, identity=False)  # type: ignore[valid-type]
     gpus_per_worker: float | None = option(None, _GPUS, identity=False)
-    cpus_per_worker: int = option(0, _CPUS, identity=False)
-    threads: int = option(0, _THREADS, identity=False)
-    log_every: int = option(10, "steps between two rows of metrics.jsonl", identity=False)
-    max_failures: int = option(3, "how often workers may fail without a new checkpoint since, and start again", identity=False)
+    cpus_per_worker: int = option(0, _CPUS, identity=False, least=0)
+    threads: int = option(0, _THREADS, identity=False, least=0)
+    log_every: int = option(10, "steps between two rows of metrics.jsonl", identity=False, least=1)
+    max_failures: int = option(
+        3, "how often workers may fail without a new checkpoint since, and start again", identity=False, least=0
+    )
     cache_gib: float | None = option(None, _CACHE, identity=False)
     storage: str = option("runs", _STORAGE, identity=False)
 
@@ -196,12 +203,12 @@ class EmbedConfig:
         identity=False,
     )
     split: str | None = option(None, "only this split; default: all patches")
-    image_size: int | None = option(None, _IMAGE_SIZE + "; default: the backbone's own")
-    seed: int = option(42, "seed of the weights of --backbone scratch")
+    image_size: int | None = option(None, _IMAGE_SIZE + "; default: the backbone's own", least=1)
+    seed: int = option(42, "seed of the weights of --backbone scratch", least=0)
     workers: WorkerRange | int = option(0, _WORKERS, identity=False)  # type: ignore[valid-type]
     gpus_per_worker: float | None = option(None, _GPUS, identity=False)
-    cpus_per_worker: int = option(0, _CPUS, identity=False)
-    threads: int = option(0, _THREADS, identity=False)
+    cpus_per_worker: int = option(0, _CPUS, identity=False, least=0)
+    threads: int = option(0, _THREADS, identity=False, least=0)
     cache_gib: float | None = option(None, _CACHE, identity=False)
     storage: str = option("runs", _STORAGE, identity=False)
 

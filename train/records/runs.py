@@ -344,8 +344,11 @@ def write_text(path: Path, text: str) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to, which takes the place of the given one when the block ends well."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    yield temporary
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # a full disk needs the space
 
 
 def versions(packages: Iterable[str] = _PACKAGES) -> dict[str, str]:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from models.weights import weights_hash
 from pipelines.recipes import describe_recipe, get_recipe
 from pipelines.shard_reader import ShardReader
+from sharding.cli import check_numbers
 from sharding.manifest import fingerprint, read_dataset
 from sharding.selection import select
 from train.config import EmbedConfig
@@ -34,6 +35,7 @@ def embed(config: EmbedConfig) -> Path:
 
     Raises ValueError where the folder holds other embeddings, and for what evaluation would refuse as well.
     """
+    check_numbers(config)
     start = resolve_backbone(config)
     out = Path(config.out)
     with open_set(config.data, cache_limit(config.cache_gib)) as reader:

@@ -11,6 +11,7 @@ import numpy as np
 
 from pipelines.recipes import describe_recipe, get_recipe
 from pipelines.shard_reader import ShardReader
+from sharding.cli import check_numbers
 from sharding.folder_names import to_name
 from sharding.manifest import fingerprint
 from sharding.selection import select
@@ -24,7 +25,7 @@ from train.reporting.gallery import write_gallery
 from train.reporting.report_writer import write_report
 from train.scoring.bootstrap import FEW_UNITS
 from train.stages.feature_cache import FeaturePass, WorkerOptions
-from train.stages.finetuning import batch_size_of, check_training, train_and_predict
+from train.stages.finetuning import batch_size_of, check_learning_rate, train_and_predict
 from train.stages.label_sets import (
     LabelledSet,
     LabelSplit,
@@ -122,6 +123,7 @@ def _evaluate(config: EvaluateConfig, reader: ShardReader) -> Run:
                 *before.warnings,
                 *label_warnings(known, [split for *_, split in splits]),
                 *_small_test_warnings(summary["summary"]),
+                *_neighbour_warnings(config, [split for *_, split in splits]),
             ],
             "notes": before.notes,
             **extra,
@@ -137,18 +139,13 @@ def _evaluate(config: EvaluateConfig, reader: ShardReader) -> Run:
 
 
 def _check(config: EvaluateConfig) -> None:
-    if config.seeds < 1:
-        raise ValueError(f"--seeds {config.seeds}: give at least 1")
+    check_numbers(config)
     if len(set(config.fraction)) < len(config.fraction) or not config.fraction:
         raise ValueError(f"--fraction {' '.join(f'{each:g}' for each in config.fraction)}: give each share once")
-    if config.draws < 1:
-        raise ValueError(f"--draws {config.draws}: give at least 1")
-    if config.neighbours < 1:
-        raise ValueError(f"--neighbours {config.neighbours}: give at least 1")
     if config.head != "linear" and (config.mode != "linear" or config.protocol == "lbfgs"):
         raise ValueError(f"--head {config.head} is for --mode linear with --protocol adam or sgd: its loss has many minima")
     if config.mode in TRAINED:
-        check_training(config)
+        check_learning_rate(config)
 
 
 def _starting_point(config: EvaluateConfig) -> StartingPoint:
@@ -247,6 +244,13 @@ def _small_test_warnings(summary) -> list[str]:
     if units >= FEW_UNITS:
         return []
     return [f"the test split has only {units} {unit}s, so its intervals are unreliable"]
+
+
+def _neighbour_warnings(config: EvaluateConfig, splits: Sequence[LabelSplit]) -> list[str]:
+    fewest = min(len(split.used) for split in splits)
+    if config.mode != "knn" or fewest >= config.neighbours:
+        return []
+    return [f"where fewer than --neighbours {config.neighbours} labels are used, all of them vote: {fewest} at the least"]
 
 
 def _scalars(summary) -> dict[str, dict[int, float]]:

@@ -1,5 +1,6 @@
 """Evaluation by training all weights: fine-tuning, and the supervised baseline. Each fraction and seed has a run of its own."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -29,20 +30,17 @@ _FEATURES_NAME = "test_features.npy"
 _PEAKS = {"supervised": 1e-3, "finetune": 1e-4}
 
 
-def check_training(config: EvaluateConfig) -> None:
-    """Raises ValueError for values out of range."""
-    if config.batch_size < 1:
-        raise ValueError(f"--batch-size {config.batch_size}: a batch needs at least 1 patch")
-    if config.learning_rate is not None and not config.learning_rate > 0:
+def check_learning_rate(config: EvaluateConfig) -> None:
+    """Raises ValueError for a rate that is not above 0."""
+    if config.learning_rate is not None and not 0 < config.learning_rate < math.inf:
         raise ValueError(f"--learning-rate {config.learning_rate:g}: give a rate above 0, or leave it out for the default")
-    if config.epochs < 1:
-        raise ValueError(f"--epochs {config.epochs}: train for at least one")
-    if config.patience < 0:
-        raise ValueError(f"--patience {config.patience}: give a number of epochs, or 0 to train through all")
 
 
 def batch_size_of(config: EvaluateConfig, split: LabelSplit) -> int:
-    """The configured batch size, but no more than there are training patches."""
+    """The configured batch size, but no more than there are training patches. Raises ValueError for fewer than 2 of them, which
+    batch norm cannot take."""
+    if len(split.train) < 2:
+        raise ValueError(f"{len(split.train)} patch is left to train on: give a larger --fraction or --cap, or less --validation")
     return min(config.batch_size, len(split.train))
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from pipelines.shard_reader import ShardReader
 from sharding.manifest import class_names, decoded
 from sharding.selection import select
+from sharding.sources.file_listing import counted
 from sharding.splits.assign import parse_shares
 from train.config import EvaluateConfig
 
@@ -53,7 +54,8 @@ def labelled_set(config: EvaluateConfig, reader: ShardReader) -> LabelledSet:
     kept = [name for name in names if name in (config.classes or names) and name not in config.leave_out]
     if len(kept) < 2:
         raise ValueError(
-            f"{config.data} has {len(kept)} classes: an evaluation needs labels of at least two (build with {{class}})"
+            f"{config.data} has {counted(len(kept), 'class', 'classes')}: an evaluation needs labels of at least two (build with"
+            " {class})"
         )
     index = np.array([kept.index(name) if name in kept else -1 for name in names] + [-1])  # -1, unlabelled, indexes the last
     codes, group_names = decoded(reader.manifest["group"])

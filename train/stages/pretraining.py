@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.recipes import describe_recipe
+from sharding.cli import check_numbers
 from sharding.selection import select
 from train.cluster.launcher import run_job
 from train.cluster.ray_cluster import gpus_with_bf16
@@ -117,6 +118,7 @@ def stage_of(config: PretrainConfig) -> Stage:
 
 def _resolve_inputs(config: PretrainConfig) -> tuple[Input, InitialWeights, Run]:
     """What is learnt from, what the weights come from, and the run of that name."""
+    check_numbers(config)
     run = named_run(config.storage, config.name)
     chosen = _select_patches(config, _selection(config))
     _check(config, chosen.patches)
@@ -173,10 +175,6 @@ def _set_names(config: PretrainConfig) -> str:
 
 
 def _check(config: PretrainConfig, patches: int) -> None:
-    if config.epochs < 1:
-        raise ValueError(f"--epochs {config.epochs}: train for at least one")
-    if config.batch_size < 2:
-        raise ValueError(f"--batch-size {config.batch_size}: a batch needs at least 2 patches, to compare with each other")
     if config.batch_size > patches:
         raise ValueError(
             f"--batch-size {config.batch_size} is larger than the {patches} selected patches of {_set_names(config)}:"
@@ -190,8 +188,6 @@ def _check(config: PretrainConfig, patches: int) -> None:
         check_micro_batch(config.micro_batch, config.batch_size // max(1, workers))
     if config.shuffle_window is not None and config.shuffle_window < 1:
         raise ValueError(f"--shuffle-window {config.shuffle_window}: give at least 1 shard, or leave it out to shuffle all")
-    if config.log_every < 1 or config.checkpoint_every < 0:
-        raise ValueError("--log-every must be at least 1, --checkpoint-every at least 0")
 
 
 def _finish(run, job, stage, seconds, device):

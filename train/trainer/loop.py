@@ -32,7 +32,7 @@ from train.trainer.online_probe import Probe, run_probe
 from train.trainer.optim import build_optimizer, learning_rate
 from train.trainer.precision import backend_settings, compile_model, default_on_cuda, device_name
 from train.trainer.profiler import tracing
-from train.trainer.worker import Worker
+from train.trainer.worker import Worker, damaged_checkpoint
 
 # V views, B local patches, D width of the head's output, S image size
 
@@ -160,12 +160,17 @@ def _train(job: Job, worker: Worker, on_row: Callable[[dict[str, float]], None] 
 
         step, state = 0, worker.load_checkpoint()
         if state is not None:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            loader.load_state_dict(state["loader"])
-            if stopping:
-                stopping.load_state_dict(state["stopping"])
-            step = state["step"]
+            try:
+                model.load_state_dict(state["model"])
+                optimizer.load_state_dict(state["optimizer"])
+                loader.load_state_dict(state["loader"])
+                if stopping:
+                    stopping.load_state_dict(state["stopping"])
+                step = int(state["step"])
+            except torch.OutOfMemoryError:
+                raise
+            except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                raise damaged_checkpoint(state["path"], error) from error
             del state
 
         # ---- Parallel and compiled ----

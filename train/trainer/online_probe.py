@@ -71,13 +71,9 @@ def build_probe(config: PretrainConfig) -> tuple[Probe | None, str]:
 
     The patches are the first of the split that have labels: a set's patches lie in shuffled order, so these are a sample like
     any other, and they lie in few shards, which matters where shards are fetched.
-    Raises ValueError for numbers out of range, and where --probe-data cannot be probed on; where that is so of --data, which
-    need not have labels, there is no probe.
+    Raises ValueError where --probe-data cannot be probed on; where that is so of --data, which need not have labels, there is no
+    probe.
     """
-    if config.probe_every < 0:
-        raise ValueError(f"--probe-every {config.probe_every}: give a number of epochs, or 0 for no probe")
-    if config.probe_patches < 1:
-        raise ValueError(f"--probe-patches {config.probe_patches}: give at least 1, or --probe-every 0 for no probe")
     if not config.probe_every:
         return None, "no probe (--probe-every 0)"
     try:

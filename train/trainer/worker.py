@@ -1,5 +1,6 @@
 """One of the processes that train a run together: its rank, its device, and where the run is kept."""
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sharding.cli import describe
 from train.records.checkpoints import CheckpointStore
 from train.records.remote_run import CHECKPOINT_NAME
 from train.records.retry import retry_io
@@ -57,7 +59,25 @@ class Worker:
         name = self.broadcast(self.store.newest() if self.is_main else None)
         if name is None:
             return None
-        return torch.load(self.store.fetch(name) / CHECKPOINT_NAME, map_location=self.device, weights_only=True)
+        path = self.store.fetch(name) / CHECKPOINT_NAME
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            if not isinstance(state, dict):
+                raise TypeError(f"a {type(state).__name__}")
+        except torch.OutOfMemoryError:
+            raise
+        except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, ValueError, KeyError) as error:
+            raise damaged_checkpoint(path, error) from error
+        return state | {"path": path}
+
+
+def damaged_checkpoint(path: Path, error: BaseException) -> ValueError:
+    """The error for a checkpoint that cannot be read, or is of another run."""
+    reason = describe(error).split(". ")[0][:200]
+    return ValueError(
+        f"{path} is damaged, or no checkpoint of this run ({reason}): restore it, or remove {path.parent}, and the same command"
+        " trains from the beginning"
+    )
 
 
 def single_worker(folder: Path, device: torch.device | None = None, **store: Any) -> Worker:

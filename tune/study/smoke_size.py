@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from sharding.yaml_lines import YamlFile
 from tune.study.grid_expansion import FieldValue, SelectSpec, StageSpec, field_names, parse_axis_value, stage_axes
 from tune.study.schema import KINDS
-from tune.study.yaml_lines import YamlFile
 
 _KEYS = ("data", *KINDS)
 

@@ -56,12 +56,12 @@ from pathlib import Path
 
 from pipelines.remote_folder import is_url
 from sharding.folder_names import check_name
+from sharding.yaml_lines import YamlFile, read_yaml
 from tune.study.comparability import why_incomparable
 from tune.study.grid_expansion import FieldValue, SelectSpec, StageSpec, StudySettings, build_config, expand, field_names
 from tune.study.schema import KINDS, SELECTION_RULES, EarlyStopping, Resources, Study, Trial
 from tune.study.smoke_size import read_smoke_size, shrink_stage
 from tune.study.table_specs import read_tables
-from tune.study.yaml_lines import YamlFile, read_yaml
 
 _KEYS = ("name", "storage", "report", "data", "defaults", "stages", "tables", "resources", "asha", "smoke")
 
@@ -71,7 +71,7 @@ def read_study(path: str | Path, *, smoke: bool = False) -> Study:
 
     Raises ValueError, with FILE:LINE in front, before anything is started.
     """
-    source = read_yaml(path)
+    source = read_yaml(path, example="a study file such as tune/studies/demo.yaml")
     content = source.content
     if not isinstance(content, dict) or not isinstance(content.get("stages"), dict) or not content["stages"]:
         raise source.error("a study must be a mapping with at least `stages`, a mapping of names to stages")

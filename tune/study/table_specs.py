@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from sharding.yaml_lines import YamlFile
 from tune.study.grid_expansion import parse_axis_value, table_places
 from tune.study.schema import SELECTION_RULES, Published, TableSpec, Trial
 from tune.study.smoke_size import SmokeSize
-from tune.study.yaml_lines import YamlFile
 
 _KEYS = ("title", "stages", "rows", "columns", "values", "published")
 _AVERAGED = ("seed",)  # axes that an entry may average over

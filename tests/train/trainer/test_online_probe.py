@@ -198,8 +198,6 @@ def test_a_set_without_labels_is_not_probed(other_set, small_set):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"probe_every": -1}, "--probe-every -1: give a number of epochs"),
-        ({"probe_patches": 0}, "--probe-patches 0: give at least 1"),
         ({"probe_data": "other"}, "--probe-data .*has no labels of two classes"),
         ({"probe_data": "small", "split": "validation"}, "--probe-data .*there is no split 'validation'"),
         ({"probe_data": "small", "probe_patches": 4}, "--probe-data .*too few labels to be probed on"),

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+MAX_ENTRIES = 100_000
+
 
 class YamlFile(NamedTuple):
     """A YAML file. about: its leading comment, without the #; content: as safe_load gives it; lines: the line of each entry, from
@@ -53,14 +55,20 @@ class YamlFile(NamedTuple):
                 raise self.error(f"{place}there is no field {name!r}; {hint}", *keys, name)
 
 
-def read_yaml(path: str | Path) -> YamlFile:
-    """Read a YAML file. Raises ValueError if it is not YAML, and for a duplicate key, of which PyYAML silently keeps the last."""
+def read_yaml(path: str | Path, *, example: str) -> YamlFile:
+    """Read a YAML file. example: the way out where there is none.
+
+    Raises ValueError if it is not YAML, has more than MAX_ENTRIES entries (a few aliases of aliases make billions), or has a
+    duplicate key, of which PyYAML silently keeps the last.
+    """
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"{path} is not a file: give {example}")
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; give a study file such as tune/studies/demo.yaml") from None
+        raise ValueError(f"{path}: no such file; give {example}") from None
     except UnicodeDecodeError:
-        raise ValueError(f"{path}: this is not text in UTF-8") from None
+        raise ValueError(f"{path}: this is not text in UTF-8: save it as UTF-8") from None
     loader = yaml.SafeLoader(text)
     lines: dict[tuple, int] = {(): 1}
     try:
@@ -73,6 +81,8 @@ def read_yaml(path: str | Path) -> YamlFile:
         raise ValueError(f"{path}:{line}: this is not YAML: {error.problem}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: this is not YAML: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: its entries are nested too deeply") from None
     finally:
         loader.dispose()
     return YamlFile(Path(path), _leading_comment(text), content, lines)
@@ -81,6 +91,8 @@ def read_yaml(path: str | Path) -> YamlFile:
 def _mark(loader, node, keys, above, lines, path):
     if node in above:
         raise ValueError(f"{path}:{node.start_mark.line + 1}: this alias refers to an entry that contains it")
+    if len(lines) > MAX_ENTRIES:
+        raise ValueError(f"{path}:{node.start_mark.line + 1}: more than {MAX_ENTRIES:,} entries, counting those of aliases")
     if isinstance(node, yaml.SequenceNode):
         for place, each in enumerate(node.value):
             lines[*keys, place] = each.start_mark.line + 1
