@@ -38,13 +38,27 @@ def connect(name: str | None = None) -> None:
 
     if ray.is_initialized():
         return
+    _listen_on_loopback()
     job = ray.job_config.JobConfig(metadata={"job_name": name} if name else None)
     context = ray.init(job_config=job, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
+    with contextlib.suppress(FileNotFoundError):  # Ray writes it for everyone to read
+        (Path.home() / ".ray" / "auth_token").chmod(0o600)
     place = context.dashboard_url
     nodes = len(alive_nodes())
     resources = ray.cluster_resources()
     gpus = f", {resources['GPU']:.0f} GPUs" if resources.get("GPU") else ""
     print(f"Ray: {nodes} node{'s' * (nodes > 1)}, {resources['CPU']:.0f} CPUs{gpus}; dashboard http://{place}", flush=True)
+
+
+def _listen_on_loopback() -> None:
+    """Have a Ray that is started here listen on loopback only: it serves this machine alone. Of a cluster that is joined, the
+    addresses stay."""
+    from ray._private import ray_constants, services
+
+    if services.canonicalize_bootstrap_address(None) is None:
+        # Ray's own switch for systems whose firewall asks about every port.
+        os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+        ray_constants.ENABLE_RAY_CLUSTER = False
 
 
 def possible_nodes() -> list[NodeResources]:
