@@ -356,6 +356,32 @@ def test_records_are_complete(full):
         assert part in shown
 
 
+def test_records_name_no_host_and_no_folders(tmp_path):
+    run = pretrained(tmp_path)
+    record = json.loads((run.folder / "run.json").read_text())
+    command = [
+        "train/pretrain.py",
+        "--data",
+        "/mnt/김철수/kidney set",
+        "--storage=s3://hospital/patients/runs",
+        "--mix",
+        "../Lee/b=0.5",
+    ]
+    record |= {
+        "command": command,
+        "data": "/mnt/김철수/kidney set",
+        "machine": record.get("machine", {}) | {"host": "pathology-7"},
+    }
+    record["input"]["sets"] = [each | {"shards": "/mnt/김철수/kidney set"} for each in record["input"]["sets"]]
+    (run.folder / "run.json").write_text(json.dumps(record))
+    text, page = page_of([run], tmp_path)
+    shown = " ".join(page.text)
+    for word in ("김철수", "pathology-7", "hospital", "Lee", "mnt"):
+        assert word not in text
+    for word in ('"kidney set"', '"--storage=runs"', '"b=0.5"', '"train/pretrain.py"'):
+        assert word in shown
+
+
 def test_diverged_run_has_a_report(tmp_path):
     """Its loss is no number."""
     _, page = page_of([pretrained(tmp_path, loss=None)], tmp_path)
