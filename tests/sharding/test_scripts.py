@@ -136,8 +136,8 @@ def change_byte(path, place):
     path.write_bytes(data)
 
 
-def edit_dataset(shards, **changes):
-    path = shards / "dataset.json"
+def edit_dataset(folder, **changes):
+    path = folder / "dataset.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 

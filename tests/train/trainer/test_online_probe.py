@@ -363,9 +363,10 @@ def test_a_run_with_a_probe_ends_as_one_without_and_its_rows_come_again(tmp_path
     assert all(torch.equal(weights[name], cut_weights[name]) for name in weights | cut_weights)
 
 
-def test_a_run_that_diverged_goes_on(tmp_path, small_set):
-    job = job_of(tmp_path / "run", small_set, peak_learning_rate=1e30, epochs=2)
-    fit(job, single_worker(job.folder, CPU))
+def test_a_run_that_diverged_is_probed_as_well(tmp_path, small_set):
+    job = job_of(tmp_path / "run", small_set, peak_learning_rate=1e30, epochs=2, log_every=100, checkpoint_every=100)
+    with pytest.raises(ValueError, match="training has diverged"):
+        fit(job, single_worker(job.folder, CPU))
     assert Run(job.folder).metrics()[-1]["probe_accuracy"] is None
 
 
