@@ -20,6 +20,8 @@ from train.records import runs
 from train.scoring.metrics import score
 from train.stages import evaluation, feature_cache
 from train.stages.evaluation import evaluate
+from train.stages.finetuning import batch_size_of
+from train.stages.label_sets import LabelSplit
 from train.stages.pretraining import pretrain
 
 TINY = "test_resnet"
@@ -345,7 +347,6 @@ def test_classes_of_unlike_size_are_warned_of(settings, tmp_path):
         ({"mode": "finetune", "patience": -1}, "--patience -1"),
         ({"mode": "finetune", "epochs": 0}, "--epochs 0"),
         ({"mode": "supervised", "batch_size": 1}, "--batch-size 1: give at least 2"),
-        ({"mode": "finetune", "cap": 1, "classes": ["benign", "in situ"], "validation": 0.6}, "1 patch is left to train on"),
         ({"mode": "finetune", "learning_rate": float("inf")}, "--learning-rate inf: give a rate above 0"),
         ({"mode": "finetune", "weight_decay": -1.0}, "--weight-decay -1: give at least 0"),
         ({"image_size": 0}, "--image-size 0: give at least 1"),
@@ -354,7 +355,19 @@ def test_classes_of_unlike_size_are_warned_of(settings, tmp_path):
 )
 def test_what_cannot_be_judged_is_one_sentence(settings, pretrained, changes, sentence):
     with pytest.raises(ValueError, match=sentence):
-        judge(settings, name="bad", **changes)
+        judge(settings, **({"name": "bad"} | changes))
+
+
+def test_a_single_patch_to_train_on_is_one_sentence():
+    """Batch norm has no statistics of one."""
+    ids = [np.arange(count) for count in (2, 1, 1, 5)]
+    with pytest.raises(ValueError, match="1 patch is left to train on: give a larger --fraction or --cap, or less --validation"):
+        batch_size_of(EvaluateConfig(data="d"), LabelSplit(*ids, selection={}))
+
+
+def test_fewer_labels_than_neighbours_are_said(settings, pretrained):
+    run = judge(settings, mode="knn", name="few", cap=2, neighbours=20, seeds=1)
+    assert any("fewer than --neighbours 20 labels are used, all of them vote: 6" in text for text in run.result["warnings"])
 
 
 def test_a_set_without_labels_is_one_sentence(settings, pretrained, tmp_path):

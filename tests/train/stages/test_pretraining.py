@@ -174,7 +174,7 @@ def test_a_chain_names_its_stages(settings, pretrained):
 )
 def test_what_does_not_fit_is_one_sentence_and_leaves_no_run(settings, tmp_path, changes, sentence):
     with pytest.raises(ValueError, match=sentence):
-        pretrain(dataclasses.replace(settings, name="bad", storage=str(tmp_path), **changes))
+        pretrain(dataclasses.replace(settings, **({"name": "bad", "storage": str(tmp_path)} | changes)))
     assert not Run(tmp_path / "bad").finished
 
 
