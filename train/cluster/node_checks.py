@@ -23,12 +23,13 @@ from typing import Any, NamedTuple
 from pipelines.remote_folder import MAX_JSON_BYTES, RemoteFolder, is_url
 from pipelines.shard_cache import default_cache
 from sharding.cli import describe
-from sharding.manifest import fingerprint, read_dataset
+from sharding.manifest import claimed_fingerprint, fingerprint, read_dataset, shard_file
 from train.records.runs import versions
 
 _CODE_FOLDERS = ("sharding", "pipelines", "models", "train", "tune")
 _TEST_FILE_BYTES = 2**20  # a full disk may still take fewer
 _HEADER_BYTES = 2**13  # of a tar's first member, with pax headers before it
+_MOST_IMAGE_BYTES = 2**30
 _SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 
 
@@ -119,12 +120,15 @@ def sample_shards(shards: str) -> ShardsSample:
         store = _store(shards)
         with tempfile.TemporaryDirectory() as copy:
             Path(copy, "dataset.json").write_bytes(store.read("dataset.json", 0, MAX_JSON_BYTES))
-            found, files = fingerprint(copy), read_dataset(copy)["files"]
+            dataset = read_dataset(copy)
+            found, files = claimed_fingerprint(dataset), dataset["files"]
     else:
         found, files = fingerprint(shards), read_dataset(shards)["files"]
         if missing := [name for name in files if not Path(shards, name).exists()]:
             raise ValueError(f"{shards} lacks {', '.join(missing[:3])}{' and others' * (len(missing) > 3)}")
-    tar = min(name for name in files if name.endswith(".tar"))
+    tar = shard_file(0)
+    if tar not in files:
+        raise ValueError(f"{shards} has no patches: pack it again")
 
     def read(start: int, stop: int) -> bytes:
         if is_url(shards):
@@ -138,7 +142,8 @@ def sample_shards(shards: str) -> ShardsSample:
             first = begun.next()
     except tarfile.TarError as error:
         raise ValueError(f"{shards}/{tar} cannot be read ({describe(error)}): copy the set again") from error
-    assert first is not None
+    if first is None or first.size > _MOST_IMAGE_BYTES:
+        raise ValueError(f"{shards}/{tar} does not begin with an image: copy the set again")
     image = read(first.offset_data, first.offset_data + first.size)
     if len(image) < first.size:
         raise ValueError(f"{shards}/{tar} was cut short: copy the set again")
