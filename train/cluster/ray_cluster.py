@@ -55,7 +55,7 @@ def _listen_on_loopback() -> None:
     addresses stay."""
     from ray._private import ray_constants, services
 
-    if services.canonicalize_bootstrap_address(None) is None:
+    if services.canonicalize_bootstrap_address(None) is None:  # type: ignore[arg-type]  # the stub does not know of None
         # Ray's own switch for systems whose firewall asks about every port.
         os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
         ray_constants.ENABLE_RAY_CLUSTER = False
