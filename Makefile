@@ -91,7 +91,7 @@ bench-smoke: $(INSTALLED)
 	$(BIN)/python benchmarks/smoke.py $(ARGS)
 
 gpu-check: $(INSTALLED)
-	$(BIN)/python benchmarks/gpu_check.py --out benchmarks/results $(if $(DRY),--dry)
+	$(BIN)/python benchmarks/gpu_bench.py --out benchmarks/results --parts check --seconds 240 $(if $(DRY),--dry)
 
 gpu-bench: $(INSTALLED)
 	$(BIN)/python benchmarks/gpu_bench.py --out benchmarks/results $(if $(DRY),--dry) $(if $(DATA),--data $(DATA))

@@ -2,32 +2,30 @@
 
     python benchmarks/colour_histogram.py --data shards/breast
     python benchmarks/colour_histogram.py --data shards/breast --fraction 0.05 0.25 0.5 --seeds 5
-    python benchmarks/colour_histogram.py --data shards/breast --folds 4
 
 A patch is its joint RGB histogram; its class is that of the 5 nearest training patches. Learnt features that do not beat
 this have learnt the stain. It judges on the same patches as train/evaluate.py does for the same split, fraction and seed.
 """
 
 import io
-from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from harness import script
+from harness import check_at_least, script
 from PIL import Image
 
 from pipelines.shard_reader import ShardReader
 from sharding.cli import option, required
-from sharding.manifest import class_names, decoded
+from sharding.manifest import class_names
 from sharding.process_pool import available_cores
 from sharding.selection import select
-from sharding.splits.groups import split_groups
 from train.scoring.metrics import METRICS, score
 
 BINS = 8  # per channel
 NEIGHBOURS = 5
 _ROWS = 1024  # test patches whose distances are held at a time
+_SHOWN = ("accuracy", "balanced_accuracy")
 
 
 @dataclass(frozen=True)
@@ -38,35 +36,25 @@ class Config:
     split: str = option("train", "the split whose labels are used")
     test_split: str = option("test", "the split to judge on")
     fraction: list[float] = option([1.0], "shares of the labels to use, 0 to 1")
-    seed: int = option(42, "seed of which labels are used, and of the folds")
+    seed: int = option(42, "seed of which labels are used")
     seeds: int = option(1, "how many seeds, that one and those after it: other labels each")
-    folds: int = option(0, "judge on so many folds of whole groups instead of on the set's split; 0: on the split")
 
 
-@dataclass(frozen=True)
-class Fold:
-    """Patch ids to learn from and to judge on."""
-
-    train: np.ndarray
-    test: np.ndarray
-
-
-def histograms(reader: ShardReader, ids: np.ndarray, *, bins: int = BINS) -> np.ndarray:
-    """(n, bins^3) float32: the square roots of each patch's colour shares, of length 1.
+def histograms(reader: ShardReader, ids: np.ndarray) -> np.ndarray:
+    """(n, BINS^3) float32: the square roots of each patch's colour shares, of length 1.
 
     The Euclidean distance of two such rows is, but for a factor, Hellinger's distance between the two histograms.
     """
     with ThreadPoolExecutor(available_cores()) as pool:  # Pillow decodes without Python's lock
-        counts = pool.map(lambda i: _colour_counts(reader.read(np.array([i]))[0], bins), ids)
-        found = np.stack(list(counts)).astype(np.float64)
+        found = np.stack(list(pool.map(lambda i: _colour_counts(reader.read(np.array([i]))[0]), ids))).astype(np.float64)
     return np.sqrt(found / found.sum(1, keepdims=True)).astype(np.float32)
 
 
-def _colour_counts(encoded: np.ndarray, bins: int) -> np.ndarray:
+def _colour_counts(encoded: np.ndarray) -> np.ndarray:
     with Image.open(io.BytesIO(encoded.tobytes())) as image:
         pixels = np.asarray(image.convert("RGB"))
-    codes = pixels.reshape(-1, 3).astype(np.int64) * bins // 256
-    return np.bincount(codes @ np.array([bins * bins, bins, 1]), minlength=bins**3)
+    codes = pixels.reshape(-1, 3).astype(np.int64) * BINS // 256
+    return np.bincount(codes @ np.array([BINS * BINS, BINS, 1]), minlength=BINS**3)
 
 
 def vote_shares(train: np.ndarray, labels: np.ndarray, test: np.ndarray, *, classes: int, k: int = NEIGHBOURS) -> np.ndarray:
@@ -91,87 +79,40 @@ def vote_shares(train: np.ndarray, labels: np.ndarray, test: np.ndarray, *, clas
     return shares / shares.sum(1, keepdims=True)
 
 
-def the_split(reader: ShardReader, *, split: str, test_split: str, fraction: float, seed: int) -> Fold:
-    """The patches that train/evaluate.py learns from and judges on.
+def judge(reader: ShardReader, train: list[np.ndarray], test: np.ndarray) -> list[dict]:
+    """The metrics of `train.scoring.metrics.score` on the test ids, for each array of ids to learn from.
 
-    Raises ValueError for splits that are not there or the same.
-    """
-    if split == test_split:
-        raise ValueError(f"--split and --test-split are both {split!r}: nothing is judged on what it learnt from")
-    train = select(reader.manifest, split=split, fraction=fraction, seed=seed)
-    return Fold(train, select(reader.manifest, split=test_split))
-
-
-def group_folds(reader: ShardReader, *, folds: int, fraction: float, seed: int) -> list[Fold]:
-    """So many folds over the whole set, of whole groups, with each class spread as evenly as the groups allow.
-
-    fraction: of the labels outside a fold that are learnt from. Raises ValueError where there are too few groups.
-    """
-    groups, names = decoded(reader.manifest["group"])
-    if (groups < 0).any():
-        raise ValueError(f"{reader.folder}: {(groups < 0).sum():,} patches have no group: build the set with --group-by")
-    if not 2 <= folds <= len(names):
-        raise ValueError(f"--folds {folds} is out of range: give 2 to {len(names)}, the number of groups in {reader.folder}")
-    place = split_groups(reader.labels, groups, names, {str(fold): 1 / folds for fold in range(folds)}, seed=seed)
-    kept = np.isin(np.arange(len(reader)), select(reader.manifest, fraction=fraction, seed=seed))
-    return [Fold(np.flatnonzero((place != fold) & kept), np.flatnonzero(place == fold)) for fold in range(folds)]
-
-
-def judge(reader: ShardReader, folds: Sequence[Fold]) -> Iterator[dict]:
-    """The metrics of `train.scoring.metrics.score` for 5 nearest neighbours on colour histograms, fold by fold.
-
-    Raises ValueError where there are no classes, or where patches of a fold have no label.
+    Raises ValueError where there are no classes, or where one of these patches has no label.
     """
     classes, labels = len(class_names(reader.folder)), reader.labels
-    ids = np.unique(np.concatenate([part for fold in folds for part in (fold.train, fold.test)]))
+    ids = np.unique(np.concatenate([*train, test]))
     if classes < 2 or (labels[ids] < 0).any():
         raise ValueError(f"{reader.folder}: judging needs labels of at least two classes (build with {{class}})")
     rows = histograms(reader, ids)
-    for fold in folds:
-        train, test = (rows[np.searchsorted(ids, part)] for part in (fold.train, fold.test))
-        yield score(vote_shares(train, labels[fold.train], test, classes=classes), labels[fold.test])
+    judged = rows[np.searchsorted(ids, test)]
+    votes = [vote_shares(rows[np.searchsorted(ids, part)], labels[part], judged, classes=classes) for part in train]
+    return [score(shares, labels[test]) for shares in votes]
 
 
 def main(config: Config) -> None:
-    reader = ShardReader(config.data)
-    if config.seeds < 1 or not config.fraction:
-        raise ValueError(f"--seeds {config.seeds}, --fraction {config.fraction}: give at least one of each")
-    if not config.folds:
-        _judge_split(reader, config)
-        return
-    if config.seeds > 1 or len(config.fraction) > 1:
-        raise ValueError("--folds goes with one --fraction and one seed")
-    folds = group_folds(reader, folds=config.folds, fraction=config.fraction[0], seed=config.seed)
-    found = []
-    for number, (fold, metrics) in enumerate(zip(folds, judge(reader, folds), strict=True), start=1):
-        found.append(metrics)
-        print(_line(f"fold {number}", fold, metrics), flush=True)
-    print(f"mean of {config.folds} folds: {', '.join(_spread(name, found) for name in ('accuracy', 'balanced_accuracy'))}")
+    check_at_least(config, seeds=1)
+    if config.split == config.test_split:
+        raise ValueError(f"--split and --test-split are both {config.split!r}: nothing is judged on what it learnt from")
+    reader, seeds = ShardReader(config.data), range(config.seed, config.seed + config.seeds)
+    test = select(reader.manifest, split=config.test_split)
+    places = [(fraction, seed) for fraction in config.fraction for seed in seeds]
+    train = [select(reader.manifest, split=config.split, fraction=fraction, seed=seed) for fraction, seed in places]
+    found = judge(reader, train, test)
+    for i, ((fraction, seed), ids, metrics) in enumerate(zip(places, train, found, strict=True), start=1):
+        shown = ", ".join(f"{METRICS[name].title} {metrics[name]:.3f}" for name in _SHOWN)
+        print(f"{fraction:.3g} of the labels, seed {seed}: {shown}, {len(ids):,} train and {len(test):,} test patches")
+        if config.seeds > 1 and i % config.seeds == 0:
+            of_seeds = found[i - config.seeds : i]
+            print(f"mean of {config.seeds} seeds: {', '.join(_mean(name, of_seeds) for name in _SHOWN)}")
 
 
-def _judge_split(reader: ShardReader, config: Config) -> None:
-    places = [(fraction, config.seed + number) for fraction in config.fraction for number in range(config.seeds)]
-    splits = {"split": config.split, "test_split": config.test_split}
-    folds = [the_split(reader, fraction=fraction, seed=seed, **splits) for fraction, seed in places]
-    title, found = f"{config.split} -> {config.test_split}", list(judge(reader, folds))
-    for start in range(0, len(places), config.seeds):
-        here = slice(start, start + config.seeds)
-        for (_, seed), fold, metrics in zip(places[here], folds[here], found[here], strict=True):
-            print(
-                _line(title if len(places) == 1 else f"{title}, {places[start][0]:.3g} of the labels, seed {seed}", fold, metrics)
-            )
-        if config.seeds > 1:
-            means = ", ".join(_spread(name, found[here]) for name in ("accuracy", "balanced_accuracy"))
-            print(f"mean of {config.seeds} seeds: {means}")
-
-
-def _line(title: str, fold: Fold, metrics: dict) -> str:
-    shown = ", ".join(f"{METRICS[name].title} {metrics[name]:.3f}" for name in ("accuracy", "balanced_accuracy"))
-    return f"{title}: {shown}, {len(fold.train):,} train and {len(fold.test):,} test patches"
-
-
-def _spread(name: str, metrics: list[dict]) -> str:
-    values = [each[name] for each in metrics]
+def _mean(name: str, found: list[dict]) -> str:
+    values = [metrics[name] for metrics in found]
     return f"{METRICS[name].title} {np.mean(values):.3f} (standard deviation {np.std(values, ddof=1):.3f})"
 
 

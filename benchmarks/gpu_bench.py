@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_bench.py --out benchmarks/results                       # on a host with a GPU
     python benchmarks/gpu_bench.py --out DIR --data shards/oral                   # and pretrain on a set of one's own
-    python benchmarks/gpu_bench.py --out DIR --parts step loss                    # only these
+    python benchmarks/gpu_bench.py --out DIR --parts check                        # make gpu-check: only this
     python benchmarks/gpu_bench.py --out /tmp/bench --dry                         # the same on a CPU, tiny, in 5 to 10 minutes
 
 Each part is one of the other benchmarks, in a process of its own with a time limit. A part that takes longer is ended with all
@@ -32,10 +32,8 @@ import gpu_check
 import loader
 import ntxent
 import step
-import step_options
-from contenders.loader import LOADERS
 from harness import Result, chosen, script, typed
-from report import Block, Record, Report, Table, markdown, markdown_lines
+from report import Block, Record, Report, Table, markdown
 from worker import ROOT
 
 from sharding.cli import option, required
@@ -44,10 +42,11 @@ from train.records.runs import write_text
 _PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "ray", "numba", "kornia", "lightly", "simclr")
 _WRITE_S = 5.0  # of the time for everything, kept for the end
 _START_S = 90  # for torch to be imported on a machine that has not yet read it
-_LAST_LINES = 40  # of a failed part's output that its result keeps
-FULL = {"backbone": "resnet50", "image_size": 224, "batch_size": 256, "patches": 8192}
-DRY = {"backbone": "test_resnet", "image_size": 32, "batch_size": 4, "patches": 64}
-_DRY_LOADERS = ["torchvision-v2", "kornia", "ours", "dali", "decode"]  # one of each kind
+_LEAST_S = 20.0  # that must be left to begin with a part
+FULL = {"backbone": "resnet50", "image_size": 224, "size": 224, "batch_size": 256, "patches": 8192}
+DRY = {"backbone": "test_resnet", "image_size": 32, "size": 32, "batch_size": 4, "patches": 64}
+_LOADERS = ["torchvision", "kornia", "ours", "ours-blur", "dali", "decode"]
+_DRY_LOADERS = ["kornia", "ours", "dali", "decode"]  # one of each kind
 
 
 @dataclass(frozen=True)
@@ -65,73 +64,58 @@ class Setting:
         return [each for name in names for each in (f"--{name.replace('_', '-')}", sizes[name])]
 
     @property
-    def drawn(self) -> list[Any]:
-        """The shard set that the part `data` made, where it did."""
-        return next((["--data", path] for path in sorted(self.work.glob("images-*-shards"))), [])
+    def drawn(self) -> Path:
+        """The shard set that the part `data` makes."""
+        return next(iter(sorted(self.work.glob("images-*-shards"))), self.work / "not-drawn")
 
 
-def commands(s: Setting, seconds: float) -> dict[str, list[Any]]:
-    """By part its script's name and arguments. seconds: what the part has."""
-    device, size = "cpu" if s.dry else "cuda", (DRY if s.dry else FULL)["image_size"]
-    one_core = ["--cores", 1] if s.dry else []  # on shared cores, threads that wait for each other are slower than one
-    work = ["--work", s.work, "--device", device]
-    of_step = [*work, *s.sizes("backbone", "image_size", "batch_size", "patches")]
-    of_loader = [*work, *s.sizes("patches", "batch_size"), "--size", size, "--rounds", 1, *one_core]
-    of_loader += ["--seconds", 0.1, "--lap", 2] if s.dry else ["--seconds", 3, "--lap", 16]
-    on_device = _DRY_LOADERS if s.dry else [name for name, each in LOADERS.items() if "cuda" in each.devices]
-    pretraining = ["--seeds", 1, "--contenders", "ours", "random", "--recipe", "simclr-mild", *one_core]
+def commands(s: Setting) -> dict[str, list[Any]]:
+    """By part its script's name and arguments."""
+    dry = s.dry
+    # On shared cores, threads that wait for each other are slower than one.
+    on = ["--device", "cpu", "--cores", 1] if dry else ["--device", "cuda"]
+    work, one_round = ["--work", s.work, *on], ["--rounds", 1]
+    of_step = ["step.py", *work, *s.sizes("backbone", "image_size", "batch_size", "patches")]
+    of_settings = [*of_step, "--seconds", 0.1 if dry else 2, "--settings"]
+    of_loader = ["loader.py", *work, *s.sizes("patches", "batch_size", "size"), *one_round]
+    of_loader += ["--seconds", 0.1, "--lap", 2] if dry else ["--seconds", 3, "--lap", 16]
+    of_loader.append("--contenders")
     # The linear classifier on a small network says within a minute whether the backbone learns.
-    pretraining += ["--dry"] if s.dry else ["--backbone", "resnet18", "--image-size", 96, "--batch-size", 256, "--steps", 600]
+    pretraining = ["--seeds", 1, "--contenders", "ours", "random", "--recipe", "simclr-mild"]
+    pretraining += ["--dry"] if dry else ["--backbone", "resnet18", "--image-size", 96, "--batch-size", 256, "--steps", 600]
+    check = ["--data", s.drawn, "--commit", s.commit, *s.sizes("image_size"), *(["--sample", 12, "--dry"] if dry else [])]
     return {
-        "data": ["patch_set.py", "--work", s.work, *s.sizes("patches"), "--size", size],
-        "check": [
-            *("gpu_check.py", "--commit", s.commit, "--seconds", max(1, round(seconds - 5)), *s.sizes("image_size")),
-            *(*s.drawn, *(["--dry"] if s.dry else [])),
-        ],
-        "step": [
-            *("step.py", *of_step, "--rounds", 1, "--seconds", 0.2 if s.dry else 6),
-            *("--limit", max(1, round(seconds)), *one_core),
-        ],
-        "loss": [
-            *("ntxent.py", "--device", device, "--rounds", 1),
-            *(["--timed", 0.02, "--anchors", 64, *one_core] if s.dry else ["--timed", 0.5, "--in-process"]),
-        ],
-        "loader": ["loader.py", *of_loader, "--contenders", *on_device],
-        # Not every CPU's host has the C++ compiler that compiling takes there.
-        "options": [
-            *("step_options.py", *of_step, "--groups", "options", "batches"),
-            *(["--seconds", 0.1, "--batches", 2, 4, "--no-compile"] if s.dry else []),
-        ],
+        "data": ["patch_set.py", "--work", s.work, *s.sizes("patches", "size")],
+        "check": ["gpu_check.py", *check],
+        "step": [*of_step, *one_round, "--seconds", 0.2 if dry else 6],
+        "loss": ["ntxent.py", *on, *one_round, *(["--timed", 0.02, "--anchors", 64] if dry else ["--timed", 0.5])],
+        "loader": [*of_loader, *(_DRY_LOADERS if dry else _LOADERS)],
+        "options": [*of_settings, "options", "batches"],
         "pretraining": ["equal_work.py", *work, *pretraining, *(["--data", s.data] if s.data else [])],
-        "two-pass": [
-            *("step_options.py", *of_step, "--groups", "two-pass"),
-            *(["--seconds", 0.1, "--batches", 4] if s.dry else []),
-        ],
-        "threads": ["loader.py", *of_loader, "--contenders", "ours", "ours-4-threads", "ours-8-threads"],
+        "two-pass": [*of_settings, "two-pass"],
+        "threads": [*of_loader, "ours", "ours-4-threads", "ours-8-threads"],
     }
 
 
 class Part(NamedTuple):
-    """seconds: that it may take; least: that must be left to begin with it. report: of what its script wrote, which may be cut
-    short."""
+    """seconds: that it may take; report: of what its script wrote, which may be cut short."""
 
     title: str
     seconds: float
-    least: float
-    report: Callable[[Record], Report] | None
+    report: Callable[[Record], Report]
 
 
 # By value: a GPU is lent for minutes, and what comes last may find no time left.
 PARTS = {
-    "data": Part("Patches", 45, 0, None),
-    "check": Part("Correctness on the device", 80, 20, gpu_check.report_of),
-    "step": Part("A training step", 190, 30, step.report_of),
-    "loss": Part("NT-Xent", 45, 15, ntxent.report_of),
-    "loader": Part("The loader", 110, 20, loader.report_of),
-    "options": Part("Options of a training step", 90, 20, step_options.report_of),
-    "pretraining": Part("A short pretraining", 110, 45, equal_work_report.report_of),
-    "two-pass": Part("Micro-batches in two passes", 30, 15, step_options.report_of),
-    "threads": Part("The loader by threads", 45, 25, loader.report_of),
+    "data": Part("Patches", 45, lambda record: Report(record, "", [])),
+    "check": Part("Correctness on the device", 80, gpu_check.report_of),
+    "step": Part("A training step", 190, step.report_of),
+    "loss": Part("NT-Xent", 45, ntxent.report_of),
+    "loader": Part("The loader", 110, loader.report_of),
+    "options": Part("Options of a training step", 90, step.settings_report),
+    "pretraining": Part("A short pretraining", 110, equal_work_report.report_of),
+    "two-pass": Part("Micro-batches in two passes", 30, step.settings_report),
+    "threads": Part("The loader by threads", 45, loader.report_of),
 }
 NEED_NO_DATA = {"data", "loss", "pretraining"}
 
@@ -141,7 +125,7 @@ class Config:
     """What is measured, and in what time."""
 
     out: str = required("folder for the results")
-    parts: list[str] = option([], f"only these of {', '.join(PARTS)} (default: all)")
+    parts: list[str] = option([], f"only these of {', '.join(PARTS)}, without a limit of their own (default: all)")
     data: str | None = option(
         None, "a labelled shard set with a train and a test split to pretrain on; default: patches are drawn"
     )
@@ -170,7 +154,7 @@ def main(config: Config) -> None:
         setting.work.mkdir(parents=True, exist_ok=True)
         log = stack.enter_context(result.path.with_suffix(".log").open("w+b"))
         for name in names:
-            run_part(name, setting, result, log, left=deadline - time.monotonic())
+            run_part(name, setting, result, log, left=deadline - time.monotonic(), unlimited=config.dry or bool(config.parts))
     print(f"\n{result.path.with_suffix('.md').read_text()}\n{result.path.with_suffix('.md')}", flush=True)
     failed = [name for name, part in result.record["parts"].items() if part["status"] == "failed"]
     if failed:
@@ -190,42 +174,35 @@ def device_name(*, dry: bool) -> str:
         return "CPU"
     code = "import torch; print(torch.cuda.get_device_name(0))"
     try:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=_START_S, check=False)
-    except subprocess.TimeoutExpired:
-        raise ValueError(f"torch was not done looking for a GPU after {_START_S} s: does its driver work?") from None
-    if done.returncode:
-        said = done.stderr.strip().splitlines()
-        raise ValueError(f"torch sees no GPU here ({said[-1] if said else 'no output'}): --dry runs the same on the CPU")
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=_START_S, check=True)
+    except subprocess.SubprocessError as error:
+        raise ValueError(f"torch sees no GPU here ({error}): --dry runs the same on the CPU") from None
     return done.stdout.strip().splitlines()[-1]
 
 
-def run_part(name: str, setting: Setting, result: Result, log: IO[bytes], *, left: float) -> None:
-    """Run a part in the time that is left, with its outcome written down before and after."""
-    part = PARTS[name]
-    seconds = left if setting.dry else min(part.seconds, left)
-    if left < max(part.least, 1):
-        why = f"{left:.0f} s were left, and it needs at least {part.least:g} s"
-        _note(result, name, {"status": "skipped", "why": why})
+def run_part(name: str, setting: Setting, result: Result, log: IO[bytes], *, left: float, unlimited: bool) -> None:
+    """Run a part in the time that is left, with its outcome written down before and after. unlimited: it may take all of it."""
+    if left < _LEAST_S:
+        _note(result, name, {"status": "skipped", "why": f"{left:.0f} s were left, and it needs at least {_LEAST_S:g} s"})
         return
+    seconds = left if unlimited else min(PARTS[name].seconds, left)
     results = setting.work / f"results-{name}"
-    file, *arguments = map(str, commands(setting, seconds)[name])
+    file, *arguments = map(str, commands(setting)[name])
     if name != "data":
         arguments += ["--out", str(results)]
     shown = typed([f"benchmarks/{file}", *arguments])
     _note(result, name, {"status": "running", "command": shown})  # what stands there if this process is killed
     began, place = time.monotonic(), log.tell()
     code = exit_code([sys.executable, str(ROOT / "benchmarks" / file), *arguments], setting, log, seconds)
-    found: Record = {"status": "ok", "seconds": round(time.monotonic() - began, 1), "command": shown}
-    log.seek(place)
-    said = log.read().decode(errors="replace").strip().splitlines()
+    found: Record = {"status": "failed" if code != 0 else "ok", "seconds": round(time.monotonic() - began, 1), "command": shown}
     if code is None:
-        found |= {"status": "failed", "why": f"not done after {seconds:.0f} s; what it had found is kept"}
+        found["why"] = f"not done after {seconds:.0f} s; what it had found is kept"
     elif code:
-        found |= {"status": "failed", "why": f"exit code {code}: {said[-1] if said else 'no output'}"}
-    if found["status"] == "failed":
-        found["said"] = said[-_LAST_LINES:]
-    if written := sorted(results.glob("*.json"), key=lambda each: each.stat().st_mtime):
-        found["found"] = json.loads(written[-1].read_text())
+        log.seek(place)
+        said = log.read().decode(errors="replace").strip().splitlines()
+        found["why"] = f"exit code {code}: {said[-1] if said else 'no output'}"
+    for written in results.glob("*.json"):
+        found["found"] = json.loads(written.read_text())
     _note(result, name, found)
 
 
@@ -277,11 +254,8 @@ def report_of(record: Record) -> Report:
 
 
 def _blocks(name: str, found: Record) -> list[Block]:
-    write = PARTS[name].report
     try:
-        blocks = list(write(found).blocks) if write else []
-        markdown_lines(blocks)
-        return blocks
+        return list(PARTS[name].report(found).blocks)
     # What is cut short may lack what a table takes for granted, and the other parts are still to come.
     except Exception as error:
         return [f"This result cannot be shown ({type(error).__name__}: {error}); it is in the JSON file."]

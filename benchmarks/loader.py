@@ -9,7 +9,8 @@ All contenders have the same patches in the page cache, batches of the same size
 by the wall clock: whole batches, after the first ones, for at least `--seconds`, and as many as an epoch (or `--lap`) has.
 
 On the CPU two further measurements follow. `parts`: CPU milliseconds per patch of our loader and of each part, on one core,
-and the share of the host's part (reading and drawing). `memory`: of our loader's process at the end of each of ten short epochs.
+and the share of the host's part (reading and drawing). `memory`: of our loader's process at the end of each of ten short epochs
+at --batch-size.
 
 Results: <out>/<date>-loader.json and .md, on a GPU <date>-loader-cuda.
 """
@@ -41,7 +42,6 @@ from report import (
     rounds_table,
     summarise,
     target_lines,
-    with_failure,
 )
 
 from sharding.cli import option, required
@@ -58,9 +58,9 @@ TARGETS = (
     Target("ours-blur", "time_to_ours", 2.0, "ours with blur, its time as a multiple of ours without", at_least=False),
     Target("parts", "share", 0.03, "reading and drawing, their share of the loader's CPU time", at_least=False),
     Target("parts", "patches_per_s", 60_000, "reading and drawing, patches/s on one core"),
+    Target("memory", "growth", 1.05, "memory after the last epoch as a multiple of that after the second", at_least=False),
 )
 GPU_TARGETS = (Target("ours", "rate_to_decode", 0.8, "ours, its rate as a share of decoding alone"),)
-_GROWTH = "memory at batch {:,}, at the end of the last epoch as a multiple of that at the end of the second"
 _COMPARED = {"torchvision": "torchvision", "dali": "DALI", "decode": "decoding"}
 
 
@@ -81,7 +81,6 @@ class Config:
     cores: int = option(0, "cores that every contender may use (0: all)")
     seconds: float = option(5.0, "how long each run is timed at least")
     lap: int | None = option(None, "batches, or a multiple of them, that are timed; default: as many as an epoch has")
-    memory_batches: list[int] = option([256, 1024], "the batch sizes at which memory is looked at")
 
 
 def main(config: Config) -> None:
@@ -109,15 +108,13 @@ def main(config: Config) -> None:
 
     loaders = [name for name in names if name in ALL]
     result.rounds(loaders, config.rounds, measure, lambda run: f"{run['patches_per_s']:,.0f} patches/s")
-    alone = functools.partial(dataclasses.replace, task, device="cpu")
     if "parts" in names:
-        of_parts = alone(cores=1, seconds=min(_PART_SECONDS, config.seconds))
+        of_parts = dataclasses.replace(task, device="cpu", cores=1, seconds=min(_PART_SECONDS, config.seconds))
         job = functools.partial(run_contender, "contenders.loader", "parts", of_parts)
         result.take("parts", "parts", job, lambda run: f"{run['ms']['loader'][-1]:.3f} CPU ms per patch")
-    for size in config.memory_batches if "memory" in names else ():
-        job = functools.partial(run_contender, "contenders.loader", "memory", alone(batch_size=size))
-        title = f"memory at batch {size:,}"
-        result.take(f"memory {size}", title, job, lambda run: f"{run['peak_bytes'] / 1e6:,.0f} MB at most")
+    if "memory" in names:
+        job = functools.partial(run_contender, "contenders.loader", "memory", dataclasses.replace(task, device="cpu"))
+        result.take("memory", "memory", job, lambda run: f"{run['peak_bytes'] / 1e6:,.0f} MB at most")
     result.finish(report_of(result.record))
 
 
@@ -165,19 +162,20 @@ def summarise_parts(found: dict[str, list[float]]) -> Record:
     return {"ms": medians(rounds, *found), **medians(rounds, "rest_ms", "share", "patches_per_s")}
 
 
+def summarise_memory(run: Record) -> Record:
+    """Bytes at the end of the second and of the last epoch, the peak, and how much more the last has than the second."""
+    second, last = run["resident_bytes"][1], run["resident_bytes"][-1]
+    return {"second": second, "last": last, "peak": run["peak_bytes"], "growth": last / second}
+
+
 def report_of(record: Record) -> Report:
     """Of a record of which some runs may be missing."""
     runs, timed = record["runs"], record["timed"]
     summary = summary_of(runs)
-    parts = summarise_parts(runs["parts"][0]["ms"]) if runs.get("parts") else None
-    memory = {int(key.removeprefix("memory ")): found for key, found in runs.items() if key.startswith("memory ")}
-    rows: Record = {**summary, "parts": parts or {}}
-    for size, found in memory.items():
-        ends = found[0]["resident_bytes"] if found else None
-        rows[f"memory {size}"] = {"growth": ends and ends[-1] / ends[1]}
-    grown = [Target(f"memory {size}", "growth", 1.05, _GROWTH.format(size), at_least=False) for size in memory]
-    targets = judge(rows, GPU_TARGETS if timed["device"] == "cuda" else (*TARGETS, *grown))
-    record = record | {"summary": summary, "parts": parts, "targets": targets}
+    parts = summarise_parts(runs["parts"][0]["ms"]) if runs.get("parts") else {}
+    memory = summarise_memory(runs["memory"][0]) if runs.get("memory") else {}
+    targets = judge(summary | {"parts": parts, "memory": memory}, GPU_TARGETS if timed["device"] == "cuda" else TARGETS)
+    record = record | {"summary": summary, "parts": parts, "memory": memory, "targets": targets}
     blocks: list[Block] = [images_line(record["images"])]
     if any(name in ALL for name in runs):
         columns = {f"rate / {word}": (f"rate_to_{key}", ".2f") for key, word in _COMPARED.items()}
@@ -191,38 +189,22 @@ def report_of(record: Record) -> Report:
             " median.",
             rounds_table(record, titles, "patches_per_s", "patches/s", columns),
         ]
-    if "parts" in runs:
+    if parts:
+        ms = parts["ms"]
+        times = {title: ms[name] for name, title in PARTS.items()} | {"everything else": parts["rest_ms"]}
+        rows = [[title, f"{value:.4f}", f"{value / ms['loader']:.2%}"] for title, value in times.items()]
         text = "CPU time of all threads per patch, recipe simclr, on one core with one thread; medians over the rounds."
-        blocks += [text, _parts_table(record)]
+        blocks += [text, Table(["part", "CPU ms per patch", "share of the loader"], rows)]
     if memory:
         text = (
             "Resident memory (MB are 10^6 bytes; the mapped tars' pages are in it) of a process that runs the loader for ten"
-            " short epochs, recipe simclr."
+            f" short epochs, recipe simclr, batch {timed['batch_size']:,}."
         )
-        blocks += [text, _memory_table(record, memory)]
+        cells = [f"{memory[name] / 1e6:,.0f}" for name in ("second", "last", "peak")]
+        blocks += [text, Table(["after epoch 2, MB", "after the last epoch, MB", "peak, MB"], [cells])]
     lines = target_lines(record, lambda value: number(value) if value >= 1000 else f"{value:.3g}")
-    return Report(record, "The loader", [*blocks, *lines, *missing_lines(record, ALL)])
-
-
-def _parts_table(record: Record) -> Table:
-    header, found = ["part", "CPU ms per patch", "share of the loader"], record["parts"]
-    if found is None:
-        return Table(header, [[with_failure("all parts", record, "parts"), "-", "-"]])
-    ms = found["ms"]
-    lines = {PARTS[name]: ms[name] for name in PARTS if name != "loader"}
-    lines |= {"everything else": found["rest_ms"], PARTS["loader"]: ms["loader"]}
-    return Table(header, [[title, f"{value:.4f}", f"{value / ms['loader']:.2%}"] for title, value in lines.items()])
-
-
-def _memory_table(record: Record, memory: dict[int, list[Record]]) -> Table:
-    rows = []
-    for size, runs in memory.items():
-        cells = ["-"] * 4
-        for run in runs:
-            second, last = run["resident_bytes"][1], run["resident_bytes"][-1]
-            cells = [f"{second / 1e6:,.0f}", f"{last / 1e6:,.0f}", f"{last / second:.3f}", f"{run['peak_bytes'] / 1e6:,.0f}"]
-        rows.append([with_failure(f"{size:,}", record, f"memory {size}"), *cells])
-    return Table(["batch", "end of epoch 2, MB", "end of the last epoch, MB", "last / second", "peak, MB"], rows)
+    failed = [f"- {name}: FAILED: {record['failed'][name]}" for name in ("parts", "memory") if name in record["failed"]]
+    return Report(record, "The loader", [*blocks, *lines, *failed, *missing_lines(record, ALL)])
 
 
 if __name__ == "__main__":

@@ -2,17 +2,15 @@
 
     python benchmarks/ntxent.py                           # ours and the plain formula, 2N = 512 to 65,536, on the CPU
     python benchmarks/ntxent.py --peers DISK/peers        # lightly's and Spijkervet's too, installed into that folder
-    python benchmarks/ntxent.py --device cuda
-    python benchmarks/ntxent.py --device cuda --in-process --rounds 1       # in a minute
+    python benchmarks/ntxent.py --device cuda             # without --peers all in one process, which saves their starts
 
-All contenders get the same embeddings and must compute the same loss. What cannot be installed, does not fit in half of the
-memory or would take longer than `--seconds` is in the table with the reason.
+All contenders get the same embeddings and must compute the same loss. What cannot be installed, or does not fit in half of the
+memory, is in the table with the reason.
 
 Results: <out>/<date>-ntxent-<device>.json and .md.
 """
 
 import functools
-import itertools
 import os
 import resource
 import statistics
@@ -22,21 +20,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from harness import Result, RunFailed, check_at_least, chosen, cores_of, machine, run_contender, script
+from harness import Result, RunFailed, check_at_least, chosen, cores_of, run_contender, script
 from peers import Environment, environment_of
-from report import Record, Report, Table, Target, cell, judge, missing_lines, number, summarise, target_lines
+from report import Record, Report, Target, judge, missing_lines, rounds_table, summarise, target_lines
 from worker import Contender, own_memory, synchronize
 
 from sharding.cli import option
 
-Runs = dict[str, dict[str, list[Record]]]  # by contender and anchors, one for each round
+Runs = dict[str, list[Record]]  # by "<anchors> <contender>", one for each round
 
 TIME_TO_PLAIN = 1.1  # ours, at most
-LARGEST, LARGEST_WIDTH, LARGEST_GIB = 65_536, 128, 1.0  # so many anchors of that width need less
+LARGEST, DIM, LARGEST_GIB = 65_536, 128, 1.0  # ours needs at most so much memory for so many anchors of that width
 _LOSS_ERROR = 1e-4  # relative; sums of tens of thousands of float32 in another order
 _MIB, _GIB = 2**20, 2**30
-_UNITS = (("seconds", 1000.0), ("peak_bytes", 1 / _MIB))  # of the tables
-_START_S = 120  # for a process to import what it needs, on a busy machine
+TEMPERATURE = 0.5
+_LIMIT_S = 1200.0  # after which a process is given up
 _WARM_PATCHES = 4  # of a first run that loads whatever is loaded once
 
 
@@ -113,20 +111,20 @@ def measure(make: Callable[[int, float, str], Loss], task: Task) -> dict[str, An
     budget = _half_of_the_memory(task.device)
     if task.device == "cpu":
         _limit_memory(budget)
-    before = _start_of_peak(task.device)
+    peak_since = _peak_since(task.device)
     try:
         criterion = make(patches, task.temperature, task.device)
         seconds, loss = _run(criterion, z_VBD)
-        peak = _peak(task.device) - before
+        peak = peak_since()
         times = [seconds] if seconds >= task.timed_s else []  # otherwise the first one, into fresh memory, is none of them
         while sum(times) < task.timed_s:
             times.append(_run(criterion, z_VBD)[0])
     except (RuntimeError, MemoryError) as error:  # torch's error on the GPU is a RuntimeError too
-        said = str(error).strip().splitlines()[0] if str(error).strip() else "MemoryError"
+        said = (str(error).strip() or "out of memory").splitlines()[0]
         if not isinstance(error, MemoryError) and not any(words in said for words in ("allocate memory", "out of memory")):
             raise
         return {"no_memory": said, "budget_bytes": budget}
-    found = {"seconds": statistics.median(times), "runs": len(times), "first_s": seconds, "peak_bytes": peak}
+    found = {"seconds": statistics.median(times), "runs": len(times), "peak_bytes": peak}
     return {**found, "loss": loss, "budget_bytes": budget}
 
 
@@ -154,23 +152,17 @@ def _limit_memory(more_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
-def _start_of_peak(device: str) -> int:
-    """Bytes in use now. From here on the peak is kept."""
+def _peak_since(device: str) -> Callable[[], int]:
+    """Tells how many bytes more than now were in use at most since now."""
     if device == "cuda":
         import torch
 
         torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
+        before = torch.cuda.memory_allocated()
+        return lambda: torch.cuda.max_memory_allocated() - before
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew (Linux, proc_pid_clear_refs(5))
-    return own_memory("VmRSS")
-
-
-def _peak(device: str) -> int:
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated()
-    return own_memory("VmHWM")
+    before = own_memory("VmRSS")
+    return lambda: own_memory("VmHWM") - before
 
 
 # In the order of the rounds
@@ -194,82 +186,64 @@ class Config:
     peers: str | None = option(None, "folder of an environment for the other packages; made with pip where it is missing")
     contenders: list[str] = option([], f"only these of {', '.join(CONTENDERS)} (default: all)")
     anchors: list[int] = option([512, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536], "2N, embeddings of both views")
-    dim: int = option(128, "D, their width")
-    temperature: float = option(0.5, "temperature")
     device: Literal["cpu", "cuda"] = option("cpu", "where it is computed")
     rounds: int = option(3, "how often each contender runs at each size")
     timed: float = option(3.0, "seconds that passes are timed for, after a first one; one that takes longer is the only one")
-    seconds: float = option(300.0, "a single pass that would take longer is not started")
     cores: int = option(0, "cores that every contender may use (0: all)")
-    in_process: bool = option(
-        False, "all in this process, which saves the starts of the others: for a GPU, of whose memory torch keeps count"
-    )
 
 
 def main(config: Config) -> None:
     names = chosen(config.contenders, CONTENDERS)
-    check_at_least(config, rounds=1, dim=1)
+    check_at_least(config, rounds=1)
     sizes = sorted(set(config.anchors))
     if not sizes or sizes[0] < 2 or any(size % 2 for size in sizes):
         raise ValueError(f"--anchors {' '.join(map(str, config.anchors))}: give even numbers, two embeddings of each patch")
     cores = cores_of(config.cores)
-    if config.in_process and config.device == "cpu":
-        raise ValueError("--in-process is for --device cuda: what the others left would be part of a CPU's peak memory")
-    if config.in_process and config.peers:
-        raise ValueError("--in-process and --peers: packages of another environment need a process of their own; leave one out")
     result = Result(config.out, f"ntxent-{config.device}", ["torch"], cores=cores)
     peers = environment_of(config.peers, names)
     names = result.leave_out(peers.missing, names)
-    timed = {name: getattr(config, name) for name in ("device", "dim", "temperature", "rounds", "seconds", "in_process")}
-    result.record |= {
-        "timed": timed | {"anchors": sizes, "timed_s": config.timed},
-        "runs": {name: {} for name in names},
-        "not_run": {name: {} for name in names},
-    }
+    # On a GPU torch keeps count of the memory. On a CPU what the others left would be part of the peak.
+    in_process = config.device == "cuda" and config.peers is None
+    timed = {"device": config.device, "rounds": config.rounds, "timed_s": config.timed, "anchors": sizes, "dim": DIM}
+    result.record |= {"timed": timed | {"in_process": in_process}, "runs": {}, "not_run": {}}
     result.record["versions"] |= peers.versions
     for size in sizes:
-        one_size(Task(size, config.dim, config.temperature, config.device, cores, config.timed), config, result, peers)
+        task = Task(size, DIM, TEMPERATURE, config.device, cores, config.timed)
+        one_size(task, names, config.rounds, result, None if in_process else peers)
     result.finish(report_of(result.record))
 
 
-def one_size(task: Task, config: Config, result: Result, peers: Environment) -> None:
+def one_size(task: Task, names: list[str], rounds: int, result: Result, peers: Environment | None) -> None:
     """All contenders in turn, round by round, unless it is known that one cannot."""
-    runs, not_run, key = result.record["runs"], result.record["not_run"], str(task.anchors)
-    for name in runs:
-        if why := refusal(name, task.anchors, runs, seconds=config.seconds):
-            not_run[name][key] = why
-            result.say(f"2N = {task.anchors:,}: {name}: not started: {why}")
+    runs, not_run, keys = result.record["runs"], result.record["not_run"], {f"{task.anchors} {name}": name for name in names}
+    for key, name in keys.items():
+        if why := refusal(name, task.anchors, runs, not_run):
+            not_run[key] = why
+            result.say(f"{key}: not started: {why}")
 
-    def measure(name: str) -> Record:
-        run = one_run(name, task, peers, config.seconds, in_process=config.in_process)
-        if wrong := other_loss(run, runs, task.anchors):
-            raise RunFailed(wrong)
+    def measure(key: str) -> Record:
+        run = one_run(keys[key], task, peers)
+        for other in keys:
+            if wrong := other_loss(run, runs.get(other, [])):
+                raise RunFailed(f"{wrong} of {other}")
         return run
 
-    for number_, name in itertools.product(range(1, config.rounds + 1), runs):
-        if key not in not_run[name]:
-            title, failure = f"2N = {task.anchors:,}, round {number_}: {name}", f"{name} at {task.anchors}"
-            run = result.attempt(failure, title, lambda name=name: measure(name), _shown)  # type: ignore[misc]
-            if run is None:
-                not_run[name][key] = f"FAILED: {result.record['failed'][failure]}"
-            else:
-                runs[name].setdefault(key, []).append(run)
-                if "no_memory" in run:
-                    not_run[name][key] = f"no memory: {run['no_memory']}"
-            result.save()
+    result.rounds([key for key in keys if key not in not_run], rounds, measure, _shown)
+    for key in keys:
+        if said := [run["no_memory"] for run in runs.get(key, []) if "no_memory" in run]:
+            runs[key], not_run[key] = [], f"no memory: {said[0]}"
 
 
-def one_run(name: str, task: Task, peers: Environment, seconds: float, *, in_process: bool) -> Record:
-    """What it reports. Raises RunFailed."""
-    if in_process:
-        load, run = machine(task.cores)["load"][0], CONTENDERS[name].run
-        assert run is not None
-        try:
-            return {**run(task), "load_before": load}
-        except Exception as error:  # as where a process ends with one
-            raise RunFailed(f"{type(error).__name__}: {error}") from error
-    limit = _START_S + 3 * (seconds + task.timed_s)
-    return run_contender("ntxent", name, task, python=peers.python_of(name), limit=limit)
+def one_run(name: str, task: Task, peers: Environment | None) -> Record:
+    """What it reports, from a fresh process; without peers from this one. Raises RunFailed."""
+    if peers is not None:
+        return run_contender("ntxent", name, task, python=peers.python_of(name), limit=_LIMIT_S)
+    run = CONTENDERS[name].run
+    assert run is not None
+    try:
+        return run(task)
+    except Exception as error:  # as where a process ends with one
+        raise RunFailed(f"{type(error).__name__}: {error}") from error
 
 
 def _shown(run: Record) -> str:
@@ -278,31 +252,24 @@ def _shown(run: Record) -> str:
     return f"{1000 * run['seconds']:,.1f} ms, {run['peak_bytes'] / _MIB:,.1f} MiB"
 
 
-def refusal(name: str, anchors: int, runs: Runs, *, seconds: float) -> str | None:
-    """Why a contender is not started at this size, from what the largest size before it took; None: it is.
-
-    Time grows with the square of the anchors, memory with the contender's own power of them.
-    """
-    before = {int(size): found for size, found in runs.get(name, {}).items() if found and int(size) < anchors}
-    if not before:
-        return None
-    size = max(before)
-    found, factor = before[size], anchors / size
-    if any("no_memory" in run for run in found):
-        return f"no memory at {size:,}"
-    need = statistics.median(run["peak_bytes"] for run in found) * factor ** MEMORY_POWER[name]
-    if need > found[-1]["budget_bytes"]:
-        return f"needs about {need / _GIB:.1f} GiB"
-    expected = statistics.median(run["seconds"] for run in found) * factor**2
-    return f"takes about {expected:,.0f} s" if expected > seconds else None
+def refusal(name: str, anchors: int, runs: Runs, not_run: dict[str, str]) -> str | None:
+    """Why a contender is not started at this size, from what it needed at smaller ones; None: it is."""
+    smaller = {int(size): key for key in (*runs, *not_run) for size, who in [key.split()] if who == name and int(size) < anchors}
+    if measured := [size for size, key in smaller.items() if runs.get(key)]:
+        found, factor = runs[smaller[max(measured)]], anchors / max(measured)
+        need = statistics.median(run["peak_bytes"] for run in found) * factor ** MEMORY_POWER[name]
+        if need > found[-1]["budget_bytes"]:
+            return f"needs about {need / _GIB:.1f} GiB"
+    if any(not_run.get(key, "").startswith("no memory") for key in smaller.values()):
+        return "no memory for a smaller size"
+    return None
 
 
-def other_loss(run: Record, runs: Runs, anchors: int) -> str | None:
-    """What is wrong with a run whose loss is not that of the contender before it at this size; None: nothing."""
-    for name, sizes in runs.items():
-        for other in sizes.get(str(anchors), []):
-            if "loss" in run and "loss" in other and not abs(run["loss"] / other["loss"] - 1) < _LOSS_ERROR:
-                return f"its loss is {run['loss']:.6g}, that of {CONTENDERS[name].title} {other['loss']:.6g}"
+def other_loss(run: Record, others: list[Record]) -> str | None:
+    """What is wrong with a run whose loss is not that of the others; None: nothing."""
+    for other in others:
+        if "loss" in run and "loss" in other and not abs(run["loss"] / other["loss"] - 1) < _LOSS_ERROR:
+            return f"its loss is {run['loss']:.6g} and not the {other['loss']:.6g}"
     return None
 
 
@@ -311,64 +278,52 @@ def other_loss(run: Record, runs: Runs, anchors: int) -> str | None:
 
 def summary_of(runs: Runs) -> dict[str, Record]:
     """By anchors and contender: medians over the rounds, and ratios within a round."""
-    summary = {}
-    for size in sorted({size for sizes in runs.values() for size in sizes}, key=int):
-        here = {name: found for name, sizes in runs.items() if (found := sizes.get(size)) and "no_memory" not in found[-1]}
-        ratios = {f"time_to_{other}": (other, "seconds") for other in ("plain", "ours")}
-        if here:
-            summary[size] = summarise(here, "seconds", "peak_bytes", ratios=ratios)
-    return summary
+    by_size: dict[str, Runs] = {}
+    for key, found in runs.items():
+        size, name = key.split()
+        by_size.setdefault(size, {})[name] = found
+    ratios = {f"time_to_{other}": (other, "seconds") for other in ("plain", "ours")}
+    return {size: summarise(here, "seconds", "peak_bytes", ratios=ratios) for size, here in by_size.items()}
 
 
-def targets_of(summary: dict[str, Record], dim: int) -> list[Record]:
+def targets_of(summary: dict[str, Record]) -> list[Record]:
     """Each target with what was reached (None: not measured) and whether that is enough."""
-    texts = {size: f"2N = {int(size):,}: ours, its time as a multiple of the plain formula's" for size in summary}
-    targets = [Target(f"{size} ours", "time_to_plain", TIME_TO_PLAIN, text, False) for size, text in texts.items()]
-    rows: dict[str, Record] = {f"{size} {name}": row for size, here in summary.items() for name, row in here.items()}
-    targets = [target for target in targets if f"{target.row.split()[0]} plain" in rows]
-    largest = rows.get(f"{LARGEST} ours", {}).get("peak_bytes") if dim == LARGEST_WIDTH else None
-    mine = [int(size) for size, here in summary.items() if "ours" in here]
-    both = [size for size in mine if "plain" in summary[str(size)]]
-    grown = None
-    if both and max(mine) > max(both):
-        first, last = max(both), max(mine)
-        grown = rows[f"{last} ours"]["peak_bytes"] / rows[f"{first} ours"]["peak_bytes"] * first / last
-    rows["memory"] = {"largest": largest and largest / _GIB, "grown": grown}
-    at_largest = f"2N = {LARGEST:,}, D = {LARGEST_WIDTH}: ours, GiB beyond the embeddings"
-    beyond = "beyond the largest 2N of the plain formula: growth of ours in memory, as a multiple of the embeddings'"
-    targets += [Target("memory", "largest", LARGEST_GIB, at_largest, False), Target("memory", "grown", 1.0, beyond, False)]
-    return judge(rows, targets)
+    rows = {size: here["ours"] for size, here in summary.items() if "ours" in here}
+    text = "2N = {:,}: ours, its time as a multiple of the plain formula's"
+    targets = [
+        Target(size, "time_to_plain", TIME_TO_PLAIN, text.format(int(size)), at_least=False)
+        for size, row in rows.items()
+        if row["time_to_plain"] is not None
+    ]
+    if largest := rows.get(str(LARGEST)):
+        largest["peak_gib"] = largest["peak_bytes"] / _GIB
+    text = f"2N = {LARGEST:,}, D = {DIM}: ours, GiB beyond the embeddings"
+    return judge(rows, [*targets, Target(str(LARGEST), "peak_gib", LARGEST_GIB, text, at_least=False)])
 
 
 def report_of(record: Record) -> Report:
     """Of a record of which some runs may be missing: times and memory, with the reason where a contender was not run."""
-    timed, names, summary = record["timed"], list(record["runs"]), summary_of(record["runs"])
-    record = record | {"summary": summary, "targets": targets_of(summary, timed["dim"])}
-    others = [name for name in names if name not in ("ours", "plain")]
+    timed, summary = record["timed"], summary_of(record["runs"])
+    record = record | {"summary": summary, "targets": targets_of(summary)}
     where = "the one process" if timed["in_process"] else "a fresh process"
     kind = "resident memory of the process" if timed["device"] == "cpu" else "what torch has allocated"
-    speed = (
-        f"Milliseconds of a forward and backward pass in float32 on the {timed['device']}, D = {timed['dim']}; medians over"
+    text = (
+        f"Seconds of a forward and backward pass in float32 on the {timed['device']}, D = {timed['dim']}; medians over"
         f" {timed['rounds']} rounds, in each of which {where} runs for {timed['timed_s']:g} s, or once where that takes longer."
-        " Ratios are medians of the ratios within a round."
+        f" Ratios are medians of the ratios within a round. MiB: peak memory of a first pass, beyond the embeddings and their"
+        f" gradient ({kind}). What needs more than half of the memory, by the last size's measurement, is not started."
     )
-    memory = (
-        f"Peak memory of a first pass in MiB, beyond the embeddings and their gradient ({kind}). What needs more than half of"
-        f" the memory, by the last size's measurement, is not started; nor is what would take longer than {timed['seconds']:g} s."
-    )
-    times, peaks = [], []
-    for anchors in timed["anchors"]:
-        here: dict[str, Any] = summary.get(str(anchors), {})
-        why = {name: record["not_run"].get(name, {}).get(str(anchors), "-") for name in names}
-        cells = [[number(here[name][key] * scale) if name in here else why[name] for name in names] for key, scale in _UNITS]
-        found = [here.get("ours", {}).get("time_to_plain"), *(here.get(name, {}).get("time_to_ours") for name in others)]
-        times.append([f"{anchors:,}", *cells[0], *map(cell, found)])
-        peaks.append([f"{anchors:,}", f"{2 * anchors * timed['dim'] * 4 / _MIB:.1f}", *cells[1]])
-    titles = [CONTENDERS[name].title for name in names]
-    ratios = ["ours / plain", *(f"{CONTENDERS[name].title} / ours" for name in others)]
-    tables = Table(["2N", *titles, *ratios], times), Table(["2N", "embeddings and gradient", *titles], peaks)
-    lines = [*target_lines(record), *missing_lines(record, CONTENDERS)]
-    return Report(record, "NT-Xent", [speed, tables[0], memory, tables[1], *lines])
+    rows = {
+        f"{size} {name}": row | {"mib": row["peak_bytes"] / _MIB} for size, here in summary.items() for name, row in here.items()
+    }
+    titles = {
+        key: f"2N = {int(key.split()[0]):,}: {CONTENDERS[key.split()[1]].title}"
+        for key in (*rows, *record["not_run"], *record["failed"])
+    }
+    columns = {"MiB": ("mib", ",.4g"), "time / plain": ("time_to_plain", ".2f"), "time / ours": ("time_to_ours", ".2f")}
+    table = rounds_table(record | {"summary": rows}, titles, "seconds", "s", columns)
+    not_run = [f"- {titles[key]}: {why}" for key, why in record["not_run"].items()]
+    return Report(record, "NT-Xent", [text, table, *not_run, *target_lines(record), *missing_lines(record, CONTENDERS)])
 
 
 if __name__ == "__main__":

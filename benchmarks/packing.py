@@ -1,7 +1,6 @@
 """How fast are patches packed, compared with the decoder's own speed, tar, and other tools, on the same files?
 
     python benchmarks/packing.py --work DISK/bench                                # 100,000 drawn patches of 224 px
-    python benchmarks/packing.py --work DISK/bench --images data/breast --layout '{class}/{slide}/{magnification}/{name}'
     python benchmarks/packing.py --work DISK/bench --memory                       # peak memory by number of patches
 
 A packer's time is what its user waits for: from the start of the process to its end, and then until its output is on the disk
@@ -12,6 +11,7 @@ Results: <out>/<date>-packing.json and .md, with --memory <date>-packing-memory.
 
 import contextlib
 import functools
+import glob
 import os
 import shutil
 import subprocess
@@ -21,16 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from contenders.packing import CONTENDERS, DECODERS, Task
-from drawn_images import LAYOUT, draw_images, image_files
-from harness import Result, RunFailed, absent, check_at_least, chosen, run_contender, run_fresh, script, versions_of
+from drawn_images import draw_images, image_files
+from harness import Result, RunFailed, absent, check_at_least, chosen, run_contender, run_fresh, script
 from report import Record, Report, Table, Target, judge, medians, missing_lines, rounds_table, summarise, target_lines
 
 from sharding.cli import option, required
 from sharding.process_pool import available_cores
 
-_QUALITY = {"speed": 85, "memory": 100}  # of the drawn JPEGs: 15 to 19 KB at 224 px, and 0.9 KB at 16 px
-_TINY = 16  # pixels, side of the images for --memory
-_PACKAGES = ("numpy", "pyarrow", "pillow", "nvidia-nvimgcodec-cu13", "nvidia-dali-cuda130")
+_QUALITY = 85  # of the drawn JPEGs: 15 to 19 KB at 224 px
+_TINY, _TINY_QUALITY = 16, 100  # side in pixels and quality of the images for --memory: 0.9 KB
+_PACKAGES = ("numpy", "pyarrow", "pillow", *(each.package for each in CONTENDERS.values() if each.package))
 TARGETS = (
     Target("ours-decode", "rate_to_decode", 0.8, "ours with --check decode, as a share of the bare decode's rate"),
     Target("ours-header", "time_to_tar", 3.0, "ours with --check header, its time as a multiple of tar's", at_least=False),
@@ -44,8 +44,6 @@ class Config:
 
     work: str = required("a folder on the disk to measure on: drawn images stay there, and outputs come and go")
     out: str = option("benchmarks/results", "folder for the results")
-    images: str | None = option(None, "a folder of real images to pack instead of drawn ones")
-    layout: str = option(LAYOUT, "what a path below --images means to ours; the others take the first folder for the class")
     patches: int = option(100_000, "images to draw")
     distinct: int = option(1000, "different pictures among them; the others differ in a comment of their header")
     size: int = option(224, "side of the drawn images, pixels")
@@ -59,37 +57,30 @@ class Config:
 def main(config: Config) -> None:
     check_at_least(config, rounds=1, patches=1, distinct=1, size=1, workers=0)
     names = chosen(config.contenders, CONTENDERS)
-    if config.images and not Path(config.images).is_dir():
-        raise ValueError(f"--images {config.images}: there is no such folder; give the one that holds a folder for each class")
     if config.memory and (len(set(config.counts)) < 2 or min(config.counts) < 1):
         raise ValueError("--counts needs at least two numbers of patches: the least is the base of the others")
     workers = config.workers or available_cores()
     Path(config.work).mkdir(parents=True, exist_ok=True)
+    result = Result(config.out, "packing-memory" if config.memory else "packing", _PACKAGES, cores=workers)
     if config.memory:
-        measure_memory(config, workers)
+        measure_memory(config, workers, result)
     else:
-        measure_speed(config, workers, names)
+        measure_speed(config, workers, names, result)
 
 
 # ---- Speed ----
 
 
-def measure_speed(config: Config, workers: int, names: list[str]) -> None:
-    result = Result(config.out, "packing", cores=workers)
+def measure_speed(config: Config, workers: int, names: list[str], result: Result) -> None:
     missing = absent(CONTENDERS, names)
     if "tar" in names and not shutil.which("tar"):
         missing["tar"] = "not installed: GNU tar"
     names = result.leave_out(missing, names)
-    if config.images:
-        images = Path(config.images)
-    else:
-        result.say(f"drawing {config.patches:,} images, unless they are there")
-        images = _draw(config, config.patches, config.size, config.distinct, "speed", workers)
-    patches, size = read_once(images)
-    result.record |= {
-        "versions": versions_of([*_PACKAGES, *(CONTENDERS[name].package for name in names if CONTENDERS[name].package)]),
-        "images": {"patches": patches, "bytes": size, "drawn": not config.images},
-    }
+    result.say(f"drawing {config.patches:,} images, unless they are there")
+    sizes = {"patches": config.patches, "size": config.size, "distinct": min(config.distinct, config.patches)}
+    images = draw_images(Path(config.work), quality=_QUALITY, workers=workers, **sizes)
+    patches, size = config.patches, read_once(images)
+    result.record["images"] = {"patches": patches, "bytes": size}
     if "tar" in names:
         said = subprocess.run(["tar", "--version"], capture_output=True, text=True, check=True).stdout
         result.record["versions"]["tar"] = said.splitlines()[0].removeprefix("tar ")
@@ -97,23 +88,15 @@ def measure_speed(config: Config, workers: int, names: list[str]) -> None:
 
     def measure(name: str) -> Record:
         with output_folder(config.work) as out:
-            return one_run(name, Task(str(images.resolve()), str(out), workers, config.layout), patches, size)
+            return one_run(name, Task(str(images.resolve()), str(out), workers), patches, size)
 
     result.rounds(names, config.rounds, measure, lambda run: f"{run['patches_per_s']:,.0f} patches/s")
     result.finish(speed_report(result.record))
 
 
-def _draw(config: Config, patches: int, size: int, distinct: int, quality: str, workers: int) -> Path:
-    sizes = {"patches": patches, "size": size, "distinct": min(distinct, patches)}
-    return draw_images(Path(config.work), quality=_QUALITY[quality], workers=workers, **sizes)
-
-
-def read_once(images: Path) -> tuple[int, int]:
-    """Read every image, so that all contenders find them in memory. Returns how many there are, and their bytes."""
-    sizes = [len(Path(path).read_bytes()) for path, _ in image_files(images)]
-    if not sizes:
-        raise ValueError(f"{images} holds no image in a folder of a class: give a folder that holds a folder for each class")
-    return len(sizes), sum(sizes)
+def read_once(images: Path) -> int:
+    """Read every image, so that all contenders find them in memory. Returns their bytes."""
+    return sum(len(Path(path).read_bytes()) for path, _ in image_files(images))
 
 
 @contextlib.contextmanager
@@ -188,10 +171,10 @@ def speed_report(record: Record) -> Report:
     columns |= {"time / tar": "time_to_tar", "rate / ShardWriter": "rate_to_webdataset"}
     titles = {name: contender.title for name, contender in CONTENDERS.items()}
     text = (
-        f"{images['patches']:,} {'drawn' if images['drawn'] else 'real'} images of {images['bytes'] / images['patches']:,.0f}"
-        " bytes on average, in the page cache. Patches/s, a fresh process each time, the rounds interleaved. A packer's time runs"
-        " from the start of its process, imports included, until its output is synced to disk; a bare decode's time is that of"
-        " decoding alone. Ratios are medians of the ratios within a round."
+        f"{images['patches']:,} drawn images of {images['bytes'] / images['patches']:,.0f} bytes on average, in the page cache."
+        " Patches/s, a fresh process each time, the rounds interleaved. A packer's time runs from the start of its process,"
+        " imports included, until its output is synced to disk; a bare decode's time is that of decoding alone. Ratios are"
+        " medians of the ratios within a round."
     )
     shown = {title: (key, ".2f") for title, key in columns.items()}
     table = rounds_table(record, titles, "patches_per_s", "patches/s", shown)
@@ -201,23 +184,23 @@ def speed_report(record: Record) -> Report:
 # ---- Memory ----
 
 
-def measure_memory(config: Config, workers: int) -> None:
+def measure_memory(config: Config, workers: int, result: Result) -> None:
     """Peak resident memory of our packer, in a fresh process for each number of patches."""
     counts = sorted(set(config.counts))
-    result = Result(config.out, "packing-memory", _PACKAGES, cores=workers)
     rows = result.record["memory"] = []
     for count in counts:
         result.say(f"{count:,} patches: drawing them, unless they are there, and packing")
-        images = _draw(config, count, _TINY, min(config.distinct, counts[0]), "memory", workers)
+        sizes = {"patches": count, "size": _TINY, "distinct": min(config.distinct, counts[0])}
+        images = draw_images(Path(config.work), quality=_TINY_QUALITY, workers=workers, **sizes)
         with output_folder(config.work) as out:
-            job = functools.partial(one_peak, Task(str(images.resolve()), str(out), workers, LAYOUT), count)
+            job = functools.partial(one_peak, Task(str(images.resolve()), str(out), workers), count)
             result.note(rows, f"{count:,} patches", job, lambda row: f"{row['wall_s']:.1f} s")
     result.finish(memory_report(result.record))
 
 
 def one_peak(task: Task, count: int) -> Record:
     """Peaks in bytes. Raises RunFailed."""
-    _, size = read_once(Path(task.images))
+    size = read_once(Path(task.images))
     peaks: dict[int, int] = {}
     started = time.perf_counter()
     report = run_process("ours-header", task, watch=lambda root: note_peaks(root, peaks))
@@ -233,24 +216,15 @@ def one_peak(task: Task, count: int) -> Record:
     }
 
 
-def note_peaks(root: int, peaks: dict[int, int]) -> None:
-    """Update the peak memory so far, in bytes, of the process `root` and of all its descendants."""
-    parents, seen = {}, {}
-    for entry in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            status = Path(f"/proc/{entry}/status").read_text(errors="replace")
-        except OSError:  # it has just ended
-            continue
-        fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
-        if "VmHWM" in fields:  # neither the kernel's own nor one that has ended
-            parents[int(entry)] = int(fields["PPid"])
-            seen[int(entry)] = int(fields["VmHWM"].split()[0]) * 1024
-    for process in seen:
-        ancestor = process
-        while ancestor != root and ancestor in parents:
-            ancestor = parents[ancestor]
-        if ancestor == root:
-            peaks[process] = max(peaks.get(process, 0), seen[process])
+def note_peaks(process: int, peaks: dict[int, int]) -> None:
+    """Update the peak memory so far, in bytes, of a process and of all its descendants."""
+    with contextlib.suppress(OSError):  # it has just ended
+        for line in Path(f"/proc/{process}/status").read_text(errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                peaks[process] = max(peaks.get(process, 0), int(line.split()[1]) * 1024)
+        for children in glob.glob(f"/proc/{process}/task/*/children"):
+            for child in Path(children).read_text().split():
+                note_peaks(int(child), peaks)
 
 
 def memory_report(record: Record) -> Report:

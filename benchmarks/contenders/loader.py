@@ -69,7 +69,7 @@ def whole_epochs(epoch: Callable[[], Iterable[Batch]], task: Task) -> Iterator[B
         yield from epoch()
 
 
-# ---- torchvision: on Pillow, as in most notebooks, and on tensors ----
+# ---- torchvision on Pillow, as in most notebooks ----
 
 
 def torchvision(task: Task, *, recipe: str) -> Iterator[Batch]:
@@ -124,15 +124,12 @@ def source_files(shards: str) -> list[str]:
     return read_manifest(shards, columns=["source"])["source"].to_pylist()
 
 
-def torchvision_transform(recipe: str, size: int, *, v2: bool = False) -> Callable:
-    """A Pillow image -> a view, or with v2 a tensor (3, H, W) uint8 -> a view, on its device."""
-    import torch
-    from torchvision import transforms
-    from torchvision.transforms import v2 as transforms_v2
+def torchvision_transform(recipe: str, size: int) -> Callable:
+    """A Pillow image -> a view."""
+    from torchvision import transforms as T
 
     from pipelines.recipes import get_recipe, kernel_size
 
-    T: Any = transforms_v2 if v2 else transforms
     r = get_recipe(recipe)
     assert r.crop and r.jitter
     j, blur = r.jitter, []
@@ -145,25 +142,20 @@ def torchvision_transform(recipe: str, size: int, *, v2: bool = False) -> Callab
             T.RandomApply([T.ColorJitter(j.brightness, j.contrast, j.saturation, j.hue)], j.probability),
             T.RandomGrayscale(r.grey),
             *blur,
-            T.ToDtype(torch.float32, scale=True) if v2 else T.ToTensor(),
+            T.ToTensor(),
             T.Normalize(r.mean, r.std),
         ]
     )
 
 
-def torchvision_v2(task: Task) -> Iterator[Batch]:
-    """torchvision's transforms draw once for a call, so they are called for each view of each image."""
-    import torch
-
-    transform = torchvision_transform(_RECIPE, task.image_size, v2=True)
-    for images in _decoded_by_torchvision(task):
-        yield [torch.stack([transform(image) for image in images]) for _ in range(2)]
+# ---- kornia, on a GPU ----
 
 
 def kornia(task: Task) -> Iterator[Batch]:
     """kornia's augmentations draw for each image of a batch and work on all at once, so the images have to be of one size."""
     import kornia.augmentation as K
     import torch
+    from torchvision.io import ImageReadMode, decode_jpeg
 
     from pipelines.recipes import get_recipe
 
@@ -178,19 +170,12 @@ def kornia(task: Task) -> Iterator[Batch]:
         K.RandomGrayscale(p=r.grey),
         K.Normalize(torch.tensor(r.mean), torch.tensor(r.std)),
     ).to(task.device)
-    for images in _decoded_by_torchvision(task):
+    for encoded in _encoded(task):
+        read: Any = [torch.tensor(one) for one in encoded]
+        images: Any = decode_jpeg(read, mode=ImageReadMode.RGB, device=task.device)  # by nvJPEG on a GPU
         batch = torch.stack(images).float() / 255
         with torch.no_grad():
             yield [transform(batch) for _ in range(2)]
-
-
-def _decoded_by_torchvision(task: Task) -> Iterator[list]:
-    """Batches of images, (3, H, W) uint8 on the device (by nvJPEG on a GPU), of the bytes as ours reads them."""
-    import torch
-    from torchvision.io import ImageReadMode, decode_jpeg
-
-    for encoded in _encoded(task):
-        yield decode_jpeg([torch.tensor(one) for one in encoded], mode=ImageReadMode.RGB, device=task.device)
 
 
 # ---- Ours ----
@@ -328,7 +313,6 @@ def decode_pipeline(batches: Iterable[list], batch_size: int, *, threads: int, d
 PARTS = {
     "reading": "reading: slices of the mapped tars (ShardReader.read)",
     "drawing": "drawing both views' parameters (draw_views)",
-    "rows": "packing the rows for the views step (parameter_rows)",
     "decoding": "decoding (DALI)",
     "views": "both views of the decoded image (view_step, Numba)",
     "loader": "the whole loader",
@@ -356,24 +340,21 @@ def parts(task: Task) -> dict[str, Any]:
     def draw(ids):
         return draw_views(reader.draw_keys(ids), seed=SEED, epoch=0, recipe=recipe, sizes=reader.sizes[ids])
 
-    drawn = [draw(ids) for ids in batches]
-    cycle = map(reader.read, itertools.cycle(batches))
-    pipeline = decode_pipeline(cycle, task.batch_size, threads=1, decoder=our_decoder("cpu"))
-    images = [np.array(images.at(i)) for (images,) in (pipeline.run() for _ in batches) for i in range(task.batch_size)]
-    rows = np.concatenate([parameter_rows(parameters, recipe) for parameters in drawn])
-    out = np.empty((3, task.image_size, task.image_size), np.float32)
-    sizes: dict[str, Any] = {"batch_size": task.batch_size, "image_size": task.image_size}
-
     def make_views() -> None:
         for image, both in zip(images, rows, strict=True):
             for row in both:
                 view_step(out, image, row)
 
+    cycle = map(reader.read, itertools.cycle(batches))
+    pipeline = decode_pipeline(cycle, task.batch_size, threads=1, decoder=our_decoder("cpu"))
+    images = [np.array(images.at(i)) for (images,) in (pipeline.run() for _ in batches) for i in range(task.batch_size)]
+    rows = np.concatenate([parameter_rows(draw(ids), recipe) for ids in batches])
+    out = np.empty((3, task.image_size, task.image_size), np.float32)
+    sizes: dict[str, Any] = {"batch_size": task.batch_size, "image_size": task.image_size}
     with our_loader(reader, patches=patches, threads=1, **sizes) as loader:
         work: dict[str, Callable[[], Any]] = {
             "reading": lambda: [reader.read(ids) for ids in batches],
             "drawing": lambda: [draw(ids) for ids in batches],
-            "rows": lambda: [parameter_rows(parameters, recipe) for parameters in drawn],
             "decoding": lambda: [pipeline.run() for _ in batches],
             "views": make_views,
             "loader": lambda: deque(loader, maxlen=0),  # a whole epoch: before it and after it nothing is under way
@@ -402,8 +383,8 @@ def memory(task: Task) -> dict[str, Any]:
     The tars' pages that it has mapped are in it, as the system counts them.
     """
     resident = []
-    sizes: dict[str, Any] = {"batch_size": task.batch_size, "image_size": task.image_size}
-    with our_loader(task.shards, patches=_EPOCH_BATCHES * task.batch_size, threads=task.cores, **sizes) as loader:
+    sizes: dict[str, Any] = {"batch_size": task.batch_size, "image_size": task.image_size, "threads": task.cores}
+    with our_loader(task.shards, patches=_EPOCH_BATCHES * task.batch_size, **sizes) as loader:
         for _ in range(EPOCHS):
             deque(loader, maxlen=0)
             resident.append(own_memory("VmRSS"))
@@ -421,7 +402,6 @@ def loader(title: str, stream: Callable[..., Iterator[Batch]], *devices: str, ne
 LOADERS = {
     "torchvision": loader("torchvision on Pillow, a process per core", torchvision, recipe="simclr"),
     "torchvision-blur": loader("torchvision on Pillow, blur", torchvision, "cpu", recipe="simclr-blur"),
-    "torchvision-v2": loader("torchvision v2 on decoded tensors", torchvision_v2, "cuda"),
     "kornia": loader("kornia on decoded tensors", kornia, "cuda", needs=("kornia",)),
     "ours": loader("ours, simclr", ours, recipe="simclr"),
     "ours-blur": loader("ours, simclr-blur", ours, recipe="simclr-blur"),

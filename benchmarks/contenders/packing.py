@@ -17,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from drawn_images import image_files
+from drawn_images import LAYOUT, image_files
 from worker import Contender, own_memory
 
 BATCH = 128  # patches that DALI decodes at a time
@@ -27,12 +27,11 @@ _START_S = 300  # seconds that decoding processes wait for each other
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is packed, and where to. layout: of the paths below images, for ours; the others take the first folder's name."""
+    """What is packed, and where to."""
 
     images: str
     out: str
     workers: int
-    layout: str
 
 
 def _report(patches: int, work_s: float) -> dict[str, Any]:
@@ -46,20 +45,13 @@ def _report(patches: int, work_s: float) -> dict[str, Any]:
 def decode_dali(task: Task) -> dict[str, Any]:
     """One DALI pipeline on the CPU with a thread per core."""
     import numpy as np
-    import nvidia.dali.fn as fn
-    import nvidia.dali.types as types
-    from nvidia.dali.pipeline import Pipeline
+
+    from contenders.loader import decode_pipeline, our_decoder
 
     files = [path for path, _ in image_files(task.images)]
-
-    def batches():
-        for start in range(0, len(files), BATCH):
-            yield [np.fromfile(path, np.uint8) for path in files[start : start + BATCH]]
-
-    pipeline = Pipeline(batch_size=BATCH, num_threads=task.workers, device_id=None, prefetch_queue_depth=2)
-    with pipeline:
-        encoded = fn.external_source(source=batches(), dtype=types.UINT8, ndim=1)
-        pipeline.set_outputs(fn.decoders.image(encoded, device="cpu", output_type=types.RGB))
+    parts = (files[start : start + BATCH] for start in range(0, len(files), BATCH))
+    batches = ([np.fromfile(path, np.uint8) for path in part] for part in parts)
+    pipeline = decode_pipeline(batches, BATCH, threads=task.workers, decoder=our_decoder("cpu"))
     pipeline.build()
     started, done = time.monotonic(), 0
     try:
@@ -111,7 +103,7 @@ def ours(task: Task, *, check: str) -> dict[str, Any]:
     from sharding.packing import build_shards
 
     started = time.monotonic()
-    settings: dict[str, Any] = {"layout": task.layout, "workers": task.workers, "encode": "keep", "check": check}
+    settings: dict[str, Any] = {"layout": LAYOUT, "workers": task.workers, "encode": "keep", "check": check}
     summary = build_shards([task.images], Path(task.out) / "shards", **settings)
     return _report(summary.packed, time.monotonic() - started)
 

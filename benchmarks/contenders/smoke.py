@@ -110,13 +110,13 @@ def views(task: Task) -> Iterator[dict[str, Side]]:
 def packing(task: Task) -> Iterator[dict[str, Side]]:
     import tarfile
 
-    from drawn_images import LAYOUT, image_files
+    from drawn_images import image_files
 
     from contenders.packing import Task as Packing
     from contenders.packing import decode_dali, ours
 
     out = Path(task.work) / "packed"
-    files = Packing(task.images, str(out), 1, LAYOUT)
+    files = Packing(task.images, str(out), 1)
 
     def tar() -> None:
         with tarfile.open(out / "images.tar", "w") as packed:
@@ -155,9 +155,9 @@ def loss(task: Task) -> Iterator[dict[str, Side]]:
 def heads(task: Task) -> Iterator[dict[str, Side]]:
     import heads as benchmark
 
-    job = benchmark.Task("one", "adam", rows=640, features=512, classes=3, epochs=10, cores=1)
-    protocol = dataclasses.replace(benchmark.PROTOCOLS[job.protocol], epochs=job.epochs)
-    given = (*benchmark.drawn(job), benchmark.tasks_of(job), job.classes, protocol)
+    job = benchmark.Task(rows=640, features=512, epochs=10, cores=1)
+    protocol = dataclasses.replace(benchmark.PROTOCOL, epochs=job.epochs)
+    given = (*benchmark.drawn(job), benchmark.tasks_of(job, grid=False), protocol)
     sides = {"plain": benchmark.plain, "ours": benchmark.ours}
     yield {who: functools.partial(per_unit, functools.partial(train, *given), job.epochs) for who, train in sides.items()}
 

@@ -25,9 +25,9 @@ class Task:
     """What is trained, and how it is timed.
 
     shards: folder of the shard set; images: of the files that it was built from; work: an empty one, for runs. image_size: side
-    of the views, pixels. bf16: under autocast, else float32, whose products a GPU rounds to TF32 where tf32 is True, as the stage
-    does. seconds: steps are timed for at least so long; steps: of the project's own loop, which is told beforehand how many to
-    take. compile, channels_last: None is the stage's own choice. micro_batch: in two passes, so many patches at a time.
+    of the views, pixels. bf16: under autocast, else float32. seconds: steps are timed for at least so long; steps: of the
+    project's own loop, which is told beforehand how many to take. compile, channels_last: None is the stage's own choice.
+    micro_batch: in two passes, so many patches at a time.
     """
 
     shards: str
@@ -44,7 +44,6 @@ class Task:
     compile: bool | None = None
     channels_last: bool | None = None
     micro_batch: int | None = None
-    tf32: bool = True
 
 
 def timed(batches: Iterator, step: Callable[[Any], None], task: Task) -> dict[str, Any]:
@@ -164,19 +163,11 @@ def model(task: Task) -> dict[str, Any]:
 
     device, on_gpu = torch.device(task.device), task.device == "cuda"
     with backend_settings(device, deterministic=False):
-        convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-        before = convolutions.fp32_precision
-        if on_gpu and not task.tf32:  # convolutions have a switch of their own; backend_settings puts back that of products
-            torch.set_float32_matmul_precision("highest")
-            convolutions.fp32_precision = "ieee"
-        try:
-            training = model_step(task)
-            flops = step_flops(training)
-            compiled = compile_model(training.net, task.compile, device)
-            fresh_memory(task.device)
-            found = timed(itertools.repeat(None), lambda batch: training.step(), task)
-        finally:
-            convolutions.fp32_precision = before
+        training = model_step(task)
+        flops = step_flops(training)
+        compiled = compile_model(training.net, task.compile, device)
+        fresh_memory(task.device)
+        found = timed(itertools.repeat(None), lambda batch: training.step(), task)
     return found | {
         "data_wait": None,
         "flops_per_step": flops,

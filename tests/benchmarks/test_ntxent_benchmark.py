@@ -12,35 +12,26 @@ def _run(seconds, mib=1.0, loss=7.0):
     return {"seconds": seconds, "peak_bytes": mib * MIB, "loss": loss, "budget_bytes": 10 * GIB}
 
 
-def test_time_grows_with_the_square_of_the_anchors_and_memory_but_for_ours():
-    runs = {"plain": {"512": [_run(1.0)] * 3, "1024": [_run(4.0), _run(2.0), _run(3.0)]}}
-    assert refusal("plain", 4096, runs, seconds=48) is None  # 3 s x 16
-    assert refusal("plain", 4096, runs, seconds=47) == "takes about 48 s"
-    runs = {name: {"1024": [_run(0.001, mib=100)]} for name in ("plain", "ours")}
-    assert refusal("plain", 8192, runs, seconds=100) is None  # 6.25 of 10 GiB
-    assert refusal("plain", 16_384, runs, seconds=100) == "needs about 25.0 GiB"
-    assert refusal("ours", 65_536, runs, seconds=100) is None
-    assert refusal("plain", 2**20, {"plain": {}}, seconds=0) is None  # the first size is always tried
+def test_memory_grows_with_the_square_of_the_anchors_but_for_ours():
+    of_sizes = {512: [_run(1, mib=1)], 1024: [_run(1, mib=50), _run(1, mib=100), _run(1, mib=200)]}
+    runs = {f"{size} {name}": found for size, found in of_sizes.items() for name in ("plain", "ours")}
+    assert refusal("plain", 8192, runs, {}) is None  # 6.25 of 10 GiB
+    assert refusal("plain", 16_384, runs, {}) == "needs about 25.0 GiB"
+    assert refusal("ours", 65_536, runs, {}) is None
+    assert refusal("plain", 512, {}, {"1024 plain": "no memory: no"}) is None  # nothing smaller is known
+    assert refusal("plain", 2048, {"1024 plain": []}, {"1024 plain": "no memory: no"}) == "no memory for a smaller size"
 
 
-@pytest.mark.parametrize(
-    ("seconds", "mib", "growth_mib", "expected"),
-    [(1.1, 1024, 256, [True, True, True]), (1.11, 1025, 256, [False, False, False]), (1.0, 1024, 255, [True, True, False])],
-)
-def test_targets_are_reached_by_equality(seconds, mib, growth_mib, expected):
-    runs = {"plain": {"16384": [_run(1.0, 9999)]}, "ours": {"16384": [_run(seconds, growth_mib)], "65536": [_run(9, mib)]}}
-    runs["simclr"] = {"512": [{"no_memory": "no", "budget_bytes": 1}]}
-    found = targets_of(summary_of(runs), 128)
-    assert [target["enough"] for target in found] == expected
-    assert found[2]["reached"] == pytest.approx(mib / growth_mib / 4)
-    assert [target["enough"] for target in targets_of(summary_of(runs), 64)][1] is None  # the target is for D = 128
+@pytest.mark.parametrize(("seconds", "mib", "enough"), [(1.1, 1024, [True, True]), (1.11, 1025, [False, False])])
+def test_targets_are_reached_by_equality(seconds, mib, enough):
+    runs = {"16384 plain": [_run(1.0)], "16384 ours": [_run(seconds)], "65536 ours": [_run(9, mib)]}
+    assert [target["enough"] for target in targets_of(summary_of(runs))] == enough
 
 
 def test_a_loss_of_another_formula_is_a_failure():
-    runs = {"plain": {"512": [_run(1, loss=7.0)]}, "lightly": {"512": []}}
-    assert other_loss(_run(1, loss=7.0005), runs, 512) is None
-    assert other_loss(_run(1, loss=7.1), runs, 512) == "its loss is 7.1, that of plain formula 7"
-    assert other_loss(_run(1, loss=float("nan")), runs, 512) is not None
+    assert other_loss(_run(1, loss=7.0005), [_run(1, loss=7.0)]) is None
+    assert other_loss(_run(1, loss=7.1), [_run(1, loss=7.0)]) == "its loss is 7.1 and not the 7"
+    assert other_loss(_run(1, loss=float("nan")), [_run(1)]) is not None
 
 
 @pytest.mark.parametrize("make", [ntxent.ours, ntxent.plain])
@@ -57,35 +48,25 @@ def test_contenders_compute_the_same_loss(make):
 def test_rounds_are_interleaved_and_reasons_stand_in_the_table(tmp_path, monkeypatch, run_main):
     order = []
 
-    def one_run(name, task, peers, seconds, *, in_process):
+    def one_run(name, task, peers):
         order.append((task.anchors, name))
         if name == "plain" and task.anchors == 1024:
             return {"no_memory": "you tried to allocate 4 MB", "budget_bytes": GIB}
-        return _run({"plain": 1, "ours": 0.5}[name] * (task.anchors / 512) ** 2, loss=7.0 + (len(order) == 2))
+        return _run({"plain": 1, "ours": 0.5}[name], loss=7.0 + (len(order) == 2))
 
     monkeypatch.setattr(ntxent, "one_run", one_run)
-    record, _, code = run_main(main, Config(out=str(tmp_path), anchors=[512, 1024, 4096], rounds=2, seconds=9))
-    assert code == 1 and record["failed"] == {"ours at 512": "its loss is 8, that of plain formula 7"}
-    assert order == [(512, "plain"), (512, "ours"), (512, "plain"), (1024, "plain"), (1024, "ours"), (1024, "ours")]
-    assert record["not_run"]["plain"] == {"1024": "no memory: you tried to allocate 4 MB", "4096": "no memory at 1,024"}
-    assert record["not_run"]["ours"] == {"512": f"FAILED: {record['failed']['ours at 512']}", "4096": "takes about 32 s"}
-    speed, memory = (block for block in report_of(record).blocks if not isinstance(block, str))
-    assert speed.rows[2] == ["4,096", "no memory at 1,024", "takes about 32 s", "-"]
-    assert memory.rows[1] == ["1,024", "1.0", "no memory: you tried to allocate 4 MB", "1"]
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"anchors": [512, 7]}, "--anchors 512 7: give even numbers"),
-        ({"in_process": True}, "--in-process is for --device cuda"),
-        ({"in_process": True, "device": "cuda", "peers": "folder"}, "--in-process and --peers"),
-    ],
-)
-def test_user_errors(tmp_path, settings, words):
-    with pytest.raises(ValueError, match=words):
-        main(Config(out=str(tmp_path / "results"), **settings))
-    assert not (tmp_path / "results").exists()
+    record, _, code = run_main(main, Config(out=str(tmp_path), anchors=[512, 1024, 2048], rounds=2))
+    assert code == 1 and record["failed"] == {"512 ours": "its loss is 8 and not the 7 of 512 plain"}
+    first, later = [(512, "plain"), (512, "ours"), (512, "plain")], [(1024, "plain"), (1024, "ours")] * 2
+    assert order == [*first, *later, (2048, "ours"), (2048, "ours")]
+    assert record["not_run"] == {
+        "1024 plain": "no memory: you tried to allocate 4 MB",
+        "2048 plain": "no memory for a smaller size",
+    }
+    rows = report_of(record).blocks[1].rows
+    assert rows[0] == ["2N = 512: plain formula", "1", "1", "1", "0%", "1", "1.00", "-"]
+    assert rows[1] == [f"2N = 512: ours (FAILED: {record['failed']['512 ours']})", *["-"] * 7]
+    assert rows[3] == ["2N = 1,024: ours", "0.5", "0.5", "0.5", "0%", "1", "-", "1.00"]
 
 
 @pytest.mark.faults
@@ -93,7 +74,7 @@ def test_processes_measure_time_and_memory():
     """Starts processes that import torch. The allocator may keep a further matrix, so the lower peak of two runs counts."""
     found, task = {}, Task(2048, 16, 0.5, "cpu", 1, 0.05)
     for name in ("plain", "ours"):
-        runs = [one_run(name, task, environment_of(None, []), 9.0, in_process=False) for _ in range(2)]
+        runs = [one_run(name, task, environment_of(None, [])) for _ in range(2)]
         found[name] = min(runs, key=lambda run: run["peak_bytes"])
     plain, ours, matrix = found["plain"], found["ours"], 4 * 2048**2
     assert 2 * matrix < plain["peak_bytes"] < 5 * matrix
@@ -103,10 +84,9 @@ def test_processes_measure_time_and_memory():
 
 def test_in_this_process_a_failure_is_the_contenders_own(monkeypatch):
     monkeypatch.setattr(ntxent, "_limit_memory", lambda more: None)  # this process is the tests'
-    task, peers = Task(16, 8, 0.5, "cpu", 1, 0.0), environment_of(None, [])
-    assert one_run("ours", task, peers, 9.0, in_process=True)["loss"] > 0
+    assert one_run("ours", Task(16, 8, 0.5, "cpu", 1, 0.0), None)["loss"] > 0
     with pytest.raises(RunFailed, match=r"^RuntimeError: Invalid device"):
-        one_run("ours", Task(16, 8, 0.5, "gpu?", 1, 0.0), peers, 9.0, in_process=True)
+        one_run("ours", Task(16, 8, 0.5, "gpu?", 1, 0.0), None)
 
 
 def test_what_does_not_fit_fails_to_allocate(run_script, tmp_path):

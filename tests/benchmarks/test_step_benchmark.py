@@ -1,21 +1,14 @@
-"""The benchmark of a training step and that of its options."""
-
 import itertools
 
 import pytest
 import step
-import step_options
 import torch
 import worker
 from contenders import step as contenders
 from contenders.step import PROJECTION, WARM, Task, model_step, step_flops, summarise_rows, timed
-from harness import RunFailed
-from hypothesis import given
-from hypothesis import strategies as st
 from patch_set import PatchSet
 from report import judge
-from step import TARGETS, Config, main, model_lines, report_of, summary_of, utilisation
-from step_options import attempt, settings, text_of
+from step import TARGETS, Config, attempt, main, settings, summary_of, utilisation
 
 
 def _task(**changes) -> Task:
@@ -40,17 +33,12 @@ def test_steps_after_the_first_ones_are_timed(monkeypatch):
     assert timed(batches(), one_step, _task(seconds=0))["steps"] == 1  # never nothing
 
 
-@given(st.lists(st.tuples(st.integers(1, 9), st.floats(0.1, 100), st.floats(0, 1)), min_size=2, max_size=8))
-def test_rows_are_added_up_by_time(drawn):
-    rows, number = [], 0
-    for steps, seconds, wait in drawn:
-        number += steps
-        rows.append({"step": number, "patches_per_s": 4 * steps / seconds, "data_wait": wait})
+def test_rows_are_added_up_by_time():
+    """The first row is left out; then 1 step in 2 s, of which half is waited, and 3 steps in 4 s without waiting."""
+    rows = [{"step": 5, "patches_per_s": 0.1, "data_wait": 1.0}]
+    rows += [{"step": 6, "patches_per_s": 2.0, "data_wait": 0.5}, {"step": 9, "patches_per_s": 3.0, "data_wait": 0.0}]
     found = summarise_rows(rows, 4)
-    total = sum(seconds for _, seconds, _ in drawn[1:])
-    assert found["seconds"] == pytest.approx(total)
-    assert found["img_per_s"] == pytest.approx(8 * sum(steps for steps, _, _ in drawn[1:]) / total)
-    assert found["data_wait"] == pytest.approx(sum(seconds * wait for _, seconds, wait in drawn[1:]) / total)
+    assert found == {"img_per_s": pytest.approx(2 * 4 * 4 / 6), "data_wait": pytest.approx(1 / 6), "steps": 4, "seconds": 6}
 
 
 def test_the_others_read_every_patch_before_any_comes_again():
@@ -81,51 +69,27 @@ def test_targets():
     assert [target["enough"] for target in slow] == [None, False, None, None, None, False]
 
 
-def _model_record(gpu, bf16=True, compiled=True):
-    """A step takes 0.5 s and 10^14 operations."""
-    run = _run(100) | {"steps": 4, "seconds": 2.0, "flops_per_step": 10**14, "compiled": compiled, "gpu": gpu, "peak_gib": 12.34}
-    return {"runs": {"model": [run, run | {"seconds": 4.0}, run]}, "timed": {"bf16": bf16}}
+def test_operations_per_second_are_a_median_over_rounds():
+    run = {"steps": 4, "seconds": 2.0, "flops_per_step": 10**14, "gpu": "some"}
+    record = {"runs": {"model": [run, run | {"seconds": 4.0}, run]}}
+    assert utilisation(record) == (2e14, "some") and utilisation({"runs": {}}) is None
 
 
-def test_the_models_share_of_the_peak():
-    record = _model_record("NVIDIA H200")
-    assert utilisation(record).flops == 2e14 and utilisation(record).share == pytest.approx(200 / 989)
-    (line,) = model_lines(record)
-    assert line.startswith("- measured: the model alone: 200 TFLOP/s, 20.2% of the 989 of the NVIDIA H200 in dense bf16 (MFU);")
-    for gpu, bf16 in (("NVIDIA H200 NVL", True), ("NVIDIA H200", False), (None, True)):  # no peak is known
-        record = _model_record(gpu, bf16, compiled="no: no compiler")
-        assert utilisation(record).share is None
-        assert ("no share of the peak (MFU)" in model_lines(record)[0]) == (gpu is not None)
-
-
-def test_rounds_are_interleaved_and_a_failure_stands_in_the_table(tmp_path, monkeypatch, run_main):
+def test_the_loop_takes_as_many_steps_as_the_model_takes_in_that_time(tmp_path, monkeypatch, run_main):
     tasks = []
 
-    def one_run(name, task, peers, work, limit):
+    def one_run(name, task, peers, work):
         tasks.append((name, task.seconds, task.steps))
-        if name == "ray" and len(tasks) > 5:
-            raise RunFailed("exit code 1: no Ray")
         of_model = {"flops_per_step": 1, "compiled": False, "gpu": None, "peak_gib": None}
-        return _run(100.0, 0.01 if name == "joint" else None) | {"seconds": 3.0, "steps": 6} | of_model
+        return _run(100.0, 0.01) | {"seconds": 3.0, "steps": 6} | of_model
 
     monkeypatch.setattr(step, "one_run", one_run)
     described = {"patches": 9, "kilobytes": 1.5, "left_out": 0, "drawn": True}
     monkeypatch.setattr(step, "patch_set", lambda *_, **__: PatchSet("shards", "images", described))
-    record, _, code = run_main(main, Config(work=str(tmp_path), out=str(tmp_path / "out"), seconds=21))
-    assert code == 1 and record["failed"] == {"ray": "exit code 1: no Ray"}
-    first = [(name, 21, 42) for name in ("loader", "model", "joint", "ray")]
-    assert tasks[0] == ("model", 2, 0)  # the pilot: half a second for a step
-    assert tasks[1:] == [*first, *first, *[task for task in first if task[0] != "ray"]]
-    rows = report_of(record).blocks[2].rows
-    assert rows[3] == ["ours, both, one Ray worker (FAILED: exit code 1: no Ray)", "100", "-", "-", "100", "0%", "-"]
-    assert rows[2] == ["ours, both", "100", "100", "100", "100", "0%", "1.00%"]
-
-
-@pytest.mark.parametrize(("given", "least"), [({"batch_size": 1}, 2), ({"patches": 3, "dry": True}, 4), ({"rounds": 0}, 1)])
-def test_user_errors(tmp_path, given, least):
-    with pytest.raises(ValueError, match=f"is out of range: give at least {least}"):
-        main(Config(work=str(tmp_path), out=str(tmp_path / "results"), **given))
-    assert not (tmp_path / "results").exists()
+    given = {"contenders": ["model", "joint"], "seconds": 21, "rounds": 2}
+    assert run_main(main, Config(work=str(tmp_path), out=str(tmp_path / "out"), **given))[2] == 0
+    # The pilot has half a second for a step.
+    assert tasks == [("model", 2, 0), *[("model", 21, 42), ("joint", 21, 42)] * 2]
 
 
 # The model alone
@@ -150,32 +114,24 @@ def test_a_step_changes_the_first_weights_and_the_last(changes):
     assert changed >= {names[0], names[-1]}
 
 
-# Its options
+# Its settings
 
 
 def test_one_thing_changes_at_a_time():
     task = _task(device="cuda", batch_size=256)
-    found = [(text_of(setting), with_loader) for setting, with_loader in settings("options", task, [64])]
-    assert found[0] == ("batch 256, bf16, channels last", True) and len(set(found)) == len(found) == 8
-    assert not any(with_loader for text, with_loader in found if "fp32" in text)  # which the stage does not have on a GPU
-    micro = [(setting.batch_size, setting.micro_batch) for setting, _ in settings("two-pass", task, [64, 1024])]
+    texts = [text for text, _ in settings("options", task)]
+    assert texts[0] == "batch 256, bf16, channels last" and len(set(texts)) == len(texts) == 4
+    assert [setting.batch_size for _, setting in settings("batches", task)] == [64, 128, 256, 512, 1024]
+    micro = [(setting.batch_size, setting.micro_batch) for _, setting in settings("two-pass", task)]
     assert micro == [(1024, None), (1024, 256), (1024, 64)]
-    assert [setting.micro_batch for setting, _ in settings("two-pass", _task(), [2, 4])] == [None, 1]
-    assert [setting.batch_size for setting, _ in settings("batches", _task(), [2, 4])] == [2, 4]
 
 
 def test_what_fails_stands_in_the_table_and_the_next_is_tried(monkeypatch, tmp_path):
     def joint(task):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to\nallocate 3 GiB")
 
-    monkeypatch.setattr(step_options, "joint", joint)
+    monkeypatch.setattr(step, "joint", joint)
     run = attempt(_task(), tmp_path, with_loader=True)
-    assert run["model"]["steps"] == 1 and run["no_memory"].startswith("joint: OutOfMemoryError: CUDA out of memory. Tried to all")
+    assert run["model"]["steps"] == 1 and run["no_memory"].startswith("OutOfMemoryError: CUDA out of memory. Tried to all")
     broken = attempt(_task(backbone="resnot"), tmp_path, with_loader=True)
-    assert broken["failed"].startswith("model: ValueError: backbone 'resnot'")
-    timed = {"backbone": "resnot", "image_size": 32, "device": "cpu", "seconds": 1.0}
-    runs = {"options": [{"text": "one"} | run, {"text": "other"} | broken], "batches": []}
-    _, table = step_options.report_of({"timed": timed, "runs": runs}).blocks
-    reason = f"one (no memory: {run['no_memory']})"
-    assert table.rows[0][0] == reason and table.rows[0][1] != "-" and table.rows[0][3:] == ["-"] * 3
-    assert table.rows[1] == [f"other (FAILED: {broken['failed']})", *["-"] * 5]
+    assert broken["failed"].startswith("ValueError: backbone 'resnot'")
