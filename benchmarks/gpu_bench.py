@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import equal_work_report
+import equal_work
 import gpu_check
 import loader
 import ntxent
@@ -113,7 +113,7 @@ PARTS = {
     "loss": Part("NT-Xent", 45, ntxent.report_of),
     "loader": Part("The loader", 110, loader.report_of),
     "options": Part("Options of a training step", 90, step.settings_report),
-    "pretraining": Part("A short pretraining", 110, equal_work_report.report_of),
+    "pretraining": Part("A short pretraining", 110, equal_work.report_of),
     "two-pass": Part("Micro-batches in two passes", 30, step.settings_report),
     "threads": Part("The loader by threads", 45, loader.report_of),
 }

@@ -136,22 +136,17 @@ def run_contender(
     watch: Callable[[int], None] | None = None,
 ) -> Record:
     """What the contender of that module returns for the task, from a fresh process, and the load before it. Raises RunFailed."""
-    load = machine(0)["load"][0]
+    load = round(os.getloadavg()[0], 2)
+    surroundings: dict[str, str] = {}  # that libraries read when they are loaded; what the shell says does not count
+    if cores := getattr(task, "cores", 0):
+        surroundings |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(cores))
+    if getattr(task, "device", "") == "cpu":
+        surroundings["CUDA_VISIBLE_DEVICES"] = ""  # a stage takes a GPU where it sees one
     with tempfile.TemporaryDirectory(prefix="run-", ignore_cleanup_errors=True) as folder:
         result = Path(folder) / "result.json"
         line = [python, str(ROOT / "benchmarks" / "worker.py"), module, name, json.dumps(dataclasses.asdict(task)), str(result)]
-        run_fresh(line, Path(folder) / "run.log", limit=limit, watch=watch, environment=_surroundings(task))
+        run_fresh(line, Path(folder) / "run.log", limit=limit, watch=watch, environment=surroundings)
         return {**json.loads(result.read_text()), "load_before": load}
-
-
-def _surroundings(task: Any) -> dict[str, str]:
-    """Libraries read these when they are loaded; what the shell says does not count."""
-    found: dict[str, str] = {}
-    if cores := getattr(task, "cores", 0):
-        found |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(cores))
-    if getattr(task, "device", "") == "cpu":
-        found["CUDA_VISIBLE_DEVICES"] = ""  # a stage takes a GPU where it sees one
-    return found
 
 
 # ---- What a result says of itself ----
@@ -166,23 +161,16 @@ def new_path(folder: Path, kind: str) -> Path:
 
 
 def machine(workers: int) -> Record:
-    models = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    memory = [int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if line.startswith("MemTotal:")]
+    cpu = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    models = [line.partition(":")[2].strip() for line in cpu if line.startswith("model name")]
     return {
-        "cpu": models[0] if models else platform.processor() or "unknown",
+        "cpu": models[0] if models else platform.machine(),
         "cores": available_cores(),
         "workers": workers,
-        "memory_bytes": memory[0] if memory else None,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "kernel": platform.release(),
         "load": [round(load, 2) for load in os.getloadavg()],
     }
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text(errors="replace").splitlines()
-    except OSError:
-        return []
 
 
 def versions_of(packages: Iterable[str]) -> dict[str, str]:

@@ -9,7 +9,6 @@ table and its figures, and fails where a mean exceeds 1 level of 255 or a 99.9th
 """
 
 import dataclasses
-import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import Result, script
-from PIL import Image
+from harness import Result, check_at_least, script
 from report import Record, Report, Table
 from worker import ROOT
 
@@ -80,16 +78,11 @@ def drawn_patches(count: int, size: int) -> list[np.ndarray]:
     return [np.frombuffer(encode(patch), np.uint8) for patch in patches]
 
 
-def size_of(encoded: np.ndarray) -> tuple[int, int]:
-    """Height and width in pixels."""
-    with Image.open(io.BytesIO(encoded.tobytes())) as image:
-        return image.height, image.width
-
-
 def compare(graphs: dict[str, DaliGraph], encoded: list[np.ndarray]) -> dict[str, dict[str, float]]:
     """Mean, 99.9th percentile and maximum of the difference to the reference in levels of 255, by column."""
     recipe, image_size = graphs["graph"].recipe, graphs["graph"].image_size
-    sizes = np.array([size_of(one) for one in encoded])
+    images = [decode(one) for one in encoded]
+    sizes = np.array([image.shape[-2:] for image in images])
     drawn = draw_views(np.arange(len(encoded)), seed=SEED, epoch=0, recipe=recipe, sizes=sizes)
     setting: dict[str, Any] = {"recipe": recipe, "image_size": image_size}
     reference = reference_views(encoded, drawn, **setting)
@@ -97,7 +90,6 @@ def compare(graphs: dict[str, DaliGraph], encoded: list[np.ndarray]) -> dict[str
     for name, graph in graphs.items():
         graph.put(encoded, drawn)
         found[name] = graph.get()
-    images = [decode(one) for one in encoded]
     found["rounded"] = torch.stack(
         [
             torch.stack([reference_view(image, drawn, i, view, dtype=torch.uint8, **setting) for i, image in enumerate(images)])
@@ -115,7 +107,11 @@ def figures(difference: torch.Tensor) -> dict[str, float]:
 
 def main(config: Config) -> None:
     torch.set_num_threads(1)
-    sources = _sources(config)
+    check_at_least(config, patches=1, image_size=32)
+    sources = {"drawn": drawn_patches(config.patches, config.image_size)}
+    sources |= {Path(folder).absolute().name: real_patches(folder, config.patches) for folder in config.images}
+    if len(sources) <= len(config.images):
+        raise ValueError("--images: the table could not tell these apart; give folders of different names, and none named drawn")
     cases = OPERATIONS | {f"recipe {name}": recipe for name, recipe in RECIPES.items()}
     result = Result(config.out, "parity")
     rows: list[Record] = []
@@ -128,27 +124,17 @@ def main(config: Config) -> None:
             row = {"case": name, "source": source} | compare(graphs, encoded)
             rows.append(row)
             result.say(" | ".join(_cells(row)))
+    # What is no number is too far, too
     result.record["too_far"] = [
         f"{COLUMNS[column]}: {row['case']} on {row['source']}"
         for row in rows
         for column in ("graph", "torch")
-        if not (row[column]["mean"] <= MEAN and row[column]["p99_9"] <= HIGH)  # what is no number is too far, too
+        if not (row[column]["mean"] <= MEAN and row[column]["p99_9"] <= HIGH)
     ]
     result.finish(report_of(result.record), show=[])
     if result.record["too_far"]:
         print(f"TOO FAR: {'; '.join(result.record['too_far'])}", file=sys.stderr)
         raise SystemExit(1)
-
-
-def _sources(config: Config) -> dict[str, list[np.ndarray]]:
-    if config.patches < 1 or config.image_size < 32:
-        raise ValueError("--patches must be at least 1, --image-size at least 32")
-    names = ["drawn", *(Path(folder).absolute().name for folder in config.images)]
-    if len(set(names)) < len(names):
-        raise ValueError(f"--images: the table could not tell {' and '.join(names)} apart; give folders of different names")
-    patches = [drawn_patches(config.patches, config.image_size)]
-    patches += [real_patches(folder, config.patches) for folder in config.images]
-    return dict(zip(names, patches, strict=True))
 
 
 def _cells(row: Record) -> list[str]:

@@ -6,10 +6,9 @@ A bar is the median over rounds, each of which is a dot on it; ours are in colou
 tables name it with its reason.
 """
 
-import itertools
 import re
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,7 @@ from sharding.cli import positional
 from train.records.runs import read_json
 
 _OURS, _OTHERS = "#2f6f9f", "#b9b9b9"
-_LINES = ("#8a8a8a", "#d08a2e", "#4f9d57", "#a05195")  # of others
-Points = Iterable[tuple[float, float]]
+Lines = Mapping[str, Sequence[tuple[float, float]]]  # by title its points
 
 
 @dataclass(frozen=True)
@@ -42,8 +40,7 @@ def main(config: Config) -> None:
     for path in paths:
         record = read_json(path, "give a result of a benchmark")
         figure = PLOTS[kind_of(path)](record)
-        foot = f"{record['date']}, {record['machine']['cores']} cores"
-        figure.supxlabel(foot, fontsize=7, ha="right", x=0.99, color="#666666")
+        figure.supxlabel(f"{record['date']}, {record['machine']['cores']} cores", fontsize=7)
         figure.savefig(path.with_suffix(".png"), dpi=110)
         print(path.with_suffix(".png"))
 
@@ -53,72 +50,49 @@ def kind_of(path: Path) -> str:
     return re.sub(r"^\d{4}-\d\d-\d\d-|-\d+$", "", path.stem)
 
 
-def _panels(count: int, width: float, height: float) -> tuple[Any, list[Any]]:
-    """A figure and its axes, side by side."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(max(6.6, width * count), height), layout="constrained")
-    axes = list(figure.subplots(1, count, squeeze=False)[0])
-    for each in axes:
-        each.tick_params(labelsize=7.5)
-        each.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
 def loader(record: Record) -> Any:
     """A bar for each contender."""
+    from matplotlib.figure import Figure
+
     timed, runs = record["timed"], {name: runs for name, runs in record["runs"].items() if name in LOADERS and runs}
-    figure, (axes,) = _panels(1, 8.2, 0.9 + 0.27 * len(runs))
+    figure = Figure(figsize=(8.2, 0.9 + 0.27 * len(runs)), layout="constrained")
+    axes = figure.subplots()
     for number, (name, found) in enumerate(runs.items()):
         rates = [run["patches_per_s"] for run in found]
-        axes.barh(number, statistics.median(rates), height=0.66, color=_OURS if name.startswith("ours") else _OTHERS)
+        axes.barh(number, statistics.median(rates), color=_OURS if name.startswith("ours") else _OTHERS)
         axes.plot(rates, [number] * len(rates), ".", color="black", markersize=3)
-        place: Record = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": 7}
-        axes.annotate(f"{statistics.median(rates):,.0f}", (max(rates), number), **place)
-    axes.set_yticks(range(len(runs)), [LOADERS[name].title for name in runs])
+        axes.text(max(rates), number, f"  {statistics.median(rates):,.0f}", va="center", fontsize=7)
+    axes.set_yticks(range(len(runs)), [LOADERS[name].title for name in runs], fontsize=7.5)
     axes.invert_yaxis()
-    axes.margins(x=0.09)
-    axes.set_xlim(left=0)
-    axes.set_title(f"Loading: two views of {timed['image_size']} px, batch {timed['batch_size']}", fontsize=9, loc="left")
-    axes.set_xlabel("patches/s", fontsize=7.5)
+    axes.set(xlabel="patches/s", title=f"Loading: two views of {timed['image_size']} px, batch {timed['batch_size']}")
     return figure
 
 
-def _lines(axes: Any, title: str, x: str, y: str, lines: Mapping[str, Points], *, powers: bool) -> None:
-    """powers: whether both axes grow by powers."""
-    colours = itertools.cycle(_LINES)
-    for name, points in lines.items():
-        ours = name.startswith("ours")
-        colour, width = (_OURS, 2.2) if ours else (next(colours), 1.2)
-        axes.plot(*zip(*points, strict=True), marker=".", linewidth=width, color=colour, label=name)
-    axes.set_title(title, fontsize=9, loc="left")
-    axes.set(xlabel=x, ylabel=y)
-    if powers:
-        axes.set(xscale="log", yscale="log")
-    ticks = sorted({each for line in axes.lines for each in line.get_xdata()})
-    axes.set_xticks(ticks, [f"{value:,.0f}" for value in ticks], rotation=30 if powers else 0)
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+def _panels(panels: Mapping[str, Lines], x: str, y: Sequence[str], scale: str) -> Any:
+    """Panels of lines side by side, by title. x: what they share; y: of each; scale: of both axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(6.6, 5.0 * len(panels)), 4), layout="constrained")
+    for axes, (title, lines), label in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), y, strict=True):
+        for name, points in lines.items():
+            style = {"color": _OURS, "linewidth": 2.2} if name.startswith("ours") else {"linewidth": 1.2}
+            axes.plot(*zip(*points, strict=True), marker=".", label=name, **style)
+        axes.set(title=title, xlabel=x, ylabel=label, xscale=scale, yscale=scale)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    return figure
 
 
 def loss(record: Record) -> Any:
     """Time and memory by anchors, a line for each contender."""
-    figure, panels = _panels(2, 5.0, 3.8)
-    for axes, (value, scale, title, unit) in zip(
-        panels,
-        (
-            ("seconds", 1e3, "NT-Xent, forward and backward: time", "ms"),
-            ("peak_bytes", 1 / 2**20, "NT-Xent: memory beyond the embeddings", "MiB"),
-        ),
-        strict=True,
-    ):
-        lines: dict[str, list[tuple[float, float]]] = {}
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    values = {"NT-Xent, forward and backward": ("seconds", 1e3), "NT-Xent, beyond the embeddings": ("peak_bytes", 1 / 2**20)}
+    for title, (value, scale) in values.items():
+        panels[title] = {}
         for anchors, found in record["summary"].items():
             for name, row in found.items():
-                lines.setdefault(LOSSES[name].title, []).append((int(anchors), row[value] * scale))
-        _lines(axes, title, "anchors, 2N", unit, lines, powers=True)
-    return figure
+                panels[title].setdefault(LOSSES[name].title, []).append((int(anchors), row[value] * scale))
+    return _panels(panels, "anchors, 2N", ["ms", "MiB"], "log")
 
 
 def curves(record: Record) -> Any:
@@ -128,21 +102,18 @@ def curves(record: Record) -> Any:
         if found := [run["curve"] for run in runs if "curve" in run]:
             means = map(statistics.fmean, zip(*found, strict=True))
             lines[PRETRAINED[name].title] = list(enumerate(means, start=1))
-    figure, (axes,) = _panels(1, 6.6, 3.8)
     title = f"SimCLR at equal work: loss, mean over {len(record['settings']['seeds'])} seeds"
-    _lines(axes, title, "epoch", "NT-Xent, nats", lines, powers=False)
-    return figure
+    return _panels({title: lines}, "epoch", ["NT-Xent, nats"], "linear")
 
 
 def scale(record: Record) -> Any:
     """patches/s by GPUs, a panel for each machine and a line for each number of patches."""
-    figure, panels = _panels(len(record["machines"]), 5.2, 4.4)
-    for axes, node in zip(panels, record["machines"], strict=True):
-        lines: dict[str, list[tuple[float, float]]] = {}
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for node in record["machines"]:
         for each in node["predictions"]:
-            lines.setdefault(f"{each['patches']:,} patches", []).append((each["gpus"], each["patches_per_s"]))
-        _lines(axes, node["name"], "GPUs", "patches/s, predicted", lines, powers=True)
-    return figure
+            line = panels.setdefault(node["name"], {}).setdefault(f"{each['patches']:,} patches", [])
+            line.append((each["gpus"], each["patches_per_s"]))
+    return _panels(panels, "GPUs", ["patches/s, predicted"] * len(panels), "log")
 
 
 # By the kind of a result, as its file's name tells it

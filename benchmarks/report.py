@@ -107,10 +107,9 @@ def target_lines(record: Record, show: Callable[[float], str] = number) -> list[
     for target in record["targets"]:
         reached, wanted = target["reached"], target["wanted"]
         word = {True: "reached", False: "MISSED"}.get(target["enough"], "measured" if reached is not None else "not measured")
-        line = f"- {word}: {target['text']}" + (f": {show(reached)}" if reached is not None else "")
-        lines.append(
-            line + (f", wanted at {'least' if target['at_least'] else 'most'} {show(wanted)}" if wanted is not None else "")
-        )
+        value = f": {show(reached)}" if reached is not None else ""
+        limit = f", wanted at {'least' if target['at_least'] else 'most'} {show(wanted)}" if wanted is not None else ""
+        lines.append(f"- {word}: {target['text']}{value}{limit}")
     return lines
 
 
@@ -182,11 +181,10 @@ def _markdown_table(table: Table) -> list[str]:
 def heading(title: str, record: Record) -> list[str]:
     """What was measured, when, on what, by which command."""
     m = record["machine"]
-    memory = f"{m['memory_bytes'] / 1e9:,.0f} GB of memory" if m["memory_bytes"] else "memory unknown"
-    where = f"{m['cpu']}, {m['cores']} cores, {m['workers']} workers, {memory}, load {m['load'][0]} before the start."
+    where = f"{m['cpu']}, {m['cores']} cores, {m['workers']} workers, {m['memory_bytes'] / 1e9:,.0f} GB of memory"
     versions = ", ".join(f"{package} {version}" for package, version in record["versions"].items())
-    first = f"{where} Commit {record['commit']}; `{record['command']}`."
-    return [f"# {title}, {record['date']}, {m['cores']} cores", first, *([versions + "."] if versions else [])]
+    first = f"{where}, load {m['load'][0]} before the start. Commit {record['commit']}; `{record['command']}`."
+    return [f"# {title}, {record['date']}, {m['cores']} cores", first, versions + "."]
 
 
 def markdown(report: Report) -> str:

@@ -1,27 +1,20 @@
 """How many GPUs and which storage for so many patches? A cost model of SimCLR pretraining, on the constants of machines.yaml.
 
     python benchmarks/scale.py                                              # on a CPU, on A100 and on H200
-    python benchmarks/scale.py --machines h200 --step STEP.json --loader LOADER.json   # with what a GPU host has measured
+    python benchmarks/scale.py --machines h200 --measured BENCH.json        # with what `make gpu-bench` has measured
     python benchmarks/scale.py --machines my_cluster.yaml                   # a machine of one's own
     python benchmarks/scale.py --check --work DISK/bench                    # against one and two real workers on this machine
 
 For every number of GPUs and of patches: patches/s, time per epoch, what the network and the storage have to give, and the first
 bottleneck. Results: <out>/<date>-scale.json and .md; of the check <date>-scale-check.json and .md (scale_check.py).
-
-W ranks (GPUs), V = 2 views of a patch, B patches of a rank in a step, D width of the projection, M = V B anchors of a rank,
-N = W M anchors of all. Times in seconds, volumes in bytes, rates in units per second; machines.yaml says what each constant is. A
-step takes what its parts take one after the other (`step_parts`). Patches are read and decoded at the same time. So the rate of
-the whole is the lowest of the rates of all stages (`limits`), and that stage is the bottleneck. Formulas, constants and tables
-are one file, so that a number in a table can be followed to its formula.
 """
 
-import dataclasses
 import itertools
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import yaml
 from harness import Result, check_at_least, script
@@ -30,6 +23,7 @@ from step import utilisation
 from worker import ROOT
 
 from sharding.cli import option
+from train.records.runs import read_json
 
 BACKBONE, IMAGE_SIZE, VIEWS = "resnet50", 224, 2
 MACHINES = ("cpu", "a100", "h200")
@@ -41,23 +35,29 @@ _LOSS_PRODUCTS = 3  # of M x D by D x N: the similarities, and the gradients of 
 _MAPPINGS = 65_530  # that Linux lets a process have (vm.max_map_count), of which each shard that is open takes one
 _CACHED = 0.5  # of a node's memory, that its page cache may have; the rest is the ranks'
 
-# ---- The model ----
+# The parts of a step, and what they are called where they are the bottleneck.
+PARTS = {
+    "compute": "compute",
+    "loading": "decode on the model's cores",
+    "loss": "loss (N^2)",
+    "gather": "all-gather",
+    "norms": "batch-norm sync",
+    "reduce": "all-reduce",
+}
 
 
-@dataclass(frozen=True)
-class Workload:
-    """What is trained; machines.yaml says what each field is. largest_batch: None: however large."""
+class CostModel(SimpleNamespace):
+    """What is trained and on which machine: an attribute for each constant, as `fields` in machines.yaml describes them.
 
-    parameters: float
-    norms: float
-    flops_per_view: float
-    bytes_per_patch: float
-    projection_dim: int
-    batch_per_gpu: int
-    largest_batch: int | None
-    shard_bytes: float
-    index_bytes: float
-    manifest_bytes: float
+    W ranks (GPUs), V = 2 views of a patch, B patches of a rank in a step, D width of the projection, M = V B anchors of a rank,
+    N = W M anchors of all. Times in seconds, volumes in bytes, rates in units per second.
+    """
+
+    device_patches_per_s = None  # where the model's own cores decode and augment, which then takes its time from the model
+    largest_batch = None  # however large
+
+    def nodes(self, gpus: int) -> int:
+        return -(-gpus // self.gpus)
 
     def part(self, gpus: int) -> float:
         """B, patches of a rank in a step; a fraction where the GPUs outnumber the largest batch."""
@@ -66,39 +66,6 @@ class Workload:
     def gathered_bytes(self, gpus: int) -> float:
         """Of all ranks' embeddings: 4 N D."""
         return _FLOAT * VIEWS * self.part(gpus) * gpus * self.projection_dim
-
-
-@dataclass(frozen=True)
-class Machine:
-    """A node and what joins it to others; machines.yaml says what each field is.
-
-    device_patches_per_s: None where the model's own cores decode and augment, which then takes its time from the model.
-    sync_norms: batch norm's statistics are those of the global batch.
-    """
-
-    name: str
-    gpus: int
-    cores: float
-    memory_bytes: float
-    disk_bytes: float
-    disk_bytes_per_s: float
-    model_flops_per_s: float
-    loss_flops_per_s: float
-    launch_s: float
-    host_core_s: float
-    link_bytes_per_s: float
-    network_bytes_per_s: float
-    link_latency_s: float
-    network_latency_s: float
-    store_bytes_per_s: float
-    store_requests_per_s: float
-    stream_bytes_per_s: float
-    device_patches_per_s: float | None = None
-    overlap: float = 1.0
-    sync_norms: bool = True
-
-    def nodes(self, gpus: int) -> int:
-        return -(-gpus // self.gpus)
 
     def hops(self, gpus: int) -> float:
         """Seconds until a word of one rank is with all others."""
@@ -124,187 +91,152 @@ class Machine:
         store = min(self.store_bytes_per_s, self.store_requests_per_s * REQUEST_BYTES)
         return min(self.network_bytes_per_s, streams, store / self.nodes(gpus))
 
+    def step_parts(self, gpus: int) -> dict[str, float]:
+        """Seconds of a step on so many GPUs, by PARTS, which come one after the other (docs/scaling.md has them as a table)."""
+        part = self.part(gpus)
+        anchors = VIEWS * part
+        compute = max(self.launch_s, anchors * self.flops_per_view / self.model_flops_per_s)
+        loads = self.device_patches_per_s is None
+        exchange = 2 * self.collective(gpus, _FLOAT * self.parameters)  # a reduce-scatter and an all-gather
+        return {
+            "compute": compute,
+            "loading": part * self.host_core_s / (self.cores / self.gpus) if loads else 0.0,
+            # The similarities and both gradients, by `models.ntxent`, which keeps none and repeats none
+            "loss": _LOSS_PRODUCTS * 2 * anchors * gpus * anchors * self.projection_dim / self.loss_flops_per_s,
+            "gather": 2 * self.collective(gpus, self.gathered_bytes(gpus)),  # the embeddings out, their gradients back
+            # For each batch norm statistics are gathered, and their gradients reduced: so few bytes that only hops count
+            "norms": 3 * self.norms * self.hops(gpus) * self.sync_norms,
+            "reduce": max(0.0, exchange - self.overlap * _BACKWARD * compute),  # begun while the backward pass still runs
+        }
 
-# The parts of a step, and what they are called where they are the bottleneck.
-PARTS = {
-    "compute": "compute",
-    "loading": "decode on the model's cores",
-    "loss": "loss (N^2)",
-    "gather": "all-gather",
-    "norms": "batch-norm sync",
-    "reduce": "all-reduce",
-}
+    def limits(self, gpus: int, patches: int) -> dict[str, float]:
+        """Patches/s that each stage would let through by itself, all GPUs together, after the first epoch. Patches are read and
+        decoded at the same time, so the rate of the whole is the lowest, and that stage is the bottleneck.
 
+        Every node fetches every shard, whole, in every epoch, since each global batch is dealt to all nodes: from its disk where
+        the set is larger than half of its memory, and from the store where it is larger than its disk.
+        """
+        nodes, size = self.nodes(gpus), patches * self.bytes_per_patch
+        found = {"the step": gpus * self.part(gpus) / sum(self.step_parts(gpus).values())}
+        if self.device_patches_per_s is not None:
+            found["decode on the GPU"] = gpus * self.device_patches_per_s
+        found["the host"] = nodes * self.cores / self.host_core_s
+        if size > _CACHED * self.memory_bytes:
+            found["a node's disk"] = nodes * self.disk_bytes_per_s / self.bytes_per_patch
+        if size > self.disk_bytes:
+            found["reading from storage"] = patches * self.fetch_rate(gpus) / size
+        return found
 
-def step_parts(work: Workload, machine: Machine, gpus: int) -> dict[str, float]:
-    """Seconds of a step on so many GPUs, by PARTS (docs/scaling.md has them as a table)."""
-    part = work.part(gpus)
-    anchors = VIEWS * part
-    compute = max(machine.launch_s, anchors * work.flops_per_view / machine.model_flops_per_s)
-    loads = machine.device_patches_per_s is None
-    exchange = 2 * machine.collective(gpus, _FLOAT * work.parameters)  # a reduce-scatter and an all-gather
-    return {
-        "compute": compute,
-        "loading": part * machine.host_core_s / (machine.cores / machine.gpus) if loads else 0.0,
-        # The similarities and both gradients, by `models.ntxent`, which keeps none and repeats none
-        "loss": _LOSS_PRODUCTS * 2 * anchors * gpus * anchors * work.projection_dim / machine.loss_flops_per_s,
-        "gather": 2 * machine.collective(gpus, work.gathered_bytes(gpus)),  # the embeddings out, their gradients back
-        # For each batch norm statistics are gathered, and their gradients reduced: so few bytes that only hops count
-        "norms": 3 * work.norms * machine.hops(gpus) if machine.sync_norms else 0.0,
-        "reduce": max(0.0, exchange - machine.overlap * _BACKWARD * compute),  # begun while the backward pass still runs
-    }
+    def predict(self, gpus: int, patches: int) -> Record:
+        """patches_per_s is the lowest of `limits`; an epoch takes patches / patches_per_s, and the first one as long as fetching
+        the set to every node, if that is longer.
 
+        bottleneck: the stage, or the longest part of the step where that is the step. efficiency: patches/s of a GPU, as a share
+        of those of one GPU alone. network_bytes_per_s: of a node for gradients and embeddings, each way, 2 x (4 N D + 4 x
+        parameters) (W - 1) / W bytes in a step. read_*: bytes/s and requests/s of all nodes, such that the first epoch takes no
+        longer than the others.
+        """
+        stages, step = self.limits(gpus, patches), self.step_parts(gpus)
+        lowest, nodes = min(stages, key=stages.__getitem__), self.nodes(gpus)
+        rate, size, batch = stages[lowest], patches * self.bytes_per_patch, gpus * self.part(gpus)
+        alone = min(self.limits(1, patches).values())
+        volume = 2 * (self.gathered_bytes(gpus) + _FLOAT * self.parameters) * (gpus - 1) / gpus if nodes > 1 else 0.0
+        read = nodes * size * rate / patches
+        return {
+            "gpus": gpus,
+            "nodes": nodes,
+            "patches": patches,
+            "batch": batch,
+            "step": step,
+            "limits": stages,
+            "patches_per_s": rate,
+            "bottleneck": PARTS[max(step, key=step.__getitem__)] if lowest == "the step" else lowest,
+            "efficiency": rate / gpus / alone,
+            "epoch_s": patches / rate,
+            "first_epoch_s": max(patches / rate, size / self.fetch_rate(gpus)),
+            "network_bytes_per_s": volume * rate / batch,
+            "read_bytes_per_s": read,
+            "read_requests_per_s": read / REQUEST_BYTES,
+            "walls": self.walls(gpus, patches),
+        }
 
-def limits(work: Workload, machine: Machine, gpus: int, patches: int) -> dict[str, float]:
-    """Patches/s that each stage would let through by itself, all GPUs together, after the first epoch.
-
-    Every node fetches every shard, whole, in every epoch, since each global batch is dealt to all nodes: from its disk where the
-    set is larger than half of its memory, and from the store where it is larger than its disk.
-    """
-    nodes, size = machine.nodes(gpus), patches * work.bytes_per_patch
-    found = {"the step": gpus * work.part(gpus) / sum(step_parts(work, machine, gpus).values())}
-    if machine.device_patches_per_s is not None:
-        found["decode on the GPU"] = gpus * machine.device_patches_per_s
-    found["the host"] = nodes * machine.cores / machine.host_core_s
-    if size > _CACHED * machine.memory_bytes:
-        found["a node's disk"] = nodes * machine.disk_bytes_per_s / work.bytes_per_patch
-    if size > machine.disk_bytes:
-        found["reading from storage"] = patches * machine.fetch_rate(gpus) / size
-    return found
-
-
-def predict(work: Workload, machine: Machine, gpus: int, patches: int) -> Record:
-    """patches_per_s is the lowest of `limits`; an epoch takes patches / patches_per_s, and the first one as long as fetching the
-    set to every node, if that is longer.
-
-    bottleneck: the stage, or the longest part of the step where that is the step. efficiency: patches/s of a GPU, as a share of
-    those of one GPU alone. network_bytes_per_s: of a node for gradients and embeddings, each way, 2 x (4 N D + 4 x parameters)
-    (W - 1) / W bytes in a step. read_*: bytes/s and requests/s of all nodes, such that the first epoch takes no longer than the
-    others. walls: what keeps the run from starting, or asks for a setting, in words.
-    """
-    stages, step = limits(work, machine, gpus, patches), step_parts(work, machine, gpus)
-    lowest, nodes = min(stages, key=stages.__getitem__), machine.nodes(gpus)
-    rate, size, batch = stages[lowest], patches * work.bytes_per_patch, gpus * work.part(gpus)
-    alone = min(limits(work, machine, 1, patches).values())
-    volume = 2 * (work.gathered_bytes(gpus) + _FLOAT * work.parameters) * (gpus - 1) / gpus if nodes > 1 else 0.0
-    read = nodes * size * rate / patches
-    return {
-        "gpus": gpus,
-        "nodes": nodes,
-        "patches": patches,
-        "batch": batch,
-        "step": step,
-        "limits": stages,
-        "patches_per_s": rate,
-        "bottleneck": PARTS[max(step, key=step.__getitem__)] if lowest == "the step" else lowest,
-        "efficiency": rate / gpus / alone,
-        "epoch_s": patches / rate,
-        "first_epoch_s": max(patches / rate, size / machine.fetch_rate(gpus)),
-        "network_bytes_per_s": volume * rate / batch,
-        "read_bytes_per_s": read,
-        "read_requests_per_s": read / REQUEST_BYTES,
-        "walls": walls(work, machine, gpus, patches),
-    }
-
-
-def walls(work: Workload, machine: Machine, gpus: int, patches: int) -> list[str]:
-    """What rules out so many patches whatever the speed: a batch larger than the set, memory for the manifest and for each rank's
-    index, shards that are open, and the size of the disk."""
-    found = []
-    batch, size = gpus * work.part(gpus), patches * work.bytes_per_patch
-    if batch > patches:
-        found.append(f"a batch of {batch:,.0f} is larger than the set")
-    driver, ranks = patches * work.manifest_bytes, min(gpus, machine.gpus) * patches * work.index_bytes
-    if driver > machine.memory_bytes:
-        found.append(f"manifest: {driver / 1e9:,.0f} GB of memory where the run is started")
-    if ranks > machine.memory_bytes:
-        found.append(f"index: {ranks / 1e9:,.0f} GB of memory on each node")
-    if size > machine.disk_bytes:
-        found.append("larger than a node's disk: --shuffle-window and --cache-gib")
-    elif size / work.shard_bytes > _MAPPINGS:
-        shards = size / work.shard_bytes
-        found.append(f"{shards:,.0f} shards, of which {_MAPPINGS:,} can be open: --shuffle-window or larger shards")
-    return found
+    def walls(self, gpus: int, patches: int) -> list[str]:
+        """What keeps so many patches from being used as they are, whatever the speed: a batch larger than the set, memory for the
+        manifest and for each rank's index, shards that are open, and the size of the disk."""
+        found = []
+        batch, size = gpus * self.part(gpus), patches * self.bytes_per_patch
+        if batch > patches:
+            found.append(f"a batch of {batch:,.0f} is larger than the set")
+        driver, ranks = patches * self.manifest_bytes, min(gpus, self.gpus) * patches * self.index_bytes
+        if driver > self.memory_bytes:
+            found.append(f"manifest: {driver / 1e9:,.0f} GB of memory where the run is started")
+        if ranks > self.memory_bytes:
+            found.append(f"index: {ranks / 1e9:,.0f} GB of memory on each node")
+        if size > self.disk_bytes:
+            found.append("larger than a node's disk: --shuffle-window and --cache-gib")
+        elif size / self.shard_bytes > _MAPPINGS:
+            shards = size / self.shard_bytes
+            found.append(f"{shards:,.0f} shards, of which {_MAPPINGS:,} can be open: --shuffle-window or larger shards")
+        return found
 
 
-# ---- The constants: by field a value and its source ----
+# ---- The constants ----
 
-
-class Constant(NamedTuple):
-    value: Any
-    source: str
-
-
-Constants = dict[str, Constant]
+Constants = dict[str, Record]  # by field its value and its source
 _YAML = yaml.safe_load((ROOT / "benchmarks" / "machines.yaml").read_text())
 FIELDS: dict[str, str] = _YAML["fields"]
 
 
 def constants_of(*sections: str) -> Constants:
-    return {key: Constant(*pair) for name in sections for key, pair in _YAML[name].items()}
+    return {key: _constant(*pair) for name in sections for key, pair in _YAML[name].items()}
 
 
-def workload(batch_per_gpu: int, largest_batch: int | None) -> tuple[Workload, Constants]:
-    """ResNet-50 at 224 px."""
-    given: dict[str, Any] = {"batch_per_gpu": batch_per_gpu, "largest_batch": largest_batch}
-    found = constants_of("workload")
-    work = Workload(**given, **{key: value for key, (value, _) in found.items()})
-    source = "given on the command line, or its default"
-    return work, found | {key: Constant(value, source) for key, value in given.items() if value is not None}
+def _constant(value: Any, source: str) -> Record:
+    return {"value": value, "source": source}
 
 
-def machine(name: str, *, step: Record | None = None, loader: Record | None = None) -> tuple[Machine, Constants]:
-    """One of MACHINES, or what a YAML file describes: fields of `Machine`, and `like`, one of MACHINES that has the others.
-
-    step, loader: results of a GPU, which replace what is assumed of it. Raises ValueError for a name that is none, a file with
-    other fields, and results that are not of ResNet-50 on a GPU.
-    """
-    given = {"like": name} if name in MACHINES else _read_machine(name)
+def machine(name: str) -> Constants:
+    """One of MACHINES, or what a YAML file describes: some of the constants, and `like`, one of MACHINES that has the others.
+    Raises ValueError for a name that is none, and for a file with anything else."""
+    given = {"like": name} if name in MACHINES else _read_yaml(name)
     base = given.pop("like", "h200")
-    found = constants_of(*(("joined", "cpu") if base == "cpu" else ("joined", "gpu", base)))
-    found |= {key: Constant(value, f"given: {Path(name).name}") for key, value in given.items()}
-    if step:
-        timed, used = step["timed"], utilisation(step)
-        if (timed["backbone"], timed["image_size"], timed["device"]) != (BACKBONE, IMAGE_SIZE, "cuda") or used is None:
-            raise ValueError(f"--step: this is no result of {BACKBONE} at {IMAGE_SIZE} px on a GPU: make one with step.py")
-        found["model_flops_per_s"] = Constant(used.flops, f"measured: step of {step['date']} on {used.gpu}")
-    if loader:
-        if loader["timed"].get("device") != "cuda" or "ours" not in loader["summary"]:
-            raise ValueError("--loader: this is no result of our loader on a GPU: make one with loader.py --device cuda")
-        rate = loader["summary"]["ours"]["patches_per_s"]
-        found["device_patches_per_s"] = Constant(rate, f"measured: loader of {loader['date']}")
-    values = {key: value for key, (value, _) in found.items()} | {"gpus": int(found["gpus"].value)}
-    return Machine(name=Path(name).stem, sync_norms=base != "cpu", **values), found
-
-
-def _read_machine(path: str) -> dict[str, Any]:
-    try:
-        given = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError):
-        raise ValueError(f"--machines {path}: choose of {', '.join(MACHINES)}, or give a YAML file that describes one") from None
-    given = given if isinstance(given, dict) else {}
-    fields = {each.name for each in dataclasses.fields(Machine)} & FIELDS.keys()
-    if unknown := sorted(given.keys() - fields - {"like"}):
-        raise ValueError(f"{path}: a machine has no {unknown[0]!r}: choose of like, {', '.join(sorted(fields))}")
-    if given.get("like", "h200") not in MACHINES:
-        raise ValueError(f"{path}: like {given['like']!r}: choose of {', '.join(MACHINES)}")
+    if base not in MACHINES:
+        raise ValueError(f"{name}: like {base!r}: choose of {', '.join(MACHINES)}")
+    found = constants_of("joined", *(("cpu",) if base == "cpu" else ("gpu", base)))
     for key, value in given.items():
-        if key != "like" and not (isinstance(value, int | float) and value >= 0):
-            raise ValueError(f"{path}: {key} {value!r} is no number from 0 (YAML takes 1.0e9, not 1e9)")
-    return given
-
-
-def part_of(path: str, part: str) -> Record:
-    """A result of step.py or loader.py by itself, or as that part of what `make gpu-bench` wrote. Raises ValueError where it is
-    neither."""
-    try:
-        record = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--{part} {path}: this is no file of results: {error}") from None
-    found = record["parts"].get(part, {}).get("found") if "parts" in record and "runs" not in record else record
-    if not found or "summary" not in found:
-        raise ValueError(f"--{part} {path}: there is no finished result of benchmarks/{part}.py in it")
+        if key not in found:
+            raise ValueError(f"{name}: a machine has no {key!r}: choose of like, {', '.join(found)}")
+        if not (isinstance(value, int | float) and value >= 0):
+            raise ValueError(f"{name}: {key} {value!r} is no number from 0 (YAML takes 1.0e9, not 1e9)")
+        found[key] = _constant(value, f"given: {Path(name).name}")
     return found
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        return dict(yaml.safe_load(Path(path).read_text()))
+    except (OSError, TypeError, ValueError, yaml.YAMLError):
+        raise ValueError(f"--machines {path}: choose of {', '.join(MACHINES)}, or give a YAML file that describes one") from None
+
+
+def measured_on_gpu(path: str) -> Constants:
+    """What `make gpu-bench` has measured of that which is otherwise assumed. Raises ValueError for a result without any of it."""
+    parts = read_json(Path(path), "give a result of `make gpu-bench`").get("parts", {})
+    step, loader = (parts.get(name, {}).get("found", {}) for name in ("step", "loader"))
+    found: Constants = {}
+    of_model = step.get("timed", {}).items() >= {"backbone": BACKBONE, "image_size": IMAGE_SIZE, "device": "cuda"}.items()
+    if of_model and (used := utilisation(step)):
+        found["model_flops_per_s"] = _constant(used.flops, f"measured: step of {step['date']} on {used.gpu}")
+    if loader.get("timed", {}).get("device") == "cuda" and "ours" in loader.get("summary", {}):
+        rate = loader["summary"]["ours"]["patches_per_s"]
+        found["device_patches_per_s"] = _constant(rate, f"measured: loader of {loader['date']}")
+    if not found:
+        raise ValueError(f"--measured {path}: there is no step of {BACKBONE} at {IMAGE_SIZE} px and no loader on a GPU in it")
+    return found
+
+
+def cost_model(*constants: Constants) -> CostModel:
+    return CostModel(**{key: each["value"] for found in constants for key, each in found.items()})
 
 
 # ---- The command ----
@@ -317,10 +249,8 @@ class Config:
     machines: list[str] = option(list(MACHINES), f"of {', '.join(MACHINES)}, or YAML files that describe others")
     gpus: list[int] = option([1, 2, 4, 8, 16, 64, 256, 1024], "numbers of GPUs (on the machine cpu: of workers)")
     patches: list[int] = option([150_000, 1_500_000, 100_000_000, 1_000_000_000], "numbers of patches")
-    batch_per_gpu: int = option(256, "patches of a GPU in a step, at most")
     largest_batch: int = option(8192, "patches of all GPUs in a step, at most (8192 is SimCLR's largest); 0: however many")
-    step: str | None = option(None, "a GPU's result of benchmarks/step.py or `make gpu-bench`, for the one machine that is given")
-    loader: str | None = option(None, "the same of benchmarks/loader.py")
+    measured: str | None = option(None, "a result of `make gpu-bench`, of the one machine that is given")
     out: str = option("benchmarks/results", "folder for the results")
     check: bool = option(False, "measure one and two workers on this machine, and what the model says of them")
     work: str | None = option(None, "for --check: a folder to work in; drawn images, shard sets and runs stay there")
@@ -328,165 +258,108 @@ class Config:
 
 
 def main(config: Config) -> None:
-    check_at_least(config, batch_per_gpu=1, largest_batch=0, rounds=1)
+    check_at_least(config, largest_batch=0, rounds=1)
     for name in ("gpus", "patches"):
         check_at_least({name: min(getattr(config, name), default=0)}, **{name: 1})
-    if (config.step or config.loader) and len(config.machines) != 1:
-        raise ValueError("--step and --loader are one machine's results: say with --machines which one's")
-    if config.check and config.work is None:
-        raise ValueError("--check needs --work FOLDER, where drawn patches and runs stay")
-    result = Result(config.out, "scale-check" if config.check else "scale", ["torch", "ray", "timm"])
+    if config.measured and len(config.machines) != 1:
+        raise ValueError("--measured is one machine's: say with --machines which one's")
     if config.check:
+        if config.work is None:
+            raise ValueError("--check needs --work FOLDER, where drawn patches and runs stay")
         import scale_check
 
-        scale_check.check(result, Path(str(config.work)).resolve(), config.rounds)
+        scale_check.check(Result(config.out, "scale-check", ["torch", "ray", "timm"]), Path(config.work).resolve(), config.rounds)
         return
+    result = Result(config.out, "scale")
     report = report_of(result.record | predictions(config))
-    # The columns that a terminal has room for
-    brief: list[Block] = [
-        Table([*each.header[:2], each.header[3], each.header[-1]], [[*row[:2], row[3], row[-1]] for row in each.rows])
-        for each in report.blocks
-        if isinstance(each, Table) and each.header[-1] == "first bottleneck"
-    ]
-    result.finish(report, show=[*brief, *(each for each in report.blocks if isinstance(each, str) and each.startswith("- "))])
+    result.finish(report, show=[each for each in report.blocks if isinstance(each, Table) and "first bottleneck" in each.header])
 
 
 def predictions(config: Config) -> Record:
     """For each machine its constants with their sources, and a prediction for each number of GPUs and patches; what a set takes
     whoever trains on it: bytes, shards, memory of its index and manifest, time to pack it."""
-    work, constants = workload(config.batch_per_gpu, config.largest_batch or None)
-    measured = {name: part_of(path, name) for name in ("step", "loader") if (path := getattr(config, name))}
+    work = constants_of("workload")
+    if config.largest_batch:
+        work["largest_batch"] = _constant(config.largest_batch, "given on the command line, or its default")
     machines = []
     for name in config.machines:
-        node, found = machine(name, **measured)
-        rows = [predict(work, node, gpus, patches) for patches, gpus in itertools.product(config.patches, config.gpus)]
-        machines.append({"name": node.name, "constants": _recorded(found), "predictions": rows})
-    rate, source = constants_of("packing")["patches_per_core_s"]
+        constants = machine(name) | (measured_on_gpu(config.measured) if config.measured else {})
+        model = cost_model(work, constants)
+        rows = [model.predict(gpus, patches) for patches, gpus in itertools.product(config.patches, config.gpus)]
+        machines.append({"name": Path(name).stem, "constants": constants, "predictions": rows})
+    of_work, packing = cost_model(work), constants_of("packing")["patches_per_core_s"]
     sets = [
         {
             "patches": count,
-            "bytes": (size := count * work.bytes_per_patch),
-            "shards": -(-size // work.shard_bytes),
-            "index_bytes": count * work.index_bytes,
-            "manifest_bytes": count * work.manifest_bytes,
-            "fetch_requests": size / REQUEST_BYTES,
-            "packing_core_hours": count / rate / 3600,
-            "packing_source": source,
+            "bytes": (size := count * of_work.bytes_per_patch),
+            "shards": -(-size // of_work.shard_bytes),
+            "index_bytes": count * of_work.index_bytes,
+            "manifest_bytes": count * of_work.manifest_bytes,
+            "packing_core_hours": count / packing["value"] / 3600,
+            "packing_source": packing["source"],
         }
         for count in config.patches
     ]
-    return {"backbone": BACKBONE, "constants": _recorded(constants), "sets": sets, "machines": machines}
-
-
-def _recorded(constants: Constants) -> Record:
-    return {key: constants[key]._asdict() for key in FIELDS if key in constants}
+    return {"backbone": BACKBONE, "constants": work, "sets": sets, "machines": machines}
 
 
 # ---- The report ----
 
+Columns = dict[str, tuple[str, float]]  # by title the name of a value and the unit that it is shown in
+SETS: Columns = {
+    "stored, GB": ("bytes", 1e9),
+    "shards": ("shards", 1),
+    "index in each rank, GB": ("index_bytes", 1e9),
+    "manifest in the driver, GB": ("manifest_bytes", 1e9),
+    "packing, core hours": ("packing_core_hours", 1),
+}
+SPEED: Columns = {"patches/s": ("patches_per_s", 1), "efficiency, %": ("efficiency", 0.01), "an epoch, min": ("epoch_s", 60)}
+NEEDS: Columns = {
+    "the first epoch, min": ("first_epoch_s", 60),
+    "network of a node, GB/s": ("network_bytes_per_s", 1e9),
+    "read by all nodes, GB/s": ("read_bytes_per_s", 1e9),
+    "requests/s": ("read_requests_per_s", 1),
+}
+
 
 def report_of(record: Record) -> Report:
-    header = [
-        "patches",
-        "stored",
-        "shards",
-        "index, each rank",
-        "manifest, driver",
-        "requests to fetch it",
-        "packing, core hours",
-    ]
-    rows = []
-    for each in record["sets"]:
-        sizes = [_bytes(each[name]) for name in ("bytes", "index_bytes", "manifest_bytes")]
-        requests, hours = f"{each['fetch_requests']:,.0f}", _number(each["packing_core_hours"])
-        rows.append([_count(each["patches"]), sizes[0], f"{each['shards']:,.0f}", *sizes[1:], requests, hours])
     blocks: list[Block] = [
         f"Predicted, not measured: SimCLR of {record['backbone']} at 224 px, by the formulas of `benchmarks/scale.py`. Each"
-        " constant has its source below; what is assumed was measured by nobody here. The first epoch also fetches the set from"
-        " the object store to every node. Read and requests/s: such that the first epoch takes no longer than the others. First"
-        " bottleneck: what would have to be faster first. Below each table: what keeps a set from being used as it is.",
+        " constant has its source below; what is assumed was measured by nobody here. Efficiency: patches/s of each GPU, as a"
+        " share of those of one alone. First bottleneck: what would have to be faster first. The first epoch also fetches the"
+        " set from the object store to every node. Read and requests/s: such that it takes no longer than the others. In the"
+        " way: what keeps a set from being used as it is. A GB is 10^9 bytes.",
         "## What a set takes",
-        Table(header, rows),
-        f"Packing: {record['sets'][0]['packing_source']}, every patch decoded. Sizes are of 10^3, 10^6, ... bytes.",
+        Table(["patches", *SETS], [[f"{each['patches']:,}", *_cells(each, SETS)] for each in record["sets"]]),
+        f"Packing: {record['sets'][0]['packing_source']}, every patch decoded.",
     ]
-    for each in record["machines"]:
-        blocks += [f"## {each['name']}", _prediction_table(each), *_wall_lines(each), _step_table(each)]
-        blocks += [_constants_table(f"{each['name']}: constant", each["constants"])]
-    blocks += ["## The workload", _constants_table("constant", record["constants"])]
+    for node in record["machines"]:
+        rows = {f"{each['patches']:,}, {each['gpus']:,}": each for each in node["predictions"]}
+        speed = [[title, *_cells(each, SPEED), each["bottleneck"]] for title, each in rows.items()]
+        needs = [[title, *_cells(each, NEEDS), "; ".join(each["walls"])] for title, each in rows.items()]
+        blocks += [f"## {node['name']}", Table(["patches, GPUs", *SPEED, "first bottleneck"], speed)]
+        blocks += [Table(["patches, GPUs", *NEEDS, "in the way"], needs), _step_table(node), _constants_table(node["constants"])]
+    blocks += ["## The workload", _constants_table(record["constants"])]
     return Report(record, "Pretraining at scale: a cost model", blocks)
 
 
-def _prediction_table(node: Record) -> Table:
-    """A row for each number of patches and of GPUs."""
-    header = [f"{node['name']}: patches, GPUs", "patches/s", "per GPU / one alone", "an epoch", "the first one"]
-    header += ["network of a node", "read, all nodes", "requests/s", "first bottleneck"]
-    rows = [
-        [
-            f"{_count(each['patches'])}, {each['gpus']:,}",
-            _number(each["patches_per_s"]),
-            f"{each['efficiency']:.0%}",
-            _duration(each["epoch_s"]),
-            _duration(each["first_epoch_s"]),
-            "-" if each["nodes"] == 1 else _bytes(each["network_bytes_per_s"]) + "/s",
-            _bytes(each["read_bytes_per_s"]) + "/s",
-            _number(each["read_requests_per_s"]),
-            each["bottleneck"],
-        ]
-        for each in node["predictions"]
-    ]
-    return Table(header, rows)
-
-
-def _wall_lines(node: Record) -> list[str]:
-    """What keeps a set from being used as it is, each once, and from how many GPUs on."""
-    first: dict[tuple[int, str], int] = {}
-    for each in node["predictions"]:
-        for wall in each["walls"]:
-            key = (each["patches"], wall)
-            first[key] = min(each["gpus"], first.get(key, each["gpus"]))
-    return [
-        f"- {node['name']}: {_count(patches)} patches" + (f" from {gpus:,} GPUs on" if gpus > 1 else "") + f": {wall}"
-        for (patches, wall), gpus in first.items()
-    ]
+def _cells(values: Record, columns: Columns) -> list[str]:
+    return [number(values[name] / unit) for name, unit in columns.values()]
 
 
 def _step_table(node: Record) -> Table:
     """Milliseconds of a step, part by part, for each number of GPUs; they do not depend on the number of patches."""
-    header = [f"{node['name']}: GPUs", "nodes", "batch", *(f"{name}, ms" for name in PARTS.values()), "step, ms"]
-    rows = []
-    for each in node["predictions"]:
-        if each["patches"] == node["predictions"][0]["patches"]:
-            times = [*each["step"].values()]
-            counts = [f"{each['gpus']:,}", f"{each['nodes']:,}", f"{each['batch']:,.0f}"]
-            rows.append([*counts, *(_number(1000 * seconds) for seconds in (*times, sum(times)))])
-    return Table(header, rows)
+    by_gpus = {each["gpus"]: each for each in node["predictions"]}
+    rows = [
+        [f"{gpus:,}", f"{each['batch']:,.0f}", *(number(1000 * s) for s in (*each["step"].values(), sum(each["step"].values())))]
+        for gpus, each in by_gpus.items()
+    ]
+    return Table(["GPUs", "batch", *(f"{name}, ms" for name in PARTS.values()), "step, ms"], rows)
 
 
-def _constants_table(title: str, constants: Record) -> Table:
-    rows = [[FIELDS[name], _number(each["value"]), each["source"]] for name, each in constants.items()]
-    return Table([title, "value", "where from"], rows)
-
-
-def _number(value: float) -> str:
-    return number(value) if value == 0 or 1e-3 <= abs(value) < 1e6 else f"{value:.3g}"
-
-
-def _scaled(value: float, units: dict[float, str], form: str) -> str:
-    """In the largest unit that it reaches."""
-    size, unit = next(((size, unit) for size, unit in units.items() if value >= size), (1, units[1]))
-    return f"{value / size:{form}}{unit}"
-
-
-def _count(patches: int) -> str:
-    return _scaled(patches, {1e9: " billion", 1e6: " million", 1e3: " thousand", 1: ""}, "g")
-
-
-def _bytes(value: float) -> str:
-    return _scaled(value, {1e15: " PB", 1e12: " TB", 1e9: " GB", 1e6: " MB", 1e3: " kB", 1: " B"}, ".3g")
-
-
-def _duration(seconds: float) -> str:
-    return _scaled(seconds, {86400: " d", 3600: " h", 60: " min", 1: " s"}, ",.3g")
+def _constants_table(constants: Constants) -> Table:
+    rows = [[FIELDS[name], f"{each['value']:.3g}", each["source"]] for name, each in constants.items()]
+    return Table(["constant", "value", "where from"], rows)
 
 
 if __name__ == "__main__":

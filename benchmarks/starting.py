@@ -1,7 +1,6 @@
 """How long until a pretraining takes its first step, and until one that was killed goes on?
 
     python benchmarks/starting.py --work DISK/bench                   # on the CPU, without Ray and with one Ray worker
-    python benchmarks/starting.py --work DISK/bench --rounds 5
 
 Each round starts `train/pretrain.py` as a user does, waits for the first row of its metrics.jsonl, kills all of its processes by
 SIGKILL a few checkpoints later, starts the same command again, and waits for the first step that the killed one had not taken.
@@ -11,13 +10,12 @@ Results: <out>/<date>-starting.json and .md.
 """
 
 import contextlib
-import functools
-import itertools
 import os
 import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ from typing import Any
 
 from harness import Result, RunFailed, check_at_least, last_line, script
 from patch_set import patch_set
-from report import Record, Report, Table
+from report import Record, Report, Table, with_failure
 from worker import ROOT
 
 from sharding.cli import option, required
@@ -34,35 +32,32 @@ from sharding.process_pool import available_cores
 from train.trainer.progress import Tail
 
 CONTENDERS = {"plain": ("without Ray", 0), "ray": ("one Ray worker", 1)}
-PARTS = {"imports": "import torch, timm, DALI", "first": "until the first step", "again": "until a killed one goes on"}
-_IMPORTS = "import torch, timm, nvidia.dali"
+PARTS = {"first": "until the first step", "again": "until a killed one goes on"}
+BACKBONE = "test_resnet"
+SIZES = {"patches": 1024, "size": 64, "batch_size": 32}
+LIMIT_S = 300.0  # after which a run is given up
 _POLL_S = 0.01
 _CHECKPOINTS = 3  # that a run has written when it is killed
 
 
 @dataclass(frozen=True)
 class Config:
-    """What is started, and how often."""
+    """Where, and how often."""
 
     work: str = required("a folder to work in: drawn images and the shard set stay there, runs come and go")
     out: str = option("benchmarks/results", "folder for the results")
-    backbone: str = option("test_resnet", "any timm model")
-    image_size: int = option(64, "side of the drawn patches and of the views, pixels")
-    batch_size: int = option(32, "patches per step")
-    patches: int = option(1024, "patches to draw")
     rounds: int = option(5, "how often each contender runs")
-    limit: float = option(300.0, "seconds after which a run is given up")
 
 
-def command(workers: int, name: str, shards: str, storage: Path, config: Config) -> list[str]:
+def command(workers: int, name: str, shards: str, storage: Path) -> list[str]:
     """As a user types it; checkpoints and rows at every fourth step."""
     script = [sys.executable, str(ROOT / "train" / "pretrain.py"), "--data", shards, "--storage", str(storage), "--name", name]
-    sizes = ["--backbone", config.backbone, "--image-size", str(config.image_size), "--batch-size", str(config.batch_size)]
+    sizes = ["--backbone", BACKBONE, "--image-size", str(SIZES["size"]), "--batch-size", str(SIZES["batch_size"])]
     steps = ["--epochs", "10000", "--log-every", "4", "--checkpoint-every", "4", "--probe-every", "0"]
     return [*script, *sizes, *steps, "--workers", str(workers)]
 
 
-def seconds_until(folder: Path, step: int, run: subprocess.Popen, limit: float, log: Path) -> float:
+def seconds_until(folder: Path, step: int, run: subprocess.Popen, log: Path, limit: float = LIMIT_S) -> float:
     """Until metrics.jsonl has a row of a later step. Raises RunFailed when the run ends or takes longer than the limit."""
     started, tail = time.perf_counter(), Tail(folder / "metrics.jsonl")
     rows: list[Record] = []
@@ -88,35 +83,30 @@ def running(given: list[str], log: Path) -> Iterator[subprocess.Popen]:
         run.wait()
 
 
-def one_round(workers: int, name: str, shards: str, storage: Path, config: Config) -> Record:
+def one_round(workers: int, shards: str, storage: Path) -> Record:
     """Seconds by PARTS."""
-    began = time.perf_counter()
-    subprocess.run([sys.executable, "-c", _IMPORTS], check=True)
-    imports = time.perf_counter() - began
-    given, folder, log = command(workers, name, shards, storage, config), storage / name, storage / f"{name}.log"
+    name = f"{workers}-workers-{time.monotonic_ns()}"
+    given, folder, log = command(workers, name, shards, storage), storage / name, storage / f"{name}.log"
     with running(given, log) as run:
-        first = seconds_until(folder, 0, run, config.limit, log)
-        seconds_until(folder, 4 * _CHECKPOINTS, run, config.limit, log)
+        first = seconds_until(folder, 0, run, log)
+        seconds_until(folder, 4 * _CHECKPOINTS, run, log)
     taken = max(row["step"] for row in Tail(folder / "metrics.jsonl").read())
     with running(given, log) as run:
-        again = seconds_until(folder, taken, run, config.limit, log)
-    return {"imports": imports, "first": first, "again": again}
+        again = seconds_until(folder, taken, run, log)
+    return {"first": first, "again": again}
 
 
 def main(config: Config) -> None:
     check_at_least(config, rounds=1)
     result, work = Result(config.out, "starting", ["torch", "timm", "ray", "nvidia-dali-cuda130"]), Path(config.work).resolve()
-    sizes = {"patches": config.patches, "size": config.image_size, "batch_size": config.batch_size}
-    images = patch_set(None, work, cores=available_cores(), **sizes)
-    storage = work / "starting" / f"{int(time.time())}-{os.getpid()}"
-    storage.mkdir(parents=True)
-    rounds: dict[str, list[Record]] = {name: [] for name in CONTENDERS}
-    result.record |= {"timed": {"backbone": config.backbone, **sizes}, "rounds": rounds}
-    for number, (name, (title, workers)) in itertools.product(range(1, config.rounds + 1), CONTENDERS.items()):
-        job = functools.partial(one_round, workers, f"{name}-{number}", images.shards, storage, config)
-        result.note(
-            rounds[name], f"round {number}: {title}", job, lambda found: ", ".join(f"{k} {v:.1f} s" for k, v in found.items())
-        )
+    shards = patch_set(None, work, cores=available_cores(), **SIZES).shards
+    result.record["timed"] = {"backbone": BACKBONE, **SIZES}
+    with tempfile.TemporaryDirectory(dir=work, prefix="starting-", ignore_cleanup_errors=True) as storage:
+
+        def measure(name: str) -> Record:
+            return one_round(CONTENDERS[name][1], shards, Path(storage))
+
+        result.rounds(list(CONTENDERS), config.rounds, measure, str)
     result.finish(report_of(result.record))
 
 
@@ -126,9 +116,9 @@ def report_of(record: Record) -> Report:
     for name, (title, _) in CONTENDERS.items():
         cells = []
         for part in PARTS:
-            seconds = [found[part] for found in record["rounds"][name]]
-            cells.append(f"{statistics.median(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f})" if seconds else "failed")
-        rows.append([title, *cells])
+            seconds = [found[part] for found in record["runs"][name]]
+            cells.append(f"{statistics.median(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f})" if seconds else "-")
+        rows.append([with_failure(title, record, name), *cells])
     text = (
         f"`train/pretrain.py` with {t['backbone']} on {t['patches']:,} drawn patches of {t['size']} px, batch {t['batch_size']}:"
         " seconds from typing the command to the first row of metrics.jsonl (four steps), and after a SIGKILL of all processes,"

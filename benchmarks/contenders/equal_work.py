@@ -21,8 +21,7 @@ from contenders.step import PROJECTION, TEMPERATURE, pretrained, seeded_backbone
 
 WEIGHTS = "backbone.safetensors"
 PEAK, DECAY, WARMUP = 3e-4, 1e-6, 0.1  # of Adam: the rate at its peak, the decay of weights; the share of the epochs before it
-METRICS = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy"}
-MODES = {"linear": "linear", "knn": "kNN"}
+METRICS = {"linear accuracy": "linear", "kNN accuracy": "knn"}  # and the mode of train/evaluate.py that finds it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Task:
 
 
 class Images:
-    """The train split's patches of the shard set as a dataset of Pillow images without labels. ids: (n,) int64."""
+    """The train split's patches of the shard set as a dataset: `make` says what an item is. ids: (n,) int64."""
 
     def __init__(self, task: Task):
         from pipelines.shard_reader import ShardReader
@@ -63,35 +62,19 @@ class Images:
 
         self.reader = ShardReader(task.shards)
         self.ids = select(self.reader.manifest, split="train")
-        self.transform: Callable | None = None  # lightly sets it
+        self.make: Callable[[Any], Any]
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, place: int) -> tuple[Any, int]:
-        import io
-
-        from PIL import Image
-
-        assert self.transform is not None
-        with Image.open(io.BytesIO(self.encoded(int(self.ids[place])))) as file:
-            return self.transform(file.convert("RGB")), -1
+    def __getitem__(self, key: Any) -> Any:
+        return self.make(key)
 
     def encoded(self, i: int) -> bytes:
         import numpy as np
 
         (found,) = self.reader.read(np.array([i]))
         return found.tobytes()
-
-
-class ByKey:
-    """A dataset of the two views that `make` makes of each (epoch, patch id)."""
-
-    def __init__(self, make: Callable[[int, int], Any]):
-        self.make = make
-
-    def __getitem__(self, key: tuple[int, int]) -> Any:
-        return self.make(*key)
 
 
 def our_batches(task: Task, ids: Any) -> list[list[tuple[int, int]]]:
@@ -174,11 +157,13 @@ def ours(task: Task) -> list[float]:
 
 def lightly(task: Task) -> list[float]:
     """As examples/pytorch/simclr.py of lightly, with its own order, but the head without biases and norms, and without blur."""
+    import io
+
     import torch
-    from lightly.data import LightlyDataset
     from lightly.loss import NTXentLoss
     from lightly.models.modules.heads import ProjectionHead
     from lightly.transforms import SimCLRTransform
+    from PIL import Image
     from torch.utils.data import DataLoader
 
     images, backbone = Images(task), seeded_backbone(task.backbone, task.image_size, task.seed)
@@ -186,13 +171,15 @@ def lightly(task: Task) -> list[float]:
     head = ProjectionHead([(width, width, None, torch.nn.ReLU(), False), (width, PROJECTION, None, None, False)])
     net = torch.nn.Sequential(backbone, head)
     transform = SimCLRTransform(input_size=task.image_size, gaussian_blur=0.0, **lightly_arguments(task.recipe))
-    dataset = LightlyDataset.from_torch_dataset(images, transform=transform)
-    workers = processes(task)
-    loader: Iterable = DataLoader(
-        dataset, task.batch_size, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0
-    )
+
+    def two_views(place: int) -> list[Any]:
+        with Image.open(io.BytesIO(images.encoded(int(images.ids[place])))) as file:
+            return transform(file.convert("RGB"))
+
+    images.make = two_views
+    loader: Iterable = DataLoader(images, task.batch_size, shuffle=True, drop_last=True, num_workers=processes(task))  # type: ignore[arg-type]
     criterion = NTXentLoss(temperature=TEMPERATURE)
-    batches = (views for _ in range(task.epochs) for views, _, _ in loader)
+    batches = (views for _ in range(task.epochs) for views in loader)
     return run_loop(task, net, batches, lambda views: criterion(*map(net, views)), patches=len(images))
 
 
@@ -232,9 +219,9 @@ def plain(task: Task, *, jointly: bool, our_draws: bool = False) -> list[float]:
     net = torch.nn.Sequential(backbone, torch.nn.Sequential(*layers))
     criterion = plain_loss(task.batch_size, TEMPERATURE, task.device)
     two_views = TwoViews(torchvision_transform(task.recipe, task.image_size))
-    make = functools.partial(_our_views, task, images) if our_draws else lambda epoch, i: two_views(images.encoded(i))
+    images.make = functools.partial(_our_views, task, images) if our_draws else lambda key: two_views(images.encoded(key[1]))
     order = our_batches(task, images.ids)
-    batches: Iterable = DataLoader(ByKey(make), batch_sampler=order, num_workers=processes(task))  # type: ignore[arg-type]
+    batches: Iterable = DataLoader(images, batch_sampler=order, num_workers=processes(task))  # type: ignore[arg-type]
 
     def loss_of(views: list[Any]) -> Any:
         z = net(torch.cat(views)).chunk(2) if jointly else list(map(net, views))
@@ -243,13 +230,14 @@ def plain(task: Task, *, jointly: bool, our_draws: bool = False) -> list[float]:
     return run_loop(task, net, batches, loss_of, patches=len(images))
 
 
-def _our_views(task: Task, images: Images, epoch: int, i: int) -> list[Any]:
+def _our_views(task: Task, images: Images, key: tuple[int, int]) -> list[Any]:
     import numpy as np
 
     from pipelines.recipes import get_recipe
     from pipelines.torchvision_reference import reference_views
     from pipelines.views import draw_views
 
+    epoch, i = key
     recipe, ids = get_recipe(task.recipe), np.array([i])
     drawn = draw_views(images.reader.draw_keys(ids), seed=task.seed, epoch=epoch, recipe=recipe, sizes=images.reader.sizes[ids])
     return list(reference_views(images.reader.read(ids), drawn, recipe=recipe, image_size=task.image_size)[:, 0])
@@ -259,12 +247,12 @@ def _our_views(task: Task, images: Images, epoch: int, i: int) -> list[Any]:
 
 
 def evaluated(task: Task) -> dict[str, float]:
-    """What `train/evaluate.py` finds for `task.weights` on the test split: by MODES and METRICS, such as "kNN accuracy"."""
+    """What `train/evaluate.py` finds for `task.weights` on the test split: METRICS."""
     from train.config import EvaluateConfig
     from train.stages.evaluation import evaluate
 
     found = {}
-    for mode, title in MODES.items():
+    for metric, mode in METRICS.items():
         config = EvaluateConfig(
             data=task.judged,
             backbone=task.weights,
@@ -277,8 +265,7 @@ def evaluated(task: Task) -> dict[str, float]:
             storage=task.work,
         )
         (summary,) = evaluate(config).result["summary"]  # one fraction of the labels: all
-        for metric, words in METRICS.items():
-            found[f"{title} {words}"] = summary["metrics"][metric]["mean"]
+        found[metric] = summary["metrics"]["accuracy"]["mean"]
     return found
 
 

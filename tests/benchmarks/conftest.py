@@ -15,7 +15,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 HEAD = {
     "date": "2026-01-02",
     "time": "03:04:05+0000",
-    "machine": {"cpu": "one", "cores": 2, "workers": 2, "memory_bytes": None, "load": [0.0], "gpu": None},
+    "machine": {"cpu": "one", "cores": 2, "workers": 2, "memory_bytes": 8e9, "load": [0.0], "gpu": None},
     "commit": "c0ffee",
     "command": "python benchmarks/it.py",
     "versions": {},

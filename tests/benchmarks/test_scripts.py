@@ -12,8 +12,8 @@ SCRIPTS = {
     "heads": "--rows 80 --features 8 --epochs 2 --rounds 1 --cores 1",
     "step": "--dry --patches 16 --cores 1 --rounds 1 --seconds 0.1 --contenders loader model joint",
     "equal_work": "--dry --cores 1 --seeds 1 --contenders ours plain random",
-    "starting": "--patches 64 --image-size 32 --batch-size 8 --rounds 1",
-    "trials": "--patches 64 --image-size 32 --batch-size 8 --epochs 1 --trials 2 --fit 2 --rounds 1 --no-tiny",
+    "starting": "--rounds 1",
+    "trials": "--epochs 1 --trials 2 --rounds 1",
 }
 NO_WORK = ("ntxent", "heads")
 
