@@ -125,7 +125,7 @@ def run_equal_work(tmp_path, monkeypatch, small_set, run_main):
     def run(one_run, **settings):
         monkeypatch.setattr(equal_work, "one_run", one_run)
         monkeypatch.setattr(equal_work, "environment_of", lambda *_: Environment("python", {"lightly": "1.6.0"}, {}))
-        usual = {"batch_size": 16, "steps": 12, "seeds": 2}
+        usual = {"batch_size": 16, "steps": 11, "seeds": 2}
         return run_main(main, Config(str(tmp_path), str(tmp_path / "out"), data=str(small_set), **(usual | settings)))
 
     return run
