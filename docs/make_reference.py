@@ -50,17 +50,13 @@ def _section(script: str) -> list[str]:
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     (config,) = (parameter.annotation for parameter in inspect.signature(module.main).parameters.values())
     hints = typing.get_type_hints(config)
-    rows = [_row(field, hints[field.name]) for field in dataclasses.fields(config)]
-    table = ["| flag | values | default | meaning |", "| --- | --- | --- | --- |"]
-    return [
-        "",
-        f"## {script}",
-        "",
-        *textwrap.wrap(_about(module), 100),
-        "",
-        *table,
-        *("| " + " | ".join(row) + " |" for row in rows),
-    ]
+    flags = [line for field in dataclasses.fields(config) for line in _wrapped("- " + _flag(field, hints[field.name]))]
+    return ["", f"## {script}", "", *_wrapped(_about(module)), "", *flags]
+
+
+def _wrapped(text: str) -> list[str]:
+    indent = "  " * text.startswith("- ")
+    return textwrap.wrap(text, 100, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _about(module: types.ModuleType) -> str:
@@ -69,42 +65,44 @@ def _about(module: types.ModuleType) -> str:
     return first.rstrip(".:") + "."
 
 
-def _row(field: dataclasses.Field, hint: Any) -> tuple[str, str, str, str]:
+def _flag(field: dataclasses.Field, hint: Any) -> str:
+    """The flag with its values, its default and its help text."""
     flag = field.name.upper() if field.metadata.get("positional") else "--" + field.name.replace("_", "-")
     text = field.metadata["help"].replace("%%", "%")
     choices = field.metadata.get("choices")
     values = _values(Literal[tuple(choices)]) if choices is not None else _values(hint)
-    return f"`{flag}`", values, _default(field), _escaped(text)
+    return f"`{flag}` ({values}{_default(field)}): {_escaped(text)}"
 
 
 def _values(hint: Any) -> str:
     """What may be given, in words: the choices of a Literal, or the type."""
     if typing.get_origin(hint) is Literal:
-        return ", ".join(f"`{choice}`" for choice in typing.get_args(hint))
+        return " | ".join(f"`{choice}`" for choice in typing.get_args(hint))
     if typing.get_origin(hint) is list:
         return f"{_values(typing.get_args(hint)[0])} ..."
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return " or ".join(_values(part) for part in typing.get_args(hint) if part is not types.NoneType)
-    return _WORDS.get(hint) or f"text ({(hint.__doc__ or hint.__name__).strip().split('.')[0]})"
+    return _WORDS.get(hint) or (hint.__doc__ or hint.__name__)
 
 
 def _default(field: dataclasses.Field) -> str:
+    """The default, after a comma; empty if there is none, or if the help text explains it."""
     if field.default_factory is not dataclasses.MISSING:
         value = field.default_factory()
     else:
         value = field.default
     if value is dataclasses.MISSING:
-        return "required"
+        return ", required"
     if isinstance(value, bool):
-        return "on" if value else "off"
+        return f", default {'on' if value else 'off'}"
     if value is None or value == []:
         return ""
-    return f"`{' '.join(map(str, value)) if isinstance(value, list) else value}`"
+    return f", default `{' '.join(map(str, value)) if isinstance(value, list) else value}`"
 
 
 def _escaped(text: str) -> str:
-    """As it is to be read: no HTML tags, no column of the table."""
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+    """Escaped for Markdown."""
+    return text.replace("<", "&lt;").replace("*", "\\*")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draw a sheet of patches and their views, as training sees them:
+"""Write a contact sheet of patches and their views, as training sees them:
 
 python pipelines/preview.py --data shards/kidney --out views.png
 python pipelines/preview.py --data shards/kidney --step 1200 --batch-size 256 --seed 42 --out views.png
@@ -28,21 +28,23 @@ from sharding.selection import select
 class PreviewConfig:
     """A sheet of patches and their views. Either --data or --run is given."""
 
-    out: str = required("the PNG to write")
+    out: str = required("the PNG file to write")
     data: str | None = option(None, "folder or URL of the shard set")
-    run: str | None = option(None, "a run's folder or URL instead, with --step: all else is taken from its record")
+    run: str | None = option(None, "folder or URL of a run, instead of --data and the settings of training; needs --step")
     step: int | None = option(
-        None, "the training step to show, counted from 1 as in metrics.jsonl; default: no step, a few patches"
+        None, "show the batch of this training step, counted from 1 as in metrics.jsonl; default: the first patches of the set"
     )
-    patches: int = option(8, "how many patches: the first ones of the step's batch, or of the set")
-    recipe: str | None = option(None, "the recipe whose views are shown; default simclr")
-    split: str | None = option(None, "only patches of this split; default: all, and with --step train")
-    fraction: float | None = option(None, "share of the split that training uses; default 1")
-    image_size: int | None = option(None, "side of a view, pixels; default 160")
-    batch_size: int | None = option(None, "with --step: patches per step over all workers; default 256")
-    shuffle_window: int | None = option(None, "with --step: training shuffles within so many shards; default: all together")
-    seed: int | None = option(None, "the run's seed; default 42")
-    epoch: int | None = option(None, "without --step: the epoch, from 0, whose views are shown; default 0")
+    patches: int = option(8, "number of patches: the first ones of the step's batch, or of the set")
+    recipe: str | None = option(None, "the augmentation recipe; default: simclr")
+    split: str | None = option(None, "show only patches of this split; default: all, or train with --step")
+    fraction: float | None = option(None, "fraction of the split that training uses; default: 1")
+    image_size: int | None = option(None, "side of a view in pixels; default: 160")
+    batch_size: int | None = option(None, "with --step: patches per step, over all workers; default: 256")
+    shuffle_window: int | None = option(
+        None, "with --step: the --shuffle-window of training; default: shuffle all shards at once"
+    )
+    seed: int | None = option(None, "the seed of training; default: 42")
+    epoch: int | None = option(None, "without --step: show the views of this epoch, counted from 0; default: 0")
 
 
 def _from_run(config: PreviewConfig, run: str) -> TrainingInput:
@@ -118,4 +120,4 @@ def main(config: PreviewConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, PreviewConfig, prog="preview.py", description="A sheet of patches as training sees them."))
+    sys.exit(run_script(main, PreviewConfig, prog="preview.py", description="Write a contact sheet of patches and their views."))

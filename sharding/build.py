@@ -1,7 +1,7 @@
 """Pack folders of patch images into a shard set: tars that WebDataset and DALI read, and a manifest with one row per patch.
 
-Every image is fully decoded on the way; images that cannot be decoded are left out and listed in quarantine.parquet. An
-interrupted build continues when it is started again. Example:
+Every image is decoded in full; images that cannot be decoded are left out and listed in quarantine.parquet. An interrupted
+build resumes when you run the same command again. Example:
 
     python sharding/build.py data/breast --out shards/breast --layout '{class}/{slide}/{magnification}/{name}' \
         --where magnification=x40 --group-by slide --split train=0.8,test=0.2

@@ -19,43 +19,51 @@ class BuildConfig:
     field existed, the field's `old_default` holds, which is the default unless given.
     """
 
-    sources: list[str] = positional("folders that hold the images, at any depth, or tars and zips of them")
-    out: str = required("the folder of the shard set, such as shards/breast", identity=False)
+    sources: list[str] = positional("folders of images (at any depth), or tars and zips of them")
+    out: str = required("folder of the new shard set, such as shards/breast", identity=False)
     layout: str | None = option(
         None,
-        "what a path under a source means: a template such as {class}/{slide}/{name}, or regex: and a Python pattern with "
-        "named groups, searched for in the path (default: {class}/{name})",
+        "how to read fields from the path below a source: a template such as {class}/{slide}/{name}, or regex: followed by a "
+        "Python pattern with named groups, searched for in the path (default: {class}/{name})",
     )
     table: str | None = option(
-        None, "a .csv, .tsv or .parquet with a column path (under a source, or absolute) and fields such as class, group, split"
+        None,
+        ".csv, .tsv or .parquet file with a column path (relative to a source, or absolute) and fields such as class or split",
     )
-    where: list[str] = option([], "take only images with this value of a field, such as magnification=x40; != excludes them")
-    unlabelled: bool = option(False, "store no class; without --layout, take every image at any depth")
+    where: list[str] = option(
+        [], "keep only images with this value of a field, such as magnification=x40, or all others, such as class!=artefact"
+    )
+    unlabelled: bool = option(False, "store no classes; without --layout, pack every image at any depth")
     split: str | None = option(
-        None, "shares of each class, such as train=0.8,test=0.2, or column:NAME, a field that says it (default: all is train)"
+        None,
+        "share of each split, such as train=0.8,test=0.2, or column:NAME for a field that holds the split (default: all train)",
     )
-    group_by: str | None = option(None, "the field that names the slide or patient of a patch; it stays whole in one split")
+    group_by: str | None = option(None, "field that names the slide or patient of a patch; each stays entirely in one split")
     split_by: Literal["auto", "patch", "group"] = option(
-        "auto", "group: keep each group whole in one split; patch: only record the groups; auto: group where --group-by is given"
+        "auto",
+        "group: keep each group in one split; patch: split patches and only record groups; auto: group if --group-by is given",
     )
-    duplicates: Literal["together", "apart"] = option("together", "keep exact copies in one split, or wherever they fall")
+    duplicates: Literal["together", "apart"] = option(
+        "together", "together: keep exact copies of an image in one split; apart: ignore copies"
+    )
     encode: str = option(
-        "keep", "keep: each file's bytes as they are; png, jpeg:QUALITY or jpeg2000 (lossless): what is not a JPEG becomes one"
+        "keep",
+        "keep: store the bytes of each file; png, jpeg:QUALITY or jpeg2000 (lossless): store all images but JPEGs in this format",
     )
-    resize: int | None = option(None, "shrink images to this shorter side, in pixels; needs --encode png, jpeg:95 or jpeg2000")
-    check: Literal["decode", "header"] = option("decode", "decode every image in full, or (fast) look at its header only")
-    min_size: int = option(1, "refuse images with a side below this, in pixels")
-    min_tissue: float = option(0.0, "refuse images with a smaller share of tissue than this, such as 0.05 (0: keep blank ones)")
-    strict: bool = option(
-        False, "stop at refused images and write nothing, instead of listing them in quarantine.parquet", identity=False
+    resize: int | None = option(
+        None, "shrink the shorter side of images to this many pixels; needs --encode png, jpeg:QUALITY or jpeg2000"
     )
+    check: Literal["decode", "header"] = option("decode", "decode every image in full, or read only its header, which is faster")
+    min_size: int = option(1, "quarantine images with a side below this many pixels")
+    min_tissue: float = option(0.0, "quarantine images with a smaller share of tissue, such as 0.05 (0: keep blank images)")
+    strict: bool = option(False, "fail if an image would be quarantined, and write no set", identity=False)
     append: bool = option(
-        False, "add what is new to the set that is there, as new shards; nothing of the old changes", identity=False
+        False, "add new images to an existing set, as new shards; existing shards do not change", identity=False
     )
-    name: str | None = option(None, "the set's name (default: that of the folder --out)", identity=False)
-    shard_size: float = option(128, "about how large each tar is, in MB")
-    shard_patches: int | None = option(None, "at most how many patches each tar holds (never more than 16,384)")
-    workers: int = option(0, "processes to work with (0: one per core)", identity=False)
+    name: str | None = option(None, "name of the set (default: the folder name of --out)", identity=False)
+    shard_size: float = option(128, "approximate size of each tar, in MB")
+    shard_patches: int | None = option(None, "maximum number of patches per tar, up to 16,384")
+    workers: int = option(0, "number of processes (0: one per core)", identity=False)
     seed: int = option(42, "seed of the split and of the stored order")
 
 

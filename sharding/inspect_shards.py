@@ -35,7 +35,7 @@ class InspectConfig:
 
     shards: str = positional("the folder of the shard set")
     verify: bool = option(False, "read every byte, compare it with the manifest, and decode every image")
-    workers: int = option(0, "processes to verify with (0: one per core)")
+    workers: int = option(0, "number of processes for --verify (0: one per core)")
 
 
 def main(config: InspectConfig) -> None:

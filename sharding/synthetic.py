@@ -1,4 +1,4 @@
-"""Draw patches that look like haematoxylin and eosin, to try every command without a download or patient data.
+"""Generate synthetic H&E patches, to try every command without a download or patient data.
 
     python sharding/synthetic.py --out DIR --organ breast --patches 1200 --size 96 --slides 12 --seed 7
 

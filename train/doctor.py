@@ -1,4 +1,4 @@
-"""Whether a cluster is fit for a run: python train/doctor.py --data shards/kidney --storage /nfs/runs --workers 4"""
+"""Check whether a cluster is fit for a run: python train/doctor.py --data shards/kidney --storage /nfs/runs --workers 4"""
 
 import sys
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from train.config import WorkerRange
 class DoctorConfig:
     """The settings of the run."""
 
-    data: str | None = option(None, "the shard set, a folder or a URL; default: a drawn patch is decoded")
-    storage: str = option("runs", "folder or URL for runs")
-    workers: WorkerRange | int = option(0, "as many as the run will use; 0: not checked")
+    data: str | None = option(None, "folder or URL of the shard set; default: decode a synthetic patch instead")
+    storage: str = option("runs", "folder or URL of runs")
+    workers: WorkerRange | int = option(0, "number of workers of the run; 0: do not check")
 
 
 def main(config: DoctorConfig) -> None:

@@ -1,4 +1,4 @@
-"""A backbone's features of a shard set as Parquet: python train/embed.py --data shards/breast --backbone kidney --out breast"""
+"""Write the features of a shard set as Parquet: python train/embed.py --data shards/breast --backbone kidney --out breast"""
 
 import sys
 

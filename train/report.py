@@ -1,4 +1,4 @@
-"""report.html of one or several runs, self-contained: python train/report.py runs/a runs/b --out report.html"""
+"""Write an HTML report of one run, or of several side by side: python train/report.py runs/a runs/b --out report.html"""
 
 import sys
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from sharding.cli import option, positional, run_script
 class ReportConfig:
     """Which runs to report, and where."""
 
-    runs: list[str] = positional("runs, by name, folder or URL")
-    out: str = option("report.html", "the file to write")
-    title: str | None = option(None, 'the heading; default: the run\'s name, or "Runs side by side"')
-    storage: str = option("runs", "folder or URL for runs")
+    runs: list[str] = positional("names, folders or URLs of runs")
+    out: str = option("report.html", "the HTML file to write")
+    title: str | None = option(None, 'title of the page; default: the name of the run, or "Runs side by side"')
+    storage: str = option("runs", "folder or URL of runs")
 
 
 def main(config: ReportConfig) -> None:

@@ -14,10 +14,10 @@ class GridConfig:
     """Which study."""
 
     study: str = positional("the study file (YAML)")
-    smoke: bool = option(False, "run its smoke size: tiny models on synthetic patches, whose results mean nothing")
-    plan: bool = option(False, "only print the trials, which of them are finished, and how long the others may take")
-    force: list[str] = option([], "stages to run again, with all stages that start from them; their earlier runs are set aside")
-    without_ray: bool = option(False, "run one trial after another in this process, without Ray")
+    smoke: bool = option(False, "run at smoke size: tiny models on synthetic patches; the results mean nothing")
+    plan: bool = option(False, "print the trials, which are finished, and how long the others may take; run nothing")
+    force: list[str] = option([], "run these stages again, and all that start from them; their earlier runs are set aside")
+    without_ray: bool = option(False, "run the trials one after another in this process, without Ray")
 
 
 def main(config: GridConfig) -> None:

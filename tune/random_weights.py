@@ -1,7 +1,7 @@
-"""Weights drawn at random: python tune/random_weights.py --backbone test_resnet --out random.safetensors
+"""Write random weights of a backbone: python tune/random_weights.py --backbone test_resnet --out random.safetensors
 
-A study in smoke size starts from them where the study itself starts from ImageNet's weights: it shows that the chain runs, also
-where nothing can be fetched. The file's name should say what it is, as a report names it.
+At smoke size, a study uses them in place of ImageNet weights, so that its chains run without a network. Reports show the name
+of the file: it should say that the weights are random.
 """
 
 import sys
@@ -14,9 +14,9 @@ from sharding.cli import option, required, run_script
 class RandomWeightsConfig:
     """Which weights."""
 
-    backbone: str = required("timm's name of the architecture")
-    out: str = required("the file to write, NAME.safetensors; its model card goes beside it")
-    seed: int = option(0, "of the draw")
+    backbone: str = required("timm model name")
+    out: str = required("the file to write, NAME.safetensors; a model card is written beside it")
+    seed: int = option(0, "random seed")
 
 
 def main(config: RandomWeightsConfig) -> None:
@@ -34,4 +34,4 @@ def main(config: RandomWeightsConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, RandomWeightsConfig, prog="random_weights.py", description="Write weights drawn at random."))
+    sys.exit(run_script(main, RandomWeightsConfig, prog="random_weights.py", description="Write random weights of a backbone."))

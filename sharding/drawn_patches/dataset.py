@@ -23,13 +23,13 @@ _PATCHES_PER_TASK = 32
 class DrawConfig:
     """What is drawn, and where to."""
 
-    out: str = required("the folder to make, with the drawn images in it")
+    out: str = required("the output folder")
     organ: str = option("breast", "breast (three classes) or kidney (no labels)")
-    patches: int = option(1200, "patches to draw")
-    size: int = option(96, "side of a patch in pixels, 32 to 1024; nuclei keep their size, 7 to 15 px")
-    slides: int = option(12, "slides, each with its own stain")
-    seed: int = option(7, "whole number; equal arguments draw equal bytes")
-    workers: int = option(2, "processes; the patches do not depend on it")
+    patches: int = option(1200, "number of patches")
+    size: int = option(96, "side of a patch in pixels, 32 to 1024; nuclei are 7 to 15 px at any size")
+    slides: int = option(12, "number of slides, each with its own stain")
+    seed: int = option(7, "random seed; the same arguments give the same bytes")
+    workers: int = option(2, "number of processes; does not affect the patches")
 
 
 def draw_set(config: DrawConfig) -> Path:

@@ -15,9 +15,9 @@ def test_every_script_is_in_it():
 
 def test_what_it_says_of_flags():
     text = reference()
-    assert "| `SOURCES` | text ... | required | " in text
-    assert "| `--check` | `decode`, `header` | `decode` | " in text
-    assert "| `--fraction` | number ... | `1.0` | " in text
-    assert "| `--strict` | switch | off | " in text
-    assert "| `--compile` | switch |  | " in text
+    assert "- `SOURCES` (text ..., required): " in text
+    assert "- `--check` (`decode` | `header`, default `decode`): " in text
+    assert "- `--fraction` (number ..., default `1.0`): " in text
+    assert "- `--strict` (switch, default off): " in text
+    assert "- `--compile` (switch): " in text
     assert "%%" not in text

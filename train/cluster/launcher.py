@@ -49,7 +49,7 @@ _LOCK_TIMEOUT_AGAIN_S = 120.0  # a worker of the previous attempt may continue f
 def run_job(job: Job, workers: str | int, gpus_per_worker: float | None = None, cpus_per_worker: int = 0) -> str:
     """Train the job to its end, from its newest checkpoint. Returns the device as text.
 
-    workers: of Ray Train, a number or LEAST:MOST; 0: this process, without Ray. A run may continue with another number.
+    workers: of Ray Train, a number or MIN:MAX; 0: this process, without Ray. A run may continue with another number.
     gpus_per_worker: None: one if the cluster has GPUs; 0: none; a fraction leaves the rest to other runs. cpus_per_worker: 0: an
     equal share of all.
     Raises ValueError with the message of a worker's ValueError, and if the cluster lacks these resources.

@@ -146,7 +146,7 @@ class RotNet(Method):
 
     recipe_name: str = "rotnet"
 
-    summary = "by which quarter turn each of four views was turned; with -jitter, each view in colours of its own"
+    summary = "predict the quarter turn of each of four views; with -jitter, each view has its own colour jitter"
     needs = "four views of each patch, one for each quarter turn"
     accuracy = "rotation_accuracy"
     curves: ClassVar = {

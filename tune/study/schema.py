@@ -83,9 +83,9 @@ class TableSpec:
 class Resources:
     """What each trial of a kind gets."""
 
-    workers: int = option(0, "Ray Train workers of each trial; 0: in the trial's own process")
-    gpus: float | None = option(None, "GPUs of each trial: 0.25 packs four on one; default: 1 where there are GPUs")
-    cpus: float = option(1.0, "cores of each trial")
+    workers: int = option(0, "Ray Train workers per trial; 0: train in the trial's own process")
+    gpus: float | None = option(None, "GPUs per trial: 0.25 runs four trials on one GPU; default: 1 if there are GPUs")
+    cpus: float = option(1.0, "CPU cores per trial")
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,9 @@ class EarlyStopping:
     """Asynchronous successive halving (Li et al. 2020, "A system for massively parallel hyperparameter tuning") among the trials
     of each pretrain stage."""
 
-    by: SelectionRule = required("what the trials are compared by")
-    grace_epochs: int = required("epochs that every trial may train")
-    reduction: int = option(3, "one in so many goes on at each rung")
+    by: SelectionRule = required("the metric that compares trials")
+    grace_epochs: int = required("epochs before a trial may be stopped")
+    reduction: int = option(3, "one in this many trials continues at each rung")
 
 
 @dataclass(frozen=True)

@@ -217,7 +217,7 @@ def test_workers_are_a_number_or_a_range(given, found):
 
 @pytest.mark.parametrize("given", ["0:2", "4:2", -1])
 def test_what_is_no_range_is_refused(given):
-    with pytest.raises(ValueError, match=f"--workers {given}: give a number from 0, or LEAST:MOST"):
+    with pytest.raises(ValueError, match=f"--workers {given}: give a number from 0, or MIN:MAX"):
         worker_range(given)
 
 
