@@ -74,7 +74,8 @@ def test_the_copied_script_finds_the_project_that_the_machine_was_given(cluster)
 def test_the_documentation_s_commands_as_they_stand(cluster, small_set):
     """From "Start" to "Run", in their order, with the rig's names for those of the text, and sizes for a test at the end."""
     text = (ROOT / "docs" / "cluster.md").read_text().split("## Start")[1].split("## Submit a job")[0]
-    lines = [line for block in text.split("```")[1::2] for line in block.splitlines() if line.startswith("ray ")]
+    blocks = [block.replace("\\\n", " ") for block in text.split("```")[1::2]]
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("ray ")]
     assert [line.split()[1] for line in lines] == ["up", "exec", "submit", "submit", "submit"]
     names = {"cluster.local.yaml": cluster.file, "/nfs/runs": cluster.rig.drive / "documented"}
     names |= {"/nfs/kidney": small_set, "/nfs/breast": small_set}

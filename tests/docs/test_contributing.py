@@ -16,10 +16,15 @@ def paths(text: str) -> list[str]:
     return [word for word in in_backticks(text) if re.fullmatch(r"[\w.-]*(?:/[\w.*-]*)+|[\w-]+\.(?:md|yaml|toml)", word)]
 
 
+def joined_items(text: str) -> list[str]:
+    """The lines of the page, with each item of a list as one line."""
+    return re.sub(r"\n {2,}", " ", text).splitlines()
+
+
 def named_code(text: str) -> list[tuple[str, list[str]]]:
-    """Names of code in a line of the page, each with the modules that the line names."""
+    """Names of code in a line or item of the page, each with the modules that it names."""
     found = []
-    for line in text.splitlines():
+    for line in joined_items(text):
         modules = [word for word in in_backticks(line) if word.endswith(".py")]
         names = [word for word in in_backticks(line) if re.fullmatch(r"_?[A-Z][A-Z_]+|[A-Z][a-z]\w+|[a-z_]+", word)]
         found += [(name, modules) for name in names if modules]
@@ -32,7 +37,7 @@ def test_paths_exist():
 
 
 def test_names_stand_in_the_modules_beside_them():
-    """A name in capitals, a class or a function is defined at the top of one of the modules that its line names."""
+    """A name in capitals, a class or a function is defined at the top of one of the modules that its line or item names."""
     missing = []
     for name, modules in named_code(TEXT):
         definition = rf"^(?:def {name}\b|class {name}\b|{name}\b.*=)"
@@ -42,11 +47,11 @@ def test_names_stand_in_the_modules_beside_them():
 
 
 def test_every_change_names_at_most_two_files():
-    """Of tables: one with more is a list of steps."""
-    rows = [line for line in TEXT.splitlines() if line.startswith(("| a ", "| an "))]
-    assert len(rows) >= 14
-    for row in rows:
-        assert len({path for path in paths(row.split("|", 2)[2])}) <= (3 if " or " in row else 2), row
+    """One that needs more files is a section with steps."""
+    items = [line for line in joined_items(TEXT) if line.startswith(("- **a ", "- **an "))]
+    assert len(items) >= 14
+    for item in items:
+        assert len(set(paths(item))) <= (3 if ", or " in item else 2), item
 
 
 def test_what_these_tests_read():
