@@ -64,9 +64,7 @@ def _has_fixed_input_size(name: str) -> bool:
             ) from None
         return registered is not None and registered.fixed_input_size
     if source == "local-dir" and not os.path.isabs(place):
-        raise ValueError(
-            f"backbone {name!r}: give the folder's absolute path, since every worker opens it from a folder of its own"
-        )
+        raise ValueError(f"backbone {name!r}: give the folder's absolute path, because each worker runs in another folder")
     try:
         if source == "hf-hub":
             with no_retries_when_offline():
@@ -107,7 +105,7 @@ def no_retries_when_offline() -> Iterator[None]:
     if not before:
         try:
             huggingface_hub.utils.get_session().head(constants.ENDPOINT, timeout=5)
-        except Exception:  # whatever the HTTP library in use raises when nobody answers
+        except Exception:  # whatever the HTTP library in use raises when there is no answer
             constants.HF_HUB_OFFLINE = True
     try:
         yield

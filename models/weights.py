@@ -91,10 +91,10 @@ def load_backbone_weights(backbone: nn.Module, path: str | os.PathLike) -> LoadR
     missing = [name for name in own if name not in found]
     if not loaded:
         example = f" (the file has {next(iter(found))}, the backbone {next(iter(own))})" if found and own else ""
-        raise ValueError(f"{path} matches nothing of this backbone{example}: give --backbone the architecture it was saved from")
+        raise ValueError(f"{path} does not match this backbone{example}: give --backbone the architecture it was saved from")
     for name, tensor in loaded.items():
         if tensor.shape != own[name].shape:
-            shapes = f"{name} is {tuple(tensor.shape)} there and {tuple(own[name].shape)} here"
+            shapes = f"{name} is {tuple(tensor.shape)} in the file and {tuple(own[name].shape)} in the backbone"
             raise ValueError(f"{path} is of another architecture or image size: {shapes}; give the one that it was saved from")
     parameters = {name for name, _ in backbone.named_parameters()}
     lacking = [name for name in missing if name in parameters]
@@ -129,7 +129,7 @@ def imagenet_weights(name: str, image_size: int | None = None) -> dict[str, torc
         with no_retries_when_offline():
             return create_timm_model(name, image_size, pretrained=True).state_dict()
     except (OSError, RuntimeError, huggingface_hub.errors.HfHubHTTPError) as error:
-        raise ValueError(f"the ImageNet weights of {name} cannot be had ({one_line(error)}): {way_out}") from error
+        raise ValueError(f"the ImageNet weights of {name} cannot be downloaded ({one_line(error)}): {way_out}") from error
 
 
 def apply_init(backbone: nn.Module, name: str, init: str) -> list[str]:
@@ -189,8 +189,8 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} holds more than tensors, and running what a file says is not safe: "
-            "load it where it was made and save its state dict alone (torch.save(model.state_dict(), ...))"
+            f"{path} contains more than tensors, and unpickling it is not safe: "
+            "load it where it was made and save only its state dict (torch.save(model.state_dict(), ...))"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         raise ValueError(f"{path} is not a readable torch file ({message_of(error)[:200]}): save it again") from error

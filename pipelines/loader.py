@@ -112,7 +112,7 @@ class ViewLoader:
             raise ValueError(f"a shuffling window of {self.window} shards is too small: give at least 1, or none to shuffle all")
         if self.batch_size < 1 or (self.drop_last and self.batch_size % self.world_size):
             raise ValueError(
-                f"batch size {self.batch_size} is the global batch and must divide by the {self.world_size} workers;"
+                f"batch size {self.batch_size} is the global batch and must be divisible by the {self.world_size} workers;"
                 f" try {max(1, round(self.batch_size / self.world_size)) * self.world_size}"
             )
         if self.drop_last and self.batch_size > len(self.ids):
@@ -241,7 +241,7 @@ class ViewLoader:
             self.reader.check(np.concatenate(in_flight))
             raise ValueError(
                 f"{self.reader.folder}: DALI cannot make views of the batch with patches {in_flight[0][:4].tolist()} ...,"
-                f" though its bytes are as the manifest says: {error}"
+                f" although its bytes match the manifest: {error}"
             ) from error
 
     def _idle_graph(self):

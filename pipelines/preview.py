@@ -82,7 +82,7 @@ def _first_patches(config: PreviewConfig, data: str) -> Image.Image:
     """The sheet of a set's first patches, at no training step."""
     for flag, given in (("--batch-size", config.batch_size), ("--shuffle-window", config.shuffle_window)):
         if given is not None:
-            raise ValueError(f"{flag} {given} decides which patches come together at a step: give --step too, or leave it out")
+            raise ValueError(f"{flag} {given} affects only the batch of a step: give --step too, or leave it out")
     recipe, epoch, seed = _or(config.recipe, "simclr"), _or(config.epoch, 0), _or(config.seed, 42)
     with contextlib.closing(ShardReader(data)) as reader:
         ids = select(reader.manifest, split=config.split, fraction=_or(config.fraction, 1.0), seed=seed)
@@ -103,10 +103,12 @@ def main(config: PreviewConfig) -> None:
     if config.patches < 1:
         raise ValueError(f"--patches {config.patches}: show at least one")
     if config.step is not None and config.epoch is not None:
-        raise ValueError(f"--epoch {config.epoch}: step {config.step} lies in an epoch of its own; give --step or --epoch")
+        raise ValueError(
+            f"--epoch {config.epoch} and --step {config.step} exclude each other: a step belongs to one epoch; give one of them"
+        )
     if config.run is not None and config.data is None:
         if config.step is None:
-            raise ValueError("--run shows what a run saw at a step: give --step too, as in its metrics.jsonl")
+            raise ValueError("--run shows the batch of a training step: give --step too, as in its metrics.jsonl")
         sheet = step_sheet(_from_run(config, config.run), config.step, patches=config.patches)
     elif config.data is not None and config.run is None:
         if config.step is None:

@@ -211,8 +211,8 @@ class RemoteFolder:
                 if done == "created" and (isinstance(error, FileExistsError) or status == 412):  # a precondition failed
                     raise FileExistsError(f"{place} is there already") from error
                 if isinstance(error, FileNotFoundError):
-                    hint = ": see whether the bucket is there" if done in ("written", "created") else ""
-                    raise NotThere(f"{place} is not there ({_error_text(error)}){hint}") from error
+                    hint = ": check that the bucket exists" if done in ("written", "created") else ""
+                    raise NotThere(f"{place} does not exist ({_error_text(error)}){hint}") from error
                 if method == "link" and getattr(error, "errno", None) in _NO_LINKS:
                     raise ValueError(
                         f"{place} cannot be created: this file system has no hard links; give the folder without file://, or"
@@ -222,13 +222,13 @@ class RemoteFolder:
                     raise ValueError(f"{place} cannot be {done}: this store or its driver cannot do that; use s3://") from error
                 if isinstance(error, PermissionError) or status in (401, 403) or "Credentials" in type(error).__name__:
                     raise ValueError(
-                        f"{place} may not be {done} ({_error_text(error)}): give the driver credentials that may, by the "
+                        f"{place} may not be {done} ({_error_text(error)}): set credentials with that permission, in the "
                         "environment or its own files (for s3://, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)"
                     ) from error
                 if attempt + 1 == self.tries:
                     raise ValueError(
-                        f"{place} cannot be {done}: {self.tries} tries failed, the last with {_error_text(error)}; see whether "
-                        f"the store is up and reachable from here, and start again{_KEPT if done == 'read' else ''}"
+                        f"{place} cannot be {done}: {self.tries} tries failed, the last with {_error_text(error)}; check "
+                        f"that the store is up and reachable, and start again{_KEPT if done == 'read' else ''}"
                     ) from error
                 self._pause(attempt)
         raise AssertionError

@@ -241,12 +241,10 @@ class RemoteSet:
                     os.fsync(file.fileno())
                     return
                 file.truncate(0)
-            raise ValueError(
-                self._explain_mismatch(name, "its bytes are not those that dataset.json describes, and were wrong twice")
-            )
+            raise ValueError(self._explain_mismatch(name, "its bytes do not match dataset.json, in two downloads"))
         except NotThere:
             part.unlink()
-            raise ValueError(self._explain_mismatch(name, "it is in dataset.json but not there")) from None
+            raise ValueError(self._explain_mismatch(name, "it is in dataset.json but does not exist")) from None
         except (OSError, Interrupted):
             part.unlink(missing_ok=True)  # frees a full disk
             with suppress(OSError):  # what the buffer still holds does not fit either

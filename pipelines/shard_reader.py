@@ -125,9 +125,9 @@ class ShardReader:
     def _raise_wrong_header(self, i: int, found: tuple[int, int] | None) -> NoReturn:
         path, key = self._path(int(self.shards[i])), self._key(i)
         if found is None:
-            raise ValueError(f"{path}: patch {key} is no image that can be decoded, though its bytes are as the manifest says")
+            raise ValueError(f"{path}: patch {key} cannot be decoded, although its bytes match the manifest")
         raise ValueError(
-            f"{path}: patch {key} has {found[1]} x {found[0]} pixels, and {self.sizes[i, 1]} x {self.sizes[i, 0]} by the"
+            f"{path}: patch {key} has {found[1]} x {found[0]} pixels, but {self.sizes[i, 1]} x {self.sizes[i, 0]} in the"
             " manifest, which was changed or damaged: copy or build the set again"
         )
 
@@ -140,8 +140,8 @@ class ShardReader:
     def _check_bytes(self, i: int, data: np.ndarray) -> None:
         if int.from_bytes(hashlib.sha256(data.data).digest()[:8]) != self._digests[i]:
             raise ValueError(
-                f"{self._path(int(self.shards[i]))}: the bytes of patch {self._key(i)} are not the"
-                " ones that the manifest describes; the shard was changed or damaged since: copy or build it again"
+                f"{self._path(int(self.shards[i]))}: the bytes of patch {self._key(i)} do not match"
+                " the manifest; the shard was changed or damaged: copy or build it again"
             )
 
     @functools.cached_property
@@ -173,7 +173,7 @@ class ShardReader:
             now = os.stat(path)
         except OSError as error:
             raise ValueError(
-                f"{path}: the shard is gone ({error.strerror}), and patch {self._key(i)} was to be read from it; put it back"
+                f"{path}: the shard is missing ({error.strerror}), and patch {self._key(i)} is in it; restore it"
             ) from error
         if now.st_ino == then.st_ino and (now.st_size, now.st_mtime_ns) != (then.st_size, then.st_mtime_ns):
             raise ValueError(

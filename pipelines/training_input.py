@@ -50,8 +50,8 @@ def open_sets(training: TrainingInput) -> Iterator[Mixture]:
             reader = stack.enter_context(contextlib.closing(ShardReader(shards)))
             if expected is not None and fingerprint(reader.folder) != expected:
                 raise ValueError(
-                    f"{shards}: {training.name} was trained on another content of this set, whose fingerprint began with"
-                    f" {expected[:8]}; put that back to see its patches"
+                    f"{shards}: {training.name} was trained on another version of this set, whose fingerprint began with"
+                    f" {expected[:8]}; restore it to see its patches"
                 )
             parts.append(Part(reader, select(reader.manifest, **training.selection), weight))
         yield Mixture(parts)
@@ -72,10 +72,10 @@ def read_training_input(run: str | Path) -> TrainingInput:
                 f"{path} was written by an older version, which did not record the input: give --data and its settings"
             )
         if "batch_size" not in record["input"]:
-            raise ValueError(f"{path}: this run took no training steps, its backbone stayed as it was; give a run that trained")
+            raise ValueError(f"{path}: this run trained no backbone; give a run of pretraining or fine-tuning")
         return _from_record(str(run), record)
     except (FileNotFoundError, NotADirectoryError, NotThere):
-        raise ValueError(f"{path}: no such file; give the folder of a run that train/ made") from None
+        raise ValueError(f"{path}: no such file; give the folder of a run that train/ wrote") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: this file is damaged; copy it again, or give --data and the run's settings") from error
 
@@ -83,9 +83,7 @@ def read_training_input(run: str | Path) -> TrainingInput:
 def _from_record(name: str, record: dict[str, Any]) -> TrainingInput:
     found = record["input"]
     if change := _change_of_recipe(found["recipe"], found["recipe_fields"]):
-        raise ValueError(
-            f"{name}: its recipe {found['recipe']!r} {change}; use the code that made it, of commit {record['commit'][:10]}"
-        )
+        raise ValueError(f"{name}: its recipe {found['recipe']!r} {change}; use the code of commit {record['commit'][:10]}")
     return TrainingInput(
         name=name,
         sets=[InputSet(each["shards"], each["weight"], each["fingerprint"]) for each in found["sets"]],
@@ -97,9 +95,9 @@ def _from_record(name: str, record: dict[str, Any]) -> TrainingInput:
 def _change_of_recipe(name: str, then: dict[str, Any]) -> str | None:
     """How the recipe differs from its recorded fields, in words; None if it does not."""
     if name not in RECIPES:
-        return "is gone"
+        return "no longer exists"
     # Through JSON, as the record was: it has no tuples. Fields that the record lacks came later, and their defaults are off.
     now, default = (json.loads(json.dumps(describe_recipe(recipe))) for recipe in (RECIPES[name], Recipe()))
     then = default | then
     different = [field for field in then if then[field] != now.get(field)]
-    return f"was another one when it ran ({', '.join(different)})" if different else None
+    return f"has changed since ({', '.join(different)})" if different else None

@@ -28,7 +28,7 @@ def report(summary: Summary) -> None:
     """Print the patches per class and split, the build's messages, and the set's path."""
     console = Console(soft_wrap=True, highlight=False, markup=False)
     if summary.was_there:
-        console.print("The set is there already, with all of these images.")
+        console.print("The set already contains all of these images.")
     splits = sorted(summary.counts, key=lambda split: -sum(summary.counts[split].values()))
     table = Table("class", *(f"{split}" for split in splits), "all")
     for column in table.columns[1:]:

@@ -168,7 +168,7 @@ def run_script(main: Callable, config_class: type, *, prog: str, description: st
     except (ValueError, OSError) as error:
         return _refused(prog, error)
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted; the same command goes on from where it was", file=sys.stderr)
+        print(f"{prog}: interrupted; run the same command again to resume", file=sys.stderr)
         return 130
     return 0
 

@@ -114,7 +114,7 @@ def _existing_set(out: Path, append: bool) -> ExistingSet | None:
     if (out / "dataset.json").exists():
         return read_existing(out)
     if append:
-        raise ValueError(f"{out} is no shard set yet: build it without --append first")
+        raise ValueError(f"{out} is not a shard set yet: build it without --append first")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} exists and is not a shard set: choose another --out, or remove it")
     return None

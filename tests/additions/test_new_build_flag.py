@@ -57,7 +57,7 @@ def test_an_old_set_is_as_if_packed_with_the_old_default(tmp_path, changed, old)
     assert refused.returncode == 2
     assert "--tidy False, not True" in refused.stderr  # the default is another one now
     again = run(changed, *build, "--no-tidy")
-    assert "is there already" in again.stdout, again.stderr
+    assert "already contains all" in again.stdout, again.stderr
     assert "--scanner any, not other" in run(changed, *build, "--no-tidy", "--scanner", "other").stderr
     assert fingerprint(old) == as_it_was
 

@@ -123,8 +123,8 @@ def test_bad_files_are_refused_and_leave_the_backbone_alone(backbone, fresh, tmp
     diverged = {name: tensor * broken.get(name, 1) for name, tensor in backbone.state_dict().items()}
     torch.save(diverged, tmp_path / "diverged.pt")
     for name, sentence in {
-        "other.pt": "matches nothing of this backbone .*has weight, the backbone conv1.weight",
-        "evil.pt": "holds more than tensors",
+        "other.pt": "does not match this backbone .*has weight, the backbone conv1.weight",
+        "evil.pt": "contains more than tensors",
         "list.pt": "holds a list, not a state dict",
         "cut.safetensors": "not a readable safetensors file",
         "noise.pth": "noise.pth",
@@ -179,7 +179,7 @@ def no_hub(monkeypatch, tmp_path):
 
 def test_without_a_connection_imagenet_weights_fail_soon_and_say_what_to_do(no_hub, fresh):
     before = weights_hash(fresh)
-    with pytest.raises(ValueError, match=r"the ImageNet weights of resnet18 cannot be had .*--init PATH"):
+    with pytest.raises(ValueError, match=r"the ImageNet weights of resnet18 cannot be downloaded .*--init PATH"):
         apply_init(fresh, "resnet18", "imagenet")
     assert no_hub == []
     assert weights_hash(fresh) == before
@@ -187,7 +187,7 @@ def test_without_a_connection_imagenet_weights_fail_soon_and_say_what_to_do(no_h
 
 
 def test_a_model_without_pretrained_weights_is_said(no_hub):
-    with pytest.raises(ValueError, match=r"ImageNet weights of ghostnet_050 cannot be had \(No pretrained weights"):
+    with pytest.raises(ValueError, match=r"ImageNet weights of ghostnet_050 cannot be downloaded \(No pretrained weights"):
         imagenet_weights("ghostnet_050")
 
 

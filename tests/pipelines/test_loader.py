@@ -496,7 +496,7 @@ def test_size_that_is_not_the_image_s(copied_set, column, change, backend):
     with pytest.raises(ValueError, match="which was changed or damaged: copy or build the set again") as error:
         list(loader_of(copied_set, EVAL, backend=backend))
     height, width = (values[row["id"]] if name == column else row[name] for name in ("height", "width"))
-    assert_one_sentence(error, row["key"], f"{row['width']} x {row['height']} pixels, and {width} x {height} by the manifest")
+    assert_one_sentence(error, row["key"], f"{row['width']} x {row['height']} pixels, but {width} x {height} in the manifest")
 
 
 @pytest.mark.parametrize("batch_size", [5, 55])
@@ -658,7 +658,7 @@ def test_shard_that_is_overwritten_while_it_is_read(copied_set, backend):
 
 def test_shard_that_vanishes_while_it_is_read(copied_set):
     path = copied_set / shard_file(0)
-    with pytest.raises(ValueError, match="is gone") as error:
+    with pytest.raises(ValueError, match="is missing") as error:
         read_all(loader_of(copied_set, EVAL, batch_size=5), 2, path.unlink, [])
     assert_one_sentence(error, path)
 

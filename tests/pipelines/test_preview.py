@@ -282,7 +282,7 @@ def test_last_step_of_a_run_is_shown(shard_set):
 def test_set_that_is_another_one_now_is_refused(shard_set, drawn_set):
     training = training_on((shard_set, 1.0), (drawn_set, 1.0))
     other = training.sets[1]._replace(fingerprint="0123456789")
-    with pytest.raises(ValueError, match=r"a run was trained on another content of this set, .* 01234567;") as error:
+    with pytest.raises(ValueError, match=r"a run was trained on another version of this set, .* 01234567;") as error:
         step_sheet(dataclasses.replace(training, sets=[training.sets[0], other]), 1, patches=4)
     assert str(drawn_set) in str(error.value)
 
@@ -418,13 +418,13 @@ def test_flag_that_contradicts_the_record_is_refused(write_run, tmp_path, flag):
 
 def test_recipe_that_was_changed_is_refused(write_run):
     run = write_run(recipe_fields=describe_recipe(dataclasses.replace(SIMCLR, flip=0.25, grey=0.1)))
-    with pytest.raises(ValueError, match=r"recipe 'simclr' was another one when it ran \(flip, grey\); .* commit 0123456789$"):
+    with pytest.raises(ValueError, match=r"recipe 'simclr' has changed since \(flip, grey\); .* commit 0123456789$"):
         read_training_input(run)
 
 
 def test_recipe_that_is_gone_is_refused(write_run):
     run = write_run(recipe="simclr-2")
-    with pytest.raises(ValueError, match="recipe 'simclr-2' is gone; use the code that made it"):
+    with pytest.raises(ValueError, match="recipe 'simclr-2' no longer exists; use the code of commit"):
         read_training_input(run)
 
 
@@ -446,7 +446,7 @@ def test_operation_that_came_later_changes_no_recipe(write_run):
         ("\xff", "damaged"),
         ('{"input": {"batch_size": 3}}', "damaged"),
         ('{"name": "kidney"}', "was written by an older version, .* give --data"),
-        ('{"input": {"recipe": "eval"}}', "took no training steps"),
+        ('{"input": {"recipe": "eval"}}', "trained no backbone"),
     ],
 )
 def test_records_that_cannot_be_shown(tmp_path, text, words):
@@ -541,14 +541,14 @@ def test_patches_of_no_step(shard_set, tmp_path, texts):
         ({"recipe": "x"}, "'x'"),
         ({"split": "x"}, "'x'"),
         ({"step": 0}, "--step 0"),
-        ({"step": 3, "epoch": 1}, "--step or --epoch"),
+        ({"step": 3, "epoch": 1}, "give one of them"),
         ({"batch_size": 9}, "--batch-size 9 .* give --step too"),
         ({"shuffle_window": 9}, "--shuffle-window 9 .* give --step too"),
         ({"run": "runs/x"}, "give --data, a shard set, or --run"),
         ({"run": "runs/x", "step": 1}, "give --data, a shard set, or --run"),
         ({"data": None}, "give --data, a shard set, or --run"),
         ({"data": None, "run": "runs/x"}, "give --step too"),
-        ({"data": None, "run": "runs/x", "step": 1, "epoch": 1}, "--step or --epoch"),
+        ({"data": None, "run": "runs/x", "step": 1, "epoch": 1}, "give one of them"),
     ],
 )
 def test_flags_that_cannot_be(shard_set, tmp_path, flags, words):

@@ -113,7 +113,7 @@ def test_what_fails_once_is_tried_again(monkeypatch):
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (PermissionError("Access Denied"), r"x may not be written \(Access Denied\): give the driver credentials"),
+        (PermissionError("Access Denied"), r"x may not be written \(Access Denied\): set credentials"),
         (NotImplementedError(), "x cannot be written: this store or its driver cannot do that"),
     ],
 )
@@ -134,5 +134,5 @@ def test_a_bucket_that_is_not_there(s3, tmp_path):
     s3(tmp_path, "there/runs")
     folder = opened("s3://not-there/runs")
     assert folder.names() == {}
-    with pytest.raises(ValueError, match=r"s3://not-there/runs/x is not there \(.*\): see whether the bucket is there$"):
+    with pytest.raises(ValueError, match=r"s3://not-there/runs/x does not exist \(.*\): check that the bucket exists$"):
         folder.write("x", b"1")

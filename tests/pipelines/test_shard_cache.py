@@ -311,7 +311,7 @@ def test_what_was_fetched_before_the_store_failed_is_kept(server, cache, files):
 def test_bytes_that_stay_wrong(server, cache):
     server.files[SHARDS[1]] = server.files[SHARDS[1]][:-1] + b"?"
     with opened(server.url, cache) as remote:
-        with pytest.raises(ValueError, match="wrong twice; upload it again") as error:
+        with pytest.raises(ValueError, match="in two downloads; upload it again") as error:
             remote.local(SHARDS[1])
         assert f"{server.url}/{SHARDS[1]}" in str(error.value)
         assert not (remote.folder / SHARDS[1]).exists()
@@ -324,7 +324,7 @@ def test_a_shard_that_was_cut_off_after_a_whole_part(scheme, server, s3, cache, 
     server.files[SHARDS[1]] = server.files[SHARDS[1]][: 2 * PART]
     pauses: list[float] = []
     url = {"http": server.url, "s3": "s3://data/kidney"}[scheme]
-    with opened(url, cache, pauses=pauses) as remote, pytest.raises(ValueError, match="wrong twice"):
+    with opened(url, cache, pauses=pauses) as remote, pytest.raises(ValueError, match="in two downloads"):
         remote.local(SHARDS[1])
     assert not pauses
 
@@ -366,15 +366,15 @@ def test_sets_that_cannot_be_opened(server, cache, s3, monkeypatch, files):
     refused(server.url, "may not be read", "403")
     server.always = "ok"
     del server.files["dataset.json"]
-    refused(server.url, f"{server.url} is not a shard set", "dataset.json is not there")
-    refused("s3://data/kidney", "s3://data/kidney is not a shard set", "dataset.json is not there")
+    refused(server.url, f"{server.url} is not a shard set", "dataset.json does not exist")
+    refused("s3://data/kidney", "s3://data/kidney is not a shard set", "dataset.json does not exist")
     server.files["dataset.json"] = b"<html>Please log in</html>"
     refused(server.url, f"{server.url}/dataset.json is damaged")
     server.files["dataset.json"] = json.dumps(json.loads(files["dataset.json"]) | {"format_version": 99}).encode()
     refused(server.url, f"{server.url} has format 99", "upgrade")
     server.files["dataset.json"] = files["dataset.json"]
     del server.files["manifest.parquet"]
-    refused(server.url, "manifest.parquet", "in dataset.json but not there")
+    refused(server.url, "manifest.parquet", "in dataset.json but does not exist")
     assert not leftovers(cache)
     server.close()
     refused(server.url, f"{server.url}/dataset.json cannot be read", "3 tries failed")

@@ -75,7 +75,7 @@ def test_the_transfer_chains(ray_here, demo):
     assert len(runs) == 11 and sum(run.record["stage"]["kind"] == "pretrain" for run in runs.values()) == 5
     assert runs["kidney-breast"].record["stage"]["parent"] == runs["kidney"].record["key"]
     assert runs["linear-backbone-kidney"].record["stage"]["parent"] == runs["kidney"].record["key"]
-    assert "Nothing here is" in said and "Nothing here is" in (storage / "report.html").read_text(encoding="utf-8")
+    assert "No value is" in said and "No value is" in (storage / "report.html").read_text(encoding="utf-8")
     again = run_grid(demo)
     assert again.count("finished already") == 11 and "finished in" not in again
     assert run_grid(demo, "--plan").splitlines()[-1] == "11 of 11 finished; to do: 0 s of trials"

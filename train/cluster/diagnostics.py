@@ -129,7 +129,7 @@ def preflight(cluster: NodeActors, *, sets: Iterable[tuple[str, str]], storage: 
 
     for found in findings():
         if found.status == "FAILED":
-            raise ValueError(f"{found.check}: {found.text}. Nothing was started; python train/doctor.py checks everything else")
+            raise ValueError(f"{found.check}: {found.text}. Nothing was started; python train/doctor.py runs all other checks")
 
 
 @_check("workers")
@@ -199,11 +199,11 @@ def check_shards(cluster: NodeActors, shards: str, fingerprint: str | None = Non
     nodes_of = _nodes_by_value(found | ({"the run": fingerprint[:12]} if fingerprint else {}))
     if len(nodes_of) > 1:
         differing = " and ".join(f"{value} ({nodes})" for value, nodes in nodes_of.items())
-        raise _Problem(f"{shards} is not the same set everywhere, by its fingerprint: {differing}: copy it anew from one place")
+        raise _Problem(f"{shards} is not the same set everywhere, by its fingerprint: {differing}: copy it again from one place")
     return f"{shards} is read by {_node_count(cluster)}, fingerprint {next(iter(nodes_of))}"
 
 
-@_check("GPUs", "see whether torch can be imported there")
+@_check("GPUs", "check that torch can be imported there")
 def check_gpus(cluster: NodeActors) -> str:
     """torch sees as many as Ray counts."""
     failed, idle = [], []
@@ -278,7 +278,7 @@ def check_all_reduce(cluster: NodeActors, backend: Literal["gloo", "nccl"], name
     return Finding(check, "FAILED", "; ".join(_shortened(wrong)) + f": {'; '.join(hints)}")
 
 
-@_check("clocks", "see whether the node is alive (ray status)")
+@_check("clocks", "check that the node is alive (ray status)")
 def check_clocks(cluster: NodeActors) -> str:
     """Each node's clock against this process's, in the middle of a round trip."""
     skews: dict[str, tuple[float, float]] = {}  # the round trip's half, which is the uncertainty; and the difference
@@ -299,7 +299,7 @@ def check_clocks(cluster: NodeActors) -> str:
     return f"less than {max(abs(skew) + half for half, skew in skews.values()):.3f} s from this machine's"
 
 
-@_check("free space", "see whether its disks answer (df)")
+@_check("free space", "check that its disks respond (df)")
 def check_free_space(cluster: NodeActors, storage: str, *, cached: bool) -> str:
     """Enough for checkpoints and shards. cached: whether data or runs are at a URL, and so have a cache on each node."""
     places = [None] * cached + [storage] * (not is_url(storage))  # None: the cache
@@ -317,7 +317,7 @@ def check_free_space(cluster: NodeActors, storage: str, *, cached: bool) -> str:
     return f"at least {', '.join(least)}" if least else "the storage is a URL, whose free space is not known"
 
 
-@_check("/dev/shm", "see whether its disks answer (df)")
+@_check("/dev/shm", "check that its disks respond (df)")
 def check_shared_memory(cluster: NodeActors) -> str:
     """Enough for NCCL and Ray's object store."""
     spaces = _values(cluster.call(node_checks.disk_space, "/dev/shm", timeout_s=10))

@@ -159,7 +159,7 @@ def _retry_attempts(job: Job, attempt: Callable[[bool], BaseException | None]) -
         if isinstance(error, ValueError) or failures > job.max_failures:
             raise error
         print(
-            f"{job.folder.name}: {_reason(error)}; going on from {newest or 'the beginning'} (failure {failures} of at most"
+            f"{job.folder.name}: {_reason(error)}; resuming from {newest or 'the beginning'} (failure {failures} of at most"
             f" {job.max_failures} without a new checkpoint)",
             flush=True,
         )
@@ -282,7 +282,7 @@ def _end_when_cut_off(head: str) -> None:
             heard = time.monotonic()
         except OSError as error:
             if time.monotonic() - heard > _CUT_OFF_S:
-                print(f"{head} could not be reached for {_CUT_OFF_S:.0f} s ({describe(error)}): this worker ends", flush=True)
+                print(f"{head} could not be reached for {_CUT_OFF_S:.0f} s ({describe(error)}): this worker exits", flush=True)
                 os._exit(1)
         time.sleep(_HEAD_POLL_S)
 

@@ -66,7 +66,7 @@ def resources_per_worker(
     nodes = list(nodes)
     gpus = (1.0 if any(node.gpus for node in nodes) else 0.0) if gpus_per_worker is None else gpus_per_worker
     if not 0 <= gpus <= 1:
-        raise ValueError(f"--gpus-per-worker {gpus:g}: give 0 (train on CPUs), 1, or a part of one such as 0.25")
+        raise ValueError(f"--gpus-per-worker {gpus:g}: give 0 (train on CPUs), 1, or a fraction such as 0.25")
     if 0 < gpus < 1 and most > 1:
         raise ValueError(
             f"--gpus-per-worker {gpus:g} with --workers {workers}: workers of one run cannot share a GPU; give --workers 1"

@@ -75,8 +75,8 @@ class Input:
             for each, reader in zip(self.sets, readers, strict=True):
                 if fingerprint(reader.folder) != each.fingerprint:
                     raise ValueError(
-                        f"{each.shards}: this is not the shard set that the run began with (its fingerprint differs): it was"
-                        " changed meanwhile, or this node has another copy; restore it and start again"
+                        f"{each.shards}: this is not the shard set that the run started with (its fingerprint differs): it has"
+                        " changed, or this node has another copy; restore it and run the command again"
                     )
             if len(self.sets) == 1:
                 yield readers[0], self.sets[0].ids
@@ -157,5 +157,5 @@ def cache_limit(cache_gib: float | None) -> int | None:
     if cache_gib is None:
         return None
     if not 0 < cache_gib < float("inf"):
-        raise ValueError(f"--cache-gib {cache_gib:g}: give a size above 0, or leave it out to keep all that was fetched")
+        raise ValueError(f"--cache-gib {cache_gib:g}: give a size above 0, or leave it out for no limit")
     return int(cache_gib * 2**30)

@@ -67,7 +67,7 @@ def resolve_init(init: str, storage: str, *, backbone: str | None = None) -> Ini
     run = find_run(init, storage)
     if run is not None:
         _ = run.result  # raises if the run is not finished
-        card = read_json(run.folder / CARD_NAME, "this run has left no backbone: give a run of pretraining or fine-tuning")
+        card = read_json(run.folder / CARD_NAME, "this run has no backbone: give a run of pretraining or fine-tuning")
         parent = InitialWeights(str(run.folder), run.record["key"], card.get("chain", []), card, run)
     elif Path(init).is_file():
         with open(init, "rb") as file:
@@ -79,5 +79,5 @@ def resolve_init(init: str, storage: str, *, backbone: str | None = None) -> Ini
         raise ValueError(f"{init}: no run of that name in {storage}, and no such file; choose scratch, imagenet, a run or a file")
     theirs = parent.card.get("backbone")
     if backbone and theirs and theirs != backbone:
-        raise ValueError(f"{init} is a {theirs}, and a {backbone} was asked for: give --backbone {theirs}, or other weights")
+        raise ValueError(f"{init} is a {theirs}, not a {backbone}: give --backbone {theirs}, or other weights")
     return parent

@@ -118,11 +118,11 @@ def earlier_stages(parent: InitialWeights) -> list[TrainingStage]:
             for k, each in enumerate(described)
         ]
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: this file is damaged; copy it again, or remove it, and the data counts as unknown") from error
+        raise ValueError(f"{path}: this file is damaged; copy it again, or remove it to treat the data as unknown") from error
 
 
 def find_overlap(stages: list[TrainingStage], reader: ShardReader, test: np.ndarray) -> Overlap:
-    """Whether any of the stages learnt from the test patches, or from their groups. test: (n,) ids."""
+    """Whether any of the stages was trained on the test patches, or on their groups. test: (n,) ids."""
     found = Overlap([], [])
     rows = read_manifest(reader.folder, columns=_COLUMNS).take(pa.array(test))
     own = TrainingSet(read_dataset(reader.folder)["name"], fingerprint(reader.folder), [])
@@ -131,7 +131,7 @@ def find_overlap(stages: list[TrainingStage], reader: ShardReader, test: np.ndar
     for stage in stages:
         if not stage.known:
             found.warnings.append(
-                f"{stage.run} does not say what it learnt from, so whether test patches were among it cannot be known"
+                f"{stage.run} does not record its training data, so it is unknown whether test patches were among them"
             )
             continue
         same = np.isin(stored, stage.contents) | np.isin(sources, stage.contents)
@@ -146,7 +146,7 @@ def find_overlap(stages: list[TrainingStage], reader: ShardReader, test: np.ndar
             if each not in certain and (count := _count_in_groups(codes, names, [each])):
                 found.notes.append(
                     f"{count:,} of {len(test):,} test patches are of a group whose name also occurs in the set {each.name!r},"
-                    f" in {stage.data}: if it is the same slide or patient there, it was learnt from"
+                    f" in {stage.data}: if it is the same slide or patient there, the backbone was trained on it"
                 )
     return found
 

@@ -58,7 +58,7 @@ class Mirror:
         storage, _, name = url.rstrip("/").rpartition("/")
         scheme, _, place = storage.partition("://")
         if scheme in ("http", "https"):
-            raise ValueError(f"--storage {storage}: nothing can be written there; use s3://, another object store, or a folder")
+            raise ValueError(f"--storage {storage}: this URL is read-only; use s3://, another object store, or a folder")
         if not place.strip("/") or not name:
             raise ValueError(f"--storage {storage}: give a folder at the store too, such as s3://bucket/runs")
         if name.startswith(".") or ".." in place.split("/"):
@@ -128,7 +128,7 @@ class Mirror:
         with self._pull_locked():
             stored = self._checkpoints().get(name)
             if stored is None:
-                raise ValueError(f"{self.url}/{name} has gone: another process trains this run, or removed it; start again")
+                raise ValueError(f"{self.url}/{name} was removed, perhaps by a process that trains this run; start again")
             if not _is_uploaded(self.folder / name, stored):
                 self._fetch(name, stored)
                 folder.mkdir(parents=True, exist_ok=True)

@@ -25,21 +25,21 @@ def retry_io(work: Callable[[], Result], place: str | Path, *, timeout_s: float 
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).split("\n")[0]
             if time.monotonic() > ends:
                 raise ValueError(
-                    f"{place}: could not be written ({reason}): see that there is room and that the folder can be written to;"
-                    " the same command then goes on from the checkpoint before"
+                    f"{place}: cannot be written ({reason}): free space or make the folder writable, and run the same command"
+                    " again to resume from the previous checkpoint"
                 ) from error
             if not printed:
-                print(f"{place}: could not be written ({reason}); trying again for {timeout_s:.0f} s", flush=True)
+                print(f"{place}: cannot be written ({reason}); retrying for {timeout_s:.0f} s", flush=True)
                 printed = True
             time.sleep(min(_PAUSE_S, timeout_s))
 
 
 def await_folder(folder: Path, *, timeout_s: float = RETRY_TIMEOUT_S) -> None:
-    """Wait until the folder is there. Raises ValueError where it is not after the time-out."""
+    """Wait until the folder exists. Raises ValueError if it does not after the time-out."""
     ends = time.monotonic() + timeout_s
     while not _is_there(folder):
         if time.monotonic() > ends:
-            raise ValueError(f"{folder} is not there: mount the storage on this node, at the same place as on the others")
+            raise ValueError(f"{folder} does not exist: mount the storage on this node, at the same path as on the others")
         time.sleep(min(_PAUSE_S, timeout_s))
 
 

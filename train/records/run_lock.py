@@ -81,14 +81,14 @@ class StoreLock:
             if self._holds(self._version) and self._create(self._version + 1):
                 return
         holder = self._newest()[1]
-        if holder is None:  # another process may have trained the run meanwhile, so this one must not go on from what it has
+        if holder is None:  # another process may have trained the run meanwhile, so this one must not continue
             raise LockLost(
-                f"{self._store.url}: the lock of this run is gone. Another process has trained the run meanwhile, or somebody"
-                " removed the lock; the same command resumes from the newest checkpoint"
+                f"{self._store.url}: the lock of this run was removed, perhaps by another process that trained the run"
+                " meanwhile: run the same command again to resume from the newest checkpoint"
             )
         raise LockLost(
-            f"{self._store.url} is being trained by another process, on {holder['host']}, which took it over when this one was"
-            " not heard of: end one of them"
+            f"{self._store.url} is being trained by another process, on {holder['host']}, which took over the lock"
+            " when this process did not renew it: end one of them"
         )
 
     def release(self) -> None:
@@ -98,9 +98,9 @@ class StoreLock:
                 self._store.remove(_name(version))
 
     def wait(self) -> int:
-        """Wait until nobody trains the run: the lock was released, or has expired. Returns its version, 0 where there is none.
+        """Wait until no process trains the run: the lock is released or expires. Returns its version, 0 without a lock.
 
-        Raises ValueError where another process renews it meanwhile.
+        Raises ValueError if another process renews it meanwhile.
         """
         version, seen = self._newest()
         ends, renewals = None, 0
@@ -156,7 +156,7 @@ class StoreLock:
             return False
 
     def _newest(self) -> tuple[int, dict[str, Any] | None]:
-        """The version that counts, and its content; 0 and None where nobody holds the lock."""
+        """The newest version and its content; 0 and None if no process holds the lock."""
         while versions := self._versions():
             with contextlib.suppress(NotThere):  # renewed or released meanwhile
                 return max(versions), self._read(max(versions))
@@ -167,7 +167,7 @@ class StoreLock:
         return [int(match[1] or 0) for match in found if match]
 
     def _read(self, version: int) -> dict[str, Any]:
-        """Raises NotThere, and ValueError for a content that is damaged: nobody can tell from it whether a run goes on."""
+        """Raises NotThere, and ValueError for damaged content, which does not show whether the run is being trained."""
         data = self._store.read(_name(version), 0, _CONTENT_BYTES)
         try:
             content = json.loads(data)
@@ -186,7 +186,7 @@ def _name(version: int) -> str:
 
 
 def _file_identity(path: Path) -> str | None:
-    """Which file of which running kernel this is; None where there is none."""
+    """Identifies the file and the running kernel; None if the file does not exist."""
     try:
         stat = path.stat()
     except FileNotFoundError:

@@ -1,8 +1,8 @@
 """Run records: a stage's key, its folder, and what was done there.
 
 A stage is a pure function of its config and its inputs, so its key is a hash of both and of a version number that is
-raised when the code's results change. A run is a name for a stage: finished under that name, it is not run again; cut
-off, it goes on; and a name that stands for another stage is refused.
+raised when the code's results change. A run is a name for a stage. A finished run is not repeated, an interrupted one resumes,
+and a name that stands for another stage is refused.
 """
 
 import contextlib
@@ -118,7 +118,7 @@ class Run:
     def record(self) -> dict[str, Any]:
         """run.json. Raises ValueError when there is none, or a field is missing or of another type than `begin` writes."""
         path = self.folder / RECORD_NAME
-        record = read_json(path, "this is no run's folder: give a run that train/ or tune/ made")
+        record = read_json(path, "this is not the folder of a run: give one that train/ or tune/ wrote")
         for field, kind in (_RECORD_FIELDS | _FINISHED_FIELDS if record.get("status") == "finished" else _RECORD_FIELDS).items():
             value: Any = record
             for name in field.split("."):
@@ -132,13 +132,13 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
-        """config.yaml: every field, also those that decide nothing."""
+        """config.yaml: every field, including those that do not affect the results."""
         return yaml.safe_load((self.folder / "config.yaml").read_text())
 
     @property
     def result(self) -> dict[str, Any]:
         """result.json of a finished run. Raises ValueError when it is not finished."""
-        return read_json(self.folder / RESULT_NAME, "this run is not finished: run its command again and it goes on")
+        return read_json(self.folder / RESULT_NAME, "this run is not finished: run its command again to resume it")
 
     @property
     def finished(self) -> bool:
@@ -153,7 +153,7 @@ class Run:
             row = parse_row(line)
             if row is None:
                 shown = line[:40].decode(errors="backslashreplace")
-                raise ValueError(f"{path}: the row that begins with {shown!r} is damaged: remove that line, and the others stand")
+                raise ValueError(f"{path}: the row that begins with {shown!r} is damaged: remove that line to keep the others")
             rows.append(row)
         return rows
 

@@ -16,11 +16,11 @@ def nearest(known_nF: np.ndarray, asked_mF: np.ndarray, count: int) -> tuple[np.
     Returns rows of known_nF, (m, R) int64, the nearest first, and their cosines, (m, R) float32. Of equals the lower row comes
     first. Cosines are computed in float64 and rounded to multiples of 2**-24, so that copies of a patch are equals wherever they
     stand. The cosine with features that are all 0 is 0.
-    Raises ValueError for features that are no numbers, and where no patch is known.
+    Raises ValueError for features that are not finite, and if there is no patch to search.
     """
     assert known_nF.ndim == asked_mF.ndim == 2 and known_nF.shape[1] == asked_mF.shape[1] and count > 0, count
     if not len(known_nF):
-        raise ValueError("nothing is near where no patch is known: give patches to look among")
+        raise ValueError("there are no patches to search: give at least one labelled patch")
     rows = np.empty((len(asked_mF), min(count, len(known_nF))), np.int64)
     cosine = np.empty(rows.shape, np.float32)
     for start in range(0, len(asked_mF), _QUERIES):
@@ -64,7 +64,7 @@ def knn_probabilities(
 def _unit(features: np.ndarray) -> torch.Tensor:
     unit = torch.tensor(np.asarray(features, np.float64))
     if not torch.isfinite(unit).all():
-        raise ValueError("the features are not all finite numbers: the backbone's training diverged, so take an earlier one")
+        raise ValueError("the features contain NaN or infinity: the backbone's training diverged, so use an earlier one")
     length = unit.norm(dim=1, keepdim=True)
     return unit / length.where(length > 0, 1.0)
 

@@ -126,7 +126,7 @@ def train_heads(
             assert len(np.unique(rows)) == len(rows) and 0 <= rows.min() <= rows.max() < len(features_NF), "rows of the matrix"
             assert 0 <= labels_N[rows].min() <= labels_N[rows].max() < classes, "labels of the classes"
     if not np.isfinite(features_NF).all():
-        raise ValueError("the features are not all finite numbers: the backbone's training diverged, so take an earlier one")
+        raise ValueError("the features contain NaN or infinity: the backbone's training diverged, so use an earlier one")
     features_NF, labels_N = np.ascontiguousarray(features_NF), np.ascontiguousarray(labels_N, np.int64)
     widths = _widths(features_NF.shape[1], classes, protocol)
 
@@ -145,7 +145,7 @@ def train_heads(
         found = [_train_in_torch(features, labels, task, initial(task), protocol) for task in tasks]
     if any(head.best_epoch == 0 for head in found):
         raise ValueError(
-            f"the protocol {protocol.name!r} diverged on these features: no epoch had a validation loss that is a number. Take"
+            f"the protocol {protocol.name!r} diverged on these features, with a validation loss of NaN in every epoch: use"
             " another protocol, or a lower learning rate"
         )
     return found

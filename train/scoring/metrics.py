@@ -156,7 +156,7 @@ def terms_of(probabilities: np.ndarray, labels: np.ndarray) -> Terms:
     assert p.ndim == 2 and len(p) == len(y) > 0, (p.shape, y.shape)
     assert y.min() >= 0 and y.max() < p.shape[1], (y.min(), y.max(), p.shape)
     if not np.isfinite(p).all():
-        raise ValueError("the model's predictions are not numbers: its training diverged, so try a lower --learning-rate")
+        raise ValueError("the model's predictions contain NaN or infinity: its training diverged, so try a lower --learning-rate")
     guess, confidence, every = p.argmax(1), p.max(1), np.arange(len(p))
     epsilon = np.finfo(np.float64).eps
     edges = np.linspace(0, 1, BINS + 1)[1:-1]

@@ -97,8 +97,8 @@ def _one_part(what: FeaturePass, item: tuple[np.ndarray, str], device: str, thre
     with open_set(what.shards, what.cache_bytes) as reader:
         if fingerprint(reader.folder) != what.fingerprint:
             raise ValueError(
-                f"{what.shards}: this is not the shard set that was begun with (its fingerprint differs): it was changed"
-                " meanwhile, or this node has another copy; put it right and start again"
+                f"{what.shards}: this is not the shard set that the command started with (its fingerprint differs): it has"
+                " changed, or this node has another copy; restore it and run the command again"
             )
         features = compute_features(
             what.backbone,

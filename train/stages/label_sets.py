@@ -72,8 +72,7 @@ def split_labels(config: EvaluateConfig, reader: ShardReader, known: LabelledSet
     if len(set(splits)) < len(splits):
         twice = next(name for name in splits if splits.count(name) > 1)
         raise ValueError(
-            f"{twice!r} is given for two of --split, --test-split and --validation-split: a backbone is not tested on its"
-            " training patches"
+            f"{twice!r} is given for two of --split, --test-split and --validation-split: name a different split for each"
         )
     common: dict[str, Any] = {"resplit": config.resplit, "group_aware": config.group_aware, "duplicates": config.duplicates}
     common |= {"classes": config.classes or None, "leave_out": config.leave_out or None, "seed": seed}
@@ -139,7 +138,7 @@ def label_warnings(known: LabelledSet, splits: Sequence[LabelSplit]) -> list[str
     if shared:
         found.append(f"{shared:,} of {test:,} test patches are of a group (slide or patient) that was trained on")
     if not any((known.groups[split.used] >= 0).any() for split in splits):
-        found.append("no groups (slides or patients) are known, so training and test patches may be of the same ones")
+        found.append("no groups (slides or patients) are known, so training and test patches may share them")
     for what, ids in (("test split", [split.test for split in splits]), ("training labels", [split.train for split in splits])):
         counts = [np.bincount(known.labels[each], minlength=len(known.classes)) for each in ids]
         absent = [name for k, name in enumerate(known.classes) if any(each[k] == 0 for each in counts)]

@@ -152,7 +152,7 @@ def _settle_precision(config: PretrainConfig, run: Run) -> str:
         return config.precision
     if run.exists and run.has_work():
         begun = run.record["stage"]["config"].get("precision")
-        if begun is not None:  # wherever it goes on: the numbers are part of what the run is
+        if begun is not None:  # on whatever hardware it resumes: precision affects the results
             return begun
     return "bf16" if gpus_with_bf16(config.workers, config.gpus_per_worker, name=config.name) else "fp32"
 
@@ -166,8 +166,8 @@ def _health_checks(job: Job) -> HealthChecks:
 def _profile_message(run: Run) -> str:
     path = run.folder / "profile" / TRACE_NAME
     if path.exists():
-        return f"the profile is {path}, for chrome://tracing or ui.perfetto.dev"
-    return f"no profile: it begins after {SKIPPED + WARM_UP} steps, and fewer were left"
+        return f"profile: {path} (open it in chrome://tracing or ui.perfetto.dev)"
+    return f"no profile: it starts after {SKIPPED + WARM_UP} steps, and fewer were left"
 
 
 def _set_names(config: PretrainConfig) -> str:
@@ -183,7 +183,7 @@ def _check(config: PretrainConfig, patches: int) -> None:
     for workers in worker_range(config.workers):
         if config.batch_size % max(1, workers):
             raise ValueError(
-                f"--batch-size {config.batch_size} is the global batch and must divide by --workers {config.workers}"
+                f"--batch-size {config.batch_size} is the global batch and must be divisible by --workers {config.workers}"
             )
         check_micro_batch(config.micro_batch, config.batch_size // max(1, workers))
     if config.shuffle_window is not None and config.shuffle_window < 1:

@@ -18,14 +18,14 @@ class HealthChecks:
         self._given: set[str] = set()
 
     def add(self, row: dict[str, Any]) -> list[str]:
-        """The new warnings that this row gives rise to."""
+        """The new warnings that this row causes."""
         found = {}
         loss, std = row["loss"], row.get("embedding_std")
         if row["step"] >= self._grace_steps:
             if loss is not None and loss >= (1 - _NEAR_CHANCE) * self._chance:
                 found["chance"] = (
-                    f"at step {row['step']} the loss is {loss:.3f}, and a model that has learnt nothing has"
-                    f" {self._chance:.3f}: look at the views (pipelines/preview.py) and at --learning-rate"
+                    f"at step {row['step']} the loss is {loss:.3f}, and chance level is {self._chance:.3f}:"
+                    " look at the views (pipelines/preview.py) and at --learning-rate"
                 )
             if std is not None and std < _COLLAPSED:
                 found["collapse"] = (

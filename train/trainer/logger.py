@@ -19,7 +19,7 @@ class MetricsLogger:
     """metrics.jsonl and TensorBoard. Rows after the step that a run resumes from are removed: they will be written again.
 
     init_lines: what was done with the initial weights; engine: how the steps are computed (both are kept as JSON). on_row: called
-    with each row. retry_timeout_s: how long to retry on storage that fails; training goes on meanwhile.
+    with each row. retry_timeout_s: how long to retry if storage fails; training continues meanwhile.
     """
 
     def __init__(
@@ -89,8 +89,8 @@ class Lines:
             self._failing_since = self._failing_since or now
             if now - self._failing_since >= self._retry_timeout_s:
                 raise ValueError(
-                    f"{self._path}: could not be written for {self._retry_timeout_s:.0f} s ({error.strerror}): see that there is"
-                    " room; the same command then goes on from the newest checkpoint"
+                    f"{self._path}: could not be written for {self._retry_timeout_s:.0f} s ({error.strerror}): free space and"
+                    " run the same command again to resume from the newest checkpoint"
                 ) from error
         else:
             self._failing_since = None
@@ -145,7 +145,9 @@ class _TensorBoard:
             try:
                 self._writer.close()
             except OSError as error:
-                print(f"{self._run.name}: TensorBoard's file could not be written ({error}); metrics.jsonl has all", flush=True)
+                print(
+                    f"{self._run.name}: TensorBoard's file could not be written ({error}); metrics.jsonl is complete", flush=True
+                )
 
     def _add(self, row):
         for name, value in row.items():

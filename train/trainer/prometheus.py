@@ -12,9 +12,9 @@ PREFIX = "patchclr_"
 
 # Metrics of every run; a method describes its own. A metric without a description is a gauge too.
 _DESCRIPTIONS = {
-    "progress": "Steps taken, as a share of all, 0 to 1",
-    "epoch": "The epoch that the newest row is of, from 1",
-    "step": "Steps taken",
+    "progress": "Steps done as a fraction of all, 0 to 1",
+    "epoch": "Epoch of the newest row, counted from 1",
+    "step": "Steps done",
     "learning_rate": "Learning rate of the newest step",
     "loss": "Loss of the newest step, the mean over the workers",
     "gradient_norm": "Norm of the newest step's gradient",
@@ -24,10 +24,10 @@ _DESCRIPTIONS = {
     "probe_balanced_accuracy": "Balanced accuracy of a ridge classifier on frozen features",
     "probe_knn_accuracy": "Accuracy of the nearest neighbours on frozen features",
     "probe_knn_balanced_accuracy": "Balanced accuracy of the nearest neighbours on frozen features",
-    "patches_per_s": "Patches that were trained on, per second, by all workers",
-    "images_per_s": "Images (views of patches) that were trained on, per second, by all workers",
-    "data_wait": "Share of time that rank 0 waited for data, 0 to 1",
-    "gpu_memory_gib": "The most that tensors took of rank 0's GPU so far, GiB",
+    "patches_per_s": "Patches per second, over all workers",
+    "images_per_s": "Images (views of patches) per second, over all workers",
+    "data_wait": "Fraction of time that rank 0 waited for data, 0 to 1",
+    "gpu_memory_gib": "Peak tensor memory on rank 0's GPU so far, GiB",
 }
 
 

@@ -20,7 +20,7 @@ def dry_run_lines(study: Study) -> list[str]:
     status: dict[str, str] = {}
     while (ready := state.next_ready()) is not None:
         there = state.existing_run(ready)
-        status[ready.trial.name] = "goes on" if there is not None and there.has_work() else "to do"
+        status[ready.trial.name] = "resumes" if there is not None and there.has_work() else "to do"
         state.mark_failed(ready.trial.name, "not run: planned only")
     rates = _rates(state.runs)
     lines, sum_seconds, unknown = [], 0.0, 0

@@ -135,7 +135,7 @@ def _searcher_class():
             if result and result.get("failure"):
                 why = result["failure"]
             elif error:
-                why = f"its process died {_RETRIES + 1} times; run the study again, and it goes on from its checkpoint"
+                why = f"its process died {_RETRIES + 1} times; run the study again to resume from its checkpoint"
             else:
                 why = f"stopped early, at {_PROBE} {result.get(_PROBE, float('nan')):.3f}" if result else "stopped"
             state.mark_failed(name, why)
@@ -227,10 +227,10 @@ def _trial_class(study: Study):
                 run_stage(self._kind, KINDS[self._kind](**self._fields))
             except (ValueError, OSError) as error:
                 self._failure = describe(error)
-            except Exception as error:  # our bug: reported as such, and the other trials go on
+            except Exception as error:  # our bug: reported as such, and the other trials continue
                 where = Path(self._fields["storage"]) / f"{self._fields['name']}.error.txt"
                 where.write_text(traceback.format_exc())
-                self._failure = f"{type(error).__name__}: {describe(error)} (an error of this program, not of yours; see {where})"
+                self._failure = f"{type(error).__name__}: {describe(error)} (a bug in PatchCLR, not your mistake; see {where})"
 
         def _metrics(self) -> list[dict[str, Any]]:
             with contextlib.suppress(FileNotFoundError):

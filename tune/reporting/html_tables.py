@@ -90,7 +90,7 @@ def _plots(filled: ResultTable) -> list[Html]:
             f" from {number(min(means))} (dark) to {number(max(means))} (light); the values are in the table"
         )
         maps.append(figure(heat_map(filled, metric), _capital(title), alt=alt))
-    reason = note("No heat map of the losses: different batch sizes, methods, temperatures or sets do not compare.")
+    reason = note("No heat map of the losses: those of different batch sizes, methods, temperatures or sets are not comparable.")
     return [*([row(*maps)] if maps else []), *([reason] if unlike else [])]
 
 

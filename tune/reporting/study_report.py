@@ -85,7 +85,7 @@ def _selections(outcome: StudyResult, folder: Path) -> list[Html]:
     return [
         note(summary if apart else "All rules would have chosen the same pretrainings."),
         table("What each rule chooses", titles, lines, kind="study"),
-        note("A dash: some candidates lack the metric, or their losses do not compare."),
+        note("A dash: some candidates lack the metric, or their losses are not comparable."),
         *(_candidates(name, found, outcome, folder) for name, found in outcome.selected.items()),
     ]
 

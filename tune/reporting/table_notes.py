@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from tune.reporting.table_data import ResultTable, TableEntry
 
-SMOKE = "Smoke size: a trial run of the study on little data. Nothing here is comparable, least of all with published figures."
+SMOKE = "Smoke size: a trial run of the study on little data. No value is comparable, least of all with published ones."
 _NAMED = 3  # rows; of more, the note gives only the number
 
 
@@ -24,7 +24,7 @@ def notes_below(table: ResultTable) -> list[str]:
         )
     if _unlike_losses(table):
         notes.append(
-            "Losses of different batch sizes, methods, temperatures or sets do not compare; the best of each group is marked."
+            "Losses of different batch sizes, methods, temperatures or sets are not comparable; the best of each group is marked."
         )
     overlaps = list(_overlapping(table))
     if overlaps:

@@ -157,14 +157,14 @@ def test_storage_at_a_url(s3, small_set):
     bucket = s3(small_set, "checked/set")
     has(check_storage(Pretended(), bucket.replace("/set", "/runs")), "ok")
     assert not nodes._store(bucket.replace("/set", "/runs")).names()
-    has(check_storage(Pretended(), "s3://not-there/runs"), "FAILED", "see whether the bucket is there")
+    has(check_storage(Pretended(), "s3://not-there/runs"), "FAILED", "check that the bucket exists")
 
 
 def test_shards(small_set, other_set, tmp_path):
     has(check_shards(Pretended(), str(small_set)), "ok", fingerprint(small_set)[:12])
     assert nodes.sample_shards(str(small_set)).image.startswith((b"\xff\xd8", b"\x89PNG"))
     other = on_b(nodes.sample_shards, lambda _: nodes.sample_shards(str(other_set)))
-    has(check_shards(other, str(small_set)), "FAILED", "(this process, a)", "(b)", "copy it anew")
+    has(check_shards(other, str(small_set)), "FAILED", "(this process, a)", "(b)", "copy it again")
     has(check_shards(Pretended(), str(small_set), "f" * 64), "FAILED", f"{'f' * 12} (the run)")
     nowhere = check_shards(Pretended(), str(tmp_path / "nowhere"))
     has(nowhere, "FAILED", "this process, a, b: ", "there is no such folder", "s3://bucket/kidney")
@@ -182,7 +182,7 @@ def test_shards_at_a_url(s3, small_set, tmp_path):
     url = s3(small_set, "looked-at/set")
     assert nodes.sample_shards(url) == nodes.sample_shards(str(small_set))
     assert not (tmp_path / "cache").exists()
-    has(check_shards(Pretended(), url + "-not"), "FAILED", "is not there")
+    has(check_shards(Pretended(), url + "-not"), "FAILED", "does not exist")
 
 
 @pytest.mark.parametrize(
@@ -317,7 +317,7 @@ def test_workers():
 def test_before_a_run_the_first_thing_that_is_wrong_is_told(small_set, tmp_path):
     given = {"sets": [(str(small_set), fingerprint(small_set))], "storage": str(tmp_path / "run"), "packages": PACKAGES}
     preflight(Pretended(), **given)
-    with pytest.raises(ValueError, match=r"^versions: .*\(b\).* train/doctor.py checks everything else$"):
+    with pytest.raises(ValueError, match=r"^versions: .*\(b\).* train/doctor.py runs all other checks$"):
         preflight(on_b(nodes.installed_versions, lambda _: {"python": "2", "torch": "1", "ray": "1", "code": "0"}), **given)
     with pytest.raises(ValueError, match=r"^storage: b: read-only"):
         preflight(on_b(nodes.write_test_file, raising("read-only")), **given)

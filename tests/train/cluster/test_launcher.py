@@ -152,7 +152,7 @@ def test_failures_count_until_there_is_a_new_checkpoint(monkeypatch, tmp_path, s
     assert attempts(monkeypatch, job, *course) == ([False, *[True] * 5], [0, 15, 0, 15, 0])
     printed = capsys.readouterr().out
     assert printed.count("(failure 1 of at most 2 without a new checkpoint)") == 3
-    assert "run: a worker failed (training failed); going on from step-2 (failure 2 of at most 2" in printed
+    assert "run: a worker failed (training failed); resuming from step-2 (failure 2 of at most 2" in printed
     with pytest.raises(Died):
         attempts(monkeypatch, job, ("step-1", died), ("step-1", died), ("step-1", died))
     with pytest.raises(Died):

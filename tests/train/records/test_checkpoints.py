@@ -99,7 +99,7 @@ def test_torch_s_own_error_of_a_full_disk_leaves_nothing_half_written(tmp_path):
     write = copied_state({"w": torch.zeros(1_000_000)}, CPU)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
-        with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}: could not be written") as caught:
+        with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}: cannot be written") as caught:
             retry_io(lambda: keep_newest(tmp_path, 1, write), tmp_path, timeout_s=0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

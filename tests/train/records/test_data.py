@@ -142,7 +142,7 @@ def test_a_set_that_is_another_one_by_now_is_refused(small_set, other_set, tmp_p
     learnt = Input((set_input(tmp_path / "shards", np.arange(24)),))
     shutil.rmtree(tmp_path / "shards")
     shutil.copytree(other_set, tmp_path / "shards")
-    with pytest.raises(ValueError, match="shards: this is not the shard set that the run began with"), learnt.opened():
+    with pytest.raises(ValueError, match="shards: this is not the shard set that the run started with"), learnt.opened():
         pass
     assert not open_files(tmp_path)
 

@@ -79,7 +79,7 @@ def test_unfinished_run_is_refused(tmp_path, tiny):
 
 def test_run_without_a_backbone_is_refused(tmp_path):
     make_run(tmp_path, "linear")
-    with pytest.raises(ValueError, match="left no backbone"):
+    with pytest.raises(ValueError, match="has no backbone"):
         resolve_init("linear", str(tmp_path))
 
 
@@ -87,7 +87,7 @@ def test_run_without_a_backbone_is_refused(tmp_path):
 def test_wrong_architecture_is_refused(tmp_path, tiny, kind):
     run = make_run(tmp_path, "kidney", weights=tiny)
     init = "kidney" if kind == "run" else str(run.folder / "backbone.safetensors")
-    with pytest.raises(ValueError, match="is a test_resnet, and a resnet18 was asked for: give --backbone test_resnet"):
+    with pytest.raises(ValueError, match="is a test_resnet, not a resnet18: give --backbone test_resnet"):
         resolve_init(init, str(tmp_path), backbone="resnet18")
 
 

@@ -153,7 +153,7 @@ def test_a_name_in_another_set_is_a_note(tmp_path, sets):
     assert found.warnings == []
     assert found.notes == [
         "8 of 48 test patches are of a group whose name also occurs in the set 'kidney', in the pretraining data of run x:"
-        " if it is the same slide or patient there, it was learnt from"
+        " if it is the same slide or patient there, the backbone was trained on it"
     ]
 
 
@@ -212,7 +212,7 @@ def test_weights_without_a_record_are_not_known(tmp_path, sets, kind):
         else InitialWeights(str(folder / "weights.pth"), "k", [], {})
     )
     name = "old" if kind == "run" else "weights.pth"
-    sentence = f"{name} does not say what it learnt from, so whether test patches were among it cannot be known"
+    sentence = f"{name} does not record its training data, so it is unknown whether test patches were among them"
     assert found_in(parent, sets / "breast").warnings == [sentence]
     second = learnt(tmp_path, "second", (sets / "pool", [0]), parent=parent)
     assert sentence in found_in(second, sets / "breast").warnings

@@ -328,7 +328,7 @@ def test_the_newest_whole_checkpoint_counts(url, monkeypatch, tmp_path):
         for _ in range(2):  # ranks of a node
             assert (Mirror(url).fetch_checkpoint("step-000000012") / CHECKPOINT_NAME).read_bytes() == b"new"
         assert len(read) == 1
-        with pytest.raises(ValueError, match="has gone"):
+        with pytest.raises(ValueError, match="was removed"):
             Mirror(url).fetch_checkpoint("step-000000010")
 
 
@@ -439,7 +439,7 @@ def test_a_lock_that_was_removed_or_replaced_is_lost(lock_url, tmp_path):
     lock = lock_at(lock_url, tmp_path)
     lock.acquire()
     RemoteFolder(lock_url).remove(".lease-1")
-    with pytest.raises(LockLost, match=r"the lock of this run is gone.*the same command resumes"):
+    with pytest.raises(LockLost, match=r"the lock of this run was removed.*the same command again to resume"):
         lock.renew()
     assert at_store(lock_url) == set()
     hold(lock_url, "node-7")
@@ -532,7 +532,7 @@ def test_of_this_node_the_kernel_tells(url, tmp_path, monkeypatch):
 def test_whoever_lost_the_lock_ends_and_leaves_it_alone(url, quick):
     here = Mirror(url)
     with (  # noqa: PT012
-        pytest.raises(LockLost, match="is being trained by another process, on node-8, which took it over"),
+        pytest.raises(LockLost, match="is being trained by another process, on node-8, which took over the lock"),
         RunUploader(here) as upload,
     ):
         hold(url, "node-8", version=1000)
@@ -789,7 +789,7 @@ def test_a_finetuning_that_was_cut_off_goes_on_elsewhere(settings, quick_views, 
 
 def test_a_bucket_that_is_not_there_is_said_before_training(settings):
     done = call_script("train/pretrain.py", *flags_of(settings | {"storage": "s3://no-such-bucket/runs"}))
-    assert_refused(done, "s3://no-such-bucket/runs/kidney/", "see whether the bucket is there")
+    assert_refused(done, "s3://no-such-bucket/runs/kidney/", "check that the bucket exists")
     assert done.stdout == ""
 
 

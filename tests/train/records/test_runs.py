@@ -323,7 +323,7 @@ def test_metrics_leave_out_a_row_that_is_being_written(tmp_path):
 def test_a_damaged_row_is_one_sentence(tmp_path, row):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + row + b'\n{"step": 3}\n')
-    with pytest.raises(ValueError, match="is damaged: remove that line, and the others stand") as error:
+    with pytest.raises(ValueError, match="is damaged: remove that line to keep the others") as error:
         Run(tmp_path).metrics()
     assert str(path) in str(error.value) and "\n" not in str(error.value) and "\0" not in str(error.value)
     path.write_bytes(b'{"step": 1}\n{"step": 3}\n')

@@ -271,7 +271,7 @@ def test_an_mlp_learns_what_a_linear_head_cannot():
 def test_features_that_are_no_numbers(number):
     features, labels = some_features(10)
     features[79, 3] = number
-    with pytest.raises(ValueError, match="the features are not all finite numbers"):
+    with pytest.raises(ValueError, match="the features contain NaN or infinity"):
         trained(features, labels, some_tasks(), LINEAR)
 
 

@@ -233,7 +233,7 @@ def test_probabilities_of_either_precision_and_a_little_above_1(dtype):
 def test_predictions_that_are_not_numbers():
     p, y = some_predictions(4, 20, 3)
     p[3, 1] = np.nan
-    with pytest.raises(ValueError, match=r"predictions are not numbers.*--learning-rate"):
+    with pytest.raises(ValueError, match=r"predictions contain NaN or infinity.*--learning-rate"):
         score(p, y)
 
 

@@ -145,7 +145,7 @@ def test_parts_that_were_computed_are_kept_when_another_fails(reader, tmp_path, 
 
 
 def test_a_set_that_was_changed_is_refused(reader, tmp_path):
-    with pytest.raises(ValueError, match="this is not the shard set that was begun with"):
+    with pytest.raises(ValueError, match="this is not the shard set that the command started with"):
         frozen(MeanColour(), reader, np.arange(4), tmp_path, fingerprint="another")
 
 
@@ -159,5 +159,5 @@ def test_workers_give_the_same_features(ray_here, reader, tmp_path, monkeypatch)
     alone = compute_features(backbone, reader, np.arange(75), recipe=EVAL, image_size=32, threads=1)
     np.testing.assert_allclose(found, alone, atol=1e-5)
     changed = FeaturePass(backbone, str(reader.folder), "another", "eval", 32)
-    with pytest.raises(ValueError, match="this is not the shard set that was begun with"):
+    with pytest.raises(ValueError, match="this is not the shard set that the command started with"):
         frozen_features(changed, np.arange(75), WorkerOptions(workers=2, threads=1), cache=tmp_path)

@@ -85,7 +85,7 @@ def test_a_mistake_shows_before_ray_is_started(settings, changes, monkeypatch):
     pauses = []
     monkeypatch.setattr(time, "sleep", pauses.append)
     changes = {"backbone": "resnet18"} | changes
-    with pytest.raises(ValueError, match=r"cannot be had .*--init PATH|resnet81|must be at least 1"):
+    with pytest.raises(ValueError, match=r"cannot be downloaded .*--init PATH|resnet81|must be at least 1"):
         pretrain(dataclasses.replace(settings, name="early", workers=1, **changes))
     assert pauses == []  # the hub is asked once
 
@@ -148,7 +148,7 @@ def test_a_chain_names_its_stages(settings, pretrained):
     [
         ({"batch_size": 1000}, "--batch-size 1000 is larger than the"),
         ({"batch_size": 1}, "--batch-size 1: give at least 2"),
-        ({"batch_size": 15, "workers": 2}, "must divide by --workers 2"),
+        ({"batch_size": 15, "workers": 2}, "must be divisible by --workers 2"),
         ({"epochs": 0}, "--epochs 0: give at least 1"),
         ({"weight_decay": -1e-6}, "--weight-decay -1e-06: give at least 0"),
         ({"weight_decay": float("inf")}, "--weight-decay inf: give at least 0"),

@@ -145,12 +145,12 @@ def test_what_fails_is_tried_again_and_told_once(tmp_path, monkeypatch, capsys):
         return 3
 
     assert retry_io(work, tmp_path) == 3
-    assert capsys.readouterr().out == f"{tmp_path}: could not be written (PytorchStreamWriter failed); trying again for 120 s\n"
+    assert capsys.readouterr().out == f"{tmp_path}: cannot be written (PytorchStreamWriter failed); retrying for 120 s\n"
     with pytest.raises(ZeroDivisionError):  # what no storage raises is not retried
         retry_io(lambda: 1 // 0, tmp_path)
 
 
 def test_a_folder_that_does_not_come_is_one_sentence(tmp_path):
     await_folder(tmp_path, timeout_s=0)
-    with pytest.raises(ValueError, match=r"gone is not there: mount the storage on this node"):
+    with pytest.raises(ValueError, match=r"gone does not exist: mount the storage on this node"):
         await_folder(tmp_path / "gone", timeout_s=0)

@@ -359,7 +359,7 @@ def failing(worker: Worker, failures: int, wait_of_steps: float = 20) -> Worker:
 def test_a_checkpoint_that_cannot_be_written_ends_the_run(tmp_path, small_set):
     """Also when no other checkpoint is due for long: every step looks for it."""
     job = job_of(tmp_path / "run", small_set, epochs=40, checkpoint_every=2)
-    with pytest.raises(ValueError, match=r"run/checkpoints: could not be written \(No space left on device\)"):
+    with pytest.raises(ValueError, match=r"run/checkpoints: cannot be written \(No space left on device\)"):
         fit(job, failing(single_worker(job.folder, CPU, retry_timeout_s=0), 10**6))
     assert len(rows_of(job.folder)) == 3
     assert not (job.folder / "backbone.safetensors").exists()
@@ -378,7 +378,7 @@ def test_a_disk_that_is_full_for_a_moment_is_waited_for(tmp_path, small_set, mon
     job = job_of(tmp_path / "run", small_set, checkpoint_every=2)
     fit(job, failing(single_worker(job.folder, CPU), 3))
     assert (job.folder / "backbone.safetensors").exists()
-    assert capfd.readouterr().out.count("run/checkpoints: could not be written (No space left on device); trying again") == 1
+    assert capfd.readouterr().out.count("run/checkpoints: cannot be written (No space left on device); retrying") == 1
 
 
 # Going on

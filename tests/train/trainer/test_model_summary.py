@@ -58,7 +58,7 @@ def test_what_cannot_be_built_is_refused(changes, sentence):
 
 def test_a_file_of_something_else_is_refused(tmp_path):
     torch.save(torch.nn.Linear(3, 3).state_dict(), tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"other\.pth matches nothing of this backbone"):
+    with pytest.raises(ValueError, match=r"other\.pth does not match this backbone"):
         describe(init=str(tmp_path / "other.pth"))
 
 

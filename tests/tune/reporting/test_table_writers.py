@@ -421,7 +421,7 @@ def test_smoke_says_so_wherever_it_is_read(made):
     paths = write_tables(study, tables, made.folder / "tables")
     report = study_report(study, made.outcome, tables, study.report)
     for text in (shown(tables[0]), paths[0].read_text(), report.read_text()):
-        assert "Nothing here is comparable" in html.unescape(text)
+        assert "No value is comparable" in html.unescape(text)
     assert "(not comparable)" in report.read_text()
 
 

@@ -91,7 +91,7 @@ def _legend_note(runs: Sequence[RunView]) -> Html:
     units = {run.largest["unit"] for run in runs}
     resampled = "whole groups (slides or patients)"
     if units != {"group"}:
-        resampled += "; where none are known, single patches, which makes it too narrow, because patches of a slide are alike"
+        resampled += "; or single patches if no groups are known, which makes it too narrow, because patches of a slide are alike"
     sentences = [
         "Below each mean: the standard deviation over seeds, and a 95 % interval from a bootstrap of the test split that"
         f" resamples {resampled}. Lower is better for {lower}."
