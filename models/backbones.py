@@ -114,7 +114,7 @@ def no_retries_when_offline() -> Iterator[None]:
 
 
 def _features(backbone: nn.Module, name: str, image_size: int) -> int:
-    """The width F, by trying one image: for some families `num_features` is not what comes out without the classifier."""
+    """The width F, by trying one image: for some families `num_features` differs from the output width without the classifier."""
     patch = getattr(getattr(backbone, "patch_embed", None), "patch_size", (1,))[0]
     if image_size % patch:  # timm would leave out the last rows and columns without a word
         raise ValueError(f"backbone {name} cannot take images of {image_size} px: choose a multiple of {patch}, its patch size")

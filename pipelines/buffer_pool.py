@@ -21,7 +21,7 @@ class BatchMemory:
         self._free: deque[np.ndarray] = deque(maxlen=keep)
 
     def take(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """An uninitialised float32 tensor. Its buffer is reused when it and all tensors that share it are gone."""
+        """An uninitialised float32 tensor. Its buffer is reused once it and all tensors that share its memory are released."""
         size = math.prod(shape)
         assert size <= self._numbers, (shape, self._numbers)
         try:

@@ -36,7 +36,7 @@ class Batch:
 
 
 class ViewLoader:
-    """Iterating yields the rest of the current epoch; the loader then stands at the start of the next.
+    """Iterating yields the rest of the current epoch; the loader is then at the start of the next.
 
     Its whole state is (epoch, step): pixels and order are functions of (seed, epoch, ids). So views do not depend on batch size,
     thread count or world size, and a restart at (epoch, step) continues exactly.

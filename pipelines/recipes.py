@@ -115,7 +115,7 @@ def simclr(strength: float = 1.0, area: float = 0.08) -> Recipe:
 
 
 def pathology(stain: float = 0.05, area: float = 0.2) -> Recipe:
-    """For stained tissue, which has no up and no left and whose colours are those of a few stains.
+    """For stained tissue, which has no preferred orientation, and whose colours come from a few stains.
 
     The stain's strength 0.05 is the "HED-light" of Tellez et al. 2019 ("Quantifying the effects of data augmentation and stain
     color normalization", Medical Image Analysis 58); brightness in 0.65 to 1.35 is what goes with it there, contrast is kept to
@@ -127,7 +127,7 @@ def pathology(stain: float = 0.05, area: float = 0.2) -> Recipe:
 
 
 def rotnet(jitter: ColourJitter | None = None) -> Recipe:
-    """Four views, one for each quarter turn (Gidaris et al. 2018); each has its own colours where there is a jitter."""
+    """Four views, one for each quarter turn (Gidaris et al. 2018); with `jitter`, each view has its own colour jitter."""
     return Recipe(views=4, crop=RandomCrop(area=(0.5, 1.0)), flip=0.5, turns="by view", jitter=jitter)
 
 
@@ -138,7 +138,7 @@ RECIPES = {
     "simclr-mild": simclr(strength=0.5, area=0.3),
     "pathology": pathology(),
     "rotnet": rotnet(),
-    # The jitter of Chen et al. 2020b (MoCo v2), so that colours at the border do not tell how a view was turned.
+    # The jitter of Chen et al. 2020b (MoCo v2), so that colours at the border do not reveal the rotation.
     "rotnet-jitter": rotnet(ColourJitter(0.4, 0.4, 0.4, 0.1, probability=0.8)),
     "supervised": Recipe(crop=RandomCrop(area=(0.5, 1.0)), flip=0.5),
     "eval": Recipe(),
@@ -147,7 +147,7 @@ RECIPES = {
 
 
 def get_recipe(name: str) -> Recipe:
-    """The recipe of that name. Raises ValueError for an unknown one, and names those that there are."""
+    """The recipe of that name. Raises ValueError for an unknown one, naming the known ones."""
     if name not in RECIPES:
         raise ValueError(f"no recipe is called {name!r}: choose one of {', '.join(RECIPES)}")
     return RECIPES[name]

@@ -23,7 +23,7 @@ import fsspec
 
 from sharding.cli import without_addresses
 
-# For each driver: no retries of its own, and bytes as stored, since checksums are of those.
+# For each driver: turn its own retries off, and read bytes as stored, because checksums are of those.
 _OPTIONS: dict[str, dict[str, Any]] = {
     "s3": {"config_kwargs": {"retries": {"total_max_attempts": 1}}},
     "http": {"headers": {"Accept-Encoding": "identity"}},
@@ -129,9 +129,9 @@ class RemoteFolder:
             self._retry(name, "written", "mv", target, path)
 
     def create(self, name: str, data: bytes) -> None:
-        """Write a file that is not there yet: of several processes that do so at once, exactly one succeeds.
+        """Create a file: if several processes do so at once, exactly one succeeds.
 
-        That holds for file, and for s3 where the store heeds If-None-Match, as AWS does. Other drivers have
+        This holds for file, and for s3 if the store supports If-None-Match, as AWS does. Other drivers have
         what their mode="create" does, and some only look first whether the file is there: two may succeed at the same moment.
         Raises FileExistsError, and as `write` does.
         """
@@ -161,7 +161,7 @@ class RemoteFolder:
         return {path.strip("/")[start:]: Stored(info["size"], _written_ns(info)) for path, info in found.items() if info}
 
     def entries(self) -> list[str]:
-        """The names of files and folders directly in the folder, as of one moment; none where there is no such folder.
+        """The names of files and folders directly in the folder, at one moment; empty if there is no such folder.
 
         Raises as `read` does.
         """

@@ -111,7 +111,7 @@ class RemoteSet:
             os.close(handle)
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """Download these files in the background, in this order, in place of what earlier calls asked for and is not begun.
+        """Download these files in the background, in this order. Replaces the files of earlier calls that have not started yet.
 
         They may be evicted until `local` returns them: under a limit, ask for no more than fits beside the files in use.
         A failure ends the prefetching silently; `local` raises it if the file is needed.
@@ -306,7 +306,7 @@ def _is_same_file(handle: int, path: Path) -> bool:
 
 
 def _remove(path: Path) -> bool:
-    """Remove a file of the cache unless a process has it locked or it belongs to another user. Returns whether it is gone."""
+    """Remove a file of the cache unless a process has it locked or it belongs to another user. Returns whether it was removed."""
     try:
         with open(path, "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

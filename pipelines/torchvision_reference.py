@@ -65,7 +65,7 @@ def reference_view(
 def restain(x_CHW: torch.Tensor, factor_3: torch.Tensor, summand_3: torch.Tensor) -> torch.Tensor:
     """Each stain's optical density times a factor, plus a number (haematoxylin, eosin, DAB): (3, H, W), of x_CHW's dtype.
 
-    Stains are told apart by the matrix of Ruifrok & Johnston 2001; torchvision has no such operation.
+    Stains are separated by the matrix of Ruifrok & Johnston 2001; torchvision has no such operation.
     """
     rgb_from_hed = torch.tensor(RGB_FROM_HED, dtype=torch.float64)
     light_HWC = F.to_dtype(x_CHW, torch.float64, scale=True).clamp(min=DARKEST).permute(1, 2, 0)

@@ -144,7 +144,7 @@ def parse(config_class: type, arguments: Sequence[str] | None, *, prog: str, des
 
 
 def _plain(value):
-    """Text as such: jsonargparse's restricted text is of types of its own, which YAML cannot write."""
+    """Plain text: jsonargparse's restricted strings have types that YAML cannot write."""
     return str(value) if isinstance(value, str) else value
 
 
@@ -198,7 +198,9 @@ def _refused(prog: str, error: BaseException) -> int:
 def _nobody_reads() -> bool:
     """Whether it is our own output that has lost its reader."""
     poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)  # for what is always told: an error, which of a pipe is that nobody reads
+    poll.register(
+        sys.stdout.fileno(), 0
+    )  # for the events that are always reported: an error of a pipe means that it has no reader
     return bool(poll.poll(0))
 
 

@@ -110,7 +110,7 @@ def build_shards(sources: Sequence[str | Path], out: str | Path, *, workers: int
 
 
 def _existing_set(out: Path, append: bool) -> ExistingSet | None:
-    """The set at `out`, or None when there is none. Raises ValueError when there must be one, or when something else is there."""
+    """The set at `out`, or None. Raises ValueError if there must be one, or if `out` is something else."""
     if (out / "dataset.json").exists():
         return read_existing(out)
     if append:

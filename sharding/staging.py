@@ -45,7 +45,7 @@ def write_chunks(path: Path, chunks: Iterable[bytes]) -> str:
 
 
 def _blocks(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """The same bytes in blocks of at least _BLOCK: hashing and writing each small chunk by itself would be slow."""
+    """The same bytes in blocks of at least _BLOCK, because hashing and writing many small chunks would be slow."""
     buffered, length = [], 0
     for chunk in chunks:
         buffered.append(chunk)

@@ -128,7 +128,7 @@ def split_patches(
     clusters: np.ndarray | None = None,
     assigned: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Cut each class by itself: (n,) int64 indexes into the names of the shares.
+    """Split each class separately: (n,) int64 indexes into the names of the shares.
 
     labels: (n,) class index, -1 where unlabelled; keys: (n,) uint64 from content_keys; equal keys keep their order.
     clusters: (n,) of sharding.splits.duplicates, each to be in one split; assigned: (n,) the split that a patch has already and

@@ -41,7 +41,7 @@ def ambiguous_codes(codes: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def most_common(codes: np.ndarray, values: np.ndarray, *, count: int, below: int) -> np.ndarray:
-    """(count,) int64: the value that occurs most often with each code, the lowest in a tie; -1 where there is none.
+    """(count,) int64: the value that occurs most often with each code, the lowest in a tie; -1 if there is no value.
 
     codes: (n,) below count; values: (n,) below `below`. Entries where either is -1 (unknown) are skipped.
     """

@@ -254,7 +254,7 @@ def all_reduce(rank: int, size: int, address: str, port: int, backend: str, time
 
 
 def network_interface(address: str) -> tuple[str | None, str]:
-    """The network interface with this address, None if there is none; and the address that this node's host name resolves to."""
+    """The network interface with this address, or None; and the address that this node's host name resolves to."""
     found = None
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():

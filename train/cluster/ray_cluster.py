@@ -75,7 +75,7 @@ def alive_nodes() -> list[dict[str, Any]]:
 
 
 def _startable() -> list[dict[str, float]]:
-    """Ray tells nobody what its autoscaler may start. But the autoscaler runs on the head, where `ray submit` has its drivers
+    """Ray has no API for what its autoscaler may start. But the autoscaler runs on the head, where `ray submit` has its drivers
     too, with its configuration in its command line."""
     import ray
 

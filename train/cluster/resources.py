@@ -57,11 +57,11 @@ def resources_per_worker(
 ) -> WorkerResources:
     """The resources with which as many of `most` workers as possible fit, with as many cores each as that leaves.
 
-    Where workers have GPUs, only the nodes that have some count: a head node without any may have more cores than all others.
-    gpus_per_worker: None is one each where the cluster has GPUs, else none. cpus_per_worker: so many cores each, 0: as many as
-    there are. workers: --workers as it was given, for messages.
-    Raises ValueError where even `least` workers do not fit, and for a part of a GPU for more than one worker: NCCL refuses two
-    ranks on one GPU.
+    If workers have GPUs, only nodes with GPUs count: a head node without any may have more cores than all others.
+    gpus_per_worker: None is one if the cluster has GPUs, else zero. cpus_per_worker: cores of each; 0: an equal share of all.
+    workers: --workers as given, for messages.
+    Raises ValueError if even `least` workers do not fit, and for a fraction of a GPU with several workers: NCCL refuses two ranks
+    on one GPU.
     """
     nodes = list(nodes)
     gpus = (1.0 if any(node.gpus for node in nodes) else 0.0) if gpus_per_worker is None else gpus_per_worker

@@ -115,7 +115,7 @@ class CheckpointStore:
             yield
 
     def newest(self) -> str | None:
-        """The name of the newest checkpoint; None where there is none."""
+        """The name of the newest checkpoint, or None."""
         names = self._mirror.checkpoints() if self._mirror else [path.name for path in self._checkpoints.glob("step-*")]
         return max(names, default=None)
 
@@ -129,7 +129,7 @@ class CheckpointStore:
         self._writing = self._thread.submit(self._save_now, step, write)
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Wait until the newest checkpoint is written, at most so many seconds. Raises what kept it from being written (once),
+        """Wait until the newest checkpoint is written, at most this many seconds. Raises the error that prevented it (once),
         and what keeps the run from being uploaded."""
         if self._writing and wait([self._writing], timeout_s).done:
             written, self._writing = self._writing, None

@@ -76,7 +76,7 @@ class Mirror:
             return not free
 
     def pull(self, *, whole: bool, training: bool = False) -> None:
-        """Make this node's files equal to those at the URL: download what differs, and remove what is not there.
+        """Make this node's files equal to those at the URL: download files that differ, and remove files that the URL lacks.
 
         whole: also download weights and tables; otherwise those that differ are removed. Checkpoints, TensorBoard's files and
         profiles are never downloaded, of sub-runs only the small files. training: the caller trains the run; if another process

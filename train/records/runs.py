@@ -111,12 +111,12 @@ class Run:
 
     @property
     def exists(self) -> bool:
-        """Whether a stage was begun here."""
+        """Whether a stage was started here."""
         return (self.folder / RECORD_NAME).exists()
 
     @property
     def record(self) -> dict[str, Any]:
-        """run.json. Raises ValueError when there is none, or a field is missing or of another type than `begin` writes."""
+        """run.json. Raises ValueError if there is none, or if a field is missing or has another type than `begin` writes."""
         path = self.folder / RECORD_NAME
         record = read_json(path, "this is not the folder of a run: give one that train/ or tune/ wrote")
         for field, kind in (_RECORD_FIELDS | _FINISHED_FIELDS if record.get("status") == "finished" else _RECORD_FIELDS).items():
@@ -191,9 +191,9 @@ class Run:
 
     @contextlib.contextmanager
     def locked(self, key: str) -> Iterator[None]:
-        """A block in which only this process works on the run. key: of the stage that was begun.
+        """A block in which only this process works on the run. key: of the stage that was started.
 
-        Raises ValueError when another process works on it, or has begun another stage under its name.
+        Raises ValueError if another process works on it, or has started another stage under its name.
         """
         with locked_run(self.folder, self.mirror):
             self.check_key(key)
@@ -220,7 +220,7 @@ class Run:
         return self.finished
 
     def has_work(self) -> bool:
-        """Whether anything was learnt there: a run that failed before its first step holds nothing to lose."""
+        """Whether the run has results: one that failed before its first step has none to lose."""
         if self.finished or self.metrics() or any((self.folder / "checkpoints").glob("step-*")):
             return True
         return bool(self.mirror and self.mirror.checkpoints())
@@ -286,7 +286,7 @@ def named_run(storage: str, name: str) -> Run:
 
 
 def find_run(name: str, storage: str) -> Run | None:
-    """The run of that name in the storage, or at that path or URL, with all its files; None when there is none."""
+    """The run of that name in the storage, or at that path or URL, with all its files; None if there is no such run."""
     found = []
     if is_url(name):
         found.append(open_run(*name.rstrip("/").rsplit("/", 1), whole=True))

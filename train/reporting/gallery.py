@@ -38,7 +38,7 @@ _MIN_TSNE = 50  # patches; with fewer, neighbourhoods of 30 are meaningless, and
 _PERPLEXITY = 30
 _PRINCIPAL = 50  # dimensions that t-SNE starts from, as in van der Maaten and Hinton 2008
 _QUERIES, _NEIGHBOURS = 8, 5
-_MISTAKES, _MISTAKES_PER_GROUP = 12, 3  # at most so many per slide, or a single odd one fills the page
+_MISTAKES, _MISTAKES_PER_GROUP = 12, 3  # at most this many per slide, or a single odd slide would fill the page
 _SIDE, _QUALITY = 96, 85  # pixels, of JPEG
 
 

@@ -34,7 +34,7 @@ class Difference(NamedTuple):
 
 
 def count_units(groups: np.ndarray | None, patches: int) -> int:
-    """How many units are drawn, to be told beside an interval (see FEW_UNITS). groups: as in `bootstrap`."""
+    """How many units are resampled, for the report beside an interval (see FEW_UNITS). groups: as in `bootstrap`."""
     return _units(groups, patches)[1]
 
 
@@ -44,7 +44,7 @@ def bootstrap(
     """Each figure of METRICS in each draw: (draws,) float64, the value of `train.scoring.metrics.score` on the drawn patches.
 
     probabilities: (n, K); labels: (n,), both as in `score`. groups: (n,) whole numbers, -1 where the group is not known: such a
-    patch is a unit of its own; None: all are. A draw has as many units as there are, drawn with replacement; an AUROC is NaN
+    patch is a unit of its own; None: all are. A sample has as many units as the data, drawn with replacement; an AUROC is NaN
     in a draw in which only one class occurs.
     Draws are a function of (seed, number of units) alone, units in the order of the groups' numbers and then of the patches
     without one: models evaluated on the same patches in the same order are drawn alike, and what they have in common cancels in

@@ -30,7 +30,7 @@ def compute_features(
 ) -> np.ndarray:
     """Features of these patches, each exactly once: (n, F) float32, in the order of ids. The backbone is left in eval mode.
 
-    recipe: one view, nothing random. device: "cpu" or "cuda", to which the backbone goes; None: a GPU where there is one.
+    recipe: one view, nothing random. device: "cpu" or "cuda", where the backbone runs; None: a GPU if there is one.
     title: of the bar and of the line that says how fast it went; None for neither.
     """
     assert not recipe.is_random and recipe.views == 1, recipe

@@ -6,12 +6,12 @@ import torch
 # n known patches, m asked about, of which q at a time, F features, R neighbours, K classes
 
 _QUERIES, _KNOWN = 1024, 4096  # patches asked about, and known ones, at a time: so much of their similarities is in memory
-_GRID = 2.0**24  # cosines are told apart by this part of 1: what float32 holds exactly, from -1 to 1
+_GRID = 2.0**24  # cosines are compared on this grid per unit: float32 represents its points from -1 to 1 exactly
 
 
 @torch.no_grad()
 def nearest(known_nF: np.ndarray, asked_mF: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `count` known patches of the largest cosine with each one asked about, or all where there are fewer.
+    """The `count` known patches with the largest cosine to each query patch, or all if there are fewer.
 
     Returns rows of known_nF, (m, R) int64, the nearest first, and their cosines, (m, R) float32. Of equals the lower row comes
     first. Cosines are computed in float64 and rounded to multiples of 2**-24, so that copies of a patch are equals wherever they

@@ -38,8 +38,8 @@ class Protocol:
     """How a head is trained: cross-entropy in batches of `batch_size`, the last one of an epoch being what is left.
 
     optimizer: adam, or sgd with momentum 0.9; learning_rate is constant. After each epoch the validation loss is taken, and
-    the weights kept are those of the epoch where it was lowest, the first of equals. patience: so many epochs without a lower
-    one end the training; None: all epochs are run.
+    the weights kept are those of the epoch where it was lowest, the first of equals. patience: training ends
+    after this many epochs without a lower one; None: all epochs are run.
     head: linear, or mlp: a hidden layer of as many units as features but 512 at most, ReLU, and a linear layer; wider ones
     cost more than the backbones that they judge. weight_decay: as in torch.optim, on weights and not on biases.
     """
@@ -113,7 +113,7 @@ def train_heads(
     """A head for each task, in their order, each a function of (features, labels, its task, protocol) alone.
 
     features_NF: float32, or float64, in which everything is then computed; labels_N: from 0 to classes - 1 in the rows that
-    tasks name. device: "cpu" or "cuda", of an mlp; None: a GPU where there is one. Linear heads are trained on the CPU.
+    tasks name. device: "cpu" or "cuda", of an mlp; None: a GPU if there is one. Linear heads are trained on the CPU.
     A head has the same bits whatever other tasks there are; on another device it is the same but for rounding.
     Raises ValueError for features that are no numbers, and where no epoch of a task had a validation loss that is a number.
     """

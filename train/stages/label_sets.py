@@ -46,7 +46,7 @@ class LabelledSet:
 
 
 def labelled_set(config: EvaluateConfig, reader: ShardReader) -> LabelledSet:
-    """The classes that are kept. Raises ValueError where there are fewer than two."""
+    """The classes that are kept. Raises ValueError if there are fewer than two."""
     names = class_names(reader.folder)
     for name in [*config.classes, *config.leave_out]:
         if name not in names:

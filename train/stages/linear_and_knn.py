@@ -25,7 +25,7 @@ TEMPERATURE = 0.07  # of the neighbours' votes, as Wu et al. 2018
 
 @dataclass(frozen=True)
 class Features:
-    """Features of some patches of a set. values: (n, F) float32; rows: (N,) by patch id, -1 where there is none."""
+    """Features of some patches of a set. values: (n, F) float32; rows: (N,) by patch id, -1 for patches without features."""
 
     values: np.ndarray = field(repr=False)
     rows: np.ndarray = field(repr=False)

@@ -34,7 +34,7 @@ def pretrain(config: PretrainConfig) -> Run:
 
     Raises ValueError for what the user can put right: data, names, sizes and weights that do not fit.
     """
-    # ---- What is learnt, from which patches and weights ----
+    # ---- Method, data and initial weights ----
 
     method = build_method(config)
     peak = peak_learning_rate(config.learning_rate, optimizer=config.optimizer, batch_size=config.batch_size, rule=config.lr_rule)
@@ -117,7 +117,7 @@ def stage_of(config: PretrainConfig) -> Stage:
 
 
 def _resolve_inputs(config: PretrainConfig) -> tuple[Input, InitialWeights, Run]:
-    """What is learnt from, what the weights come from, and the run of that name."""
+    """The data, the initial weights, and the run of that name."""
     check_numbers(config)
     run = named_run(config.storage, config.name)
     chosen = _select_patches(config, _selection(config))

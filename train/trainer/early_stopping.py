@@ -50,7 +50,7 @@ class EarlyStopping:
             scores = model.head(torch.from_numpy(features).to(weight)).double().cpu()  # type: ignore[operator]
         target = torch.from_numpy(validation.outputs)
         loss = float(nn.functional.cross_entropy(scores, target))
-        if loss < self.best_loss:  # of weights that are no numbers there is none
+        if loss < self.best_loss:  # false if the loss is NaN
             self.best_loss, self.best_epoch = loss, epoch
             self._best = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
         self.stopped = validation.patience is not None and epoch - self.best_epoch >= validation.patience

@@ -9,7 +9,7 @@ _COLLAPSED = 0.1  # embedding_std, which is 1 for embeddings that are spread ove
 class HealthChecks:
     """Takes the rows of metrics.jsonl in their order. Gives each warning once, also when rows come again after a restart.
 
-    chance_loss: of a model that has learnt nothing. grace_steps: for so many steps a loss like that, and embeddings that lie
+    chance_loss: of a model that has learned nothing. grace_steps: for this many steps a loss like that, and embeddings that lie
     close together, are normal: warm-up, and at least one epoch.
     """
 

@@ -46,7 +46,7 @@ class MetricsLogger:
         self._on_row = on_row
 
     def write(self, row: dict[str, float]) -> None:
-        """Append a row; a value that is no number (NaN) becomes null.
+        """Append a row; NaN becomes null.
 
         Raises ValueError when the rows could not be written for too long.
         """
@@ -69,7 +69,7 @@ class MetricsLogger:
 class Lines:
     """A file that lines are appended to. Lines that cannot be written are kept in memory and written with the next one.
 
-    Raises ValueError when that has lasted for so many seconds.
+    Raises ValueError after the retry time-out.
     """
 
     def __init__(self, path: Path, retry_timeout_s: float):
@@ -188,7 +188,7 @@ class Clock:
 
     def read(self, device: torch.device) -> dict[str, float]:
         """patches_per_s; images_per_s, that is views; data_wait, the share of time spent waiting for data, 0 to 1;
-        gpu_memory_gib, the most that tensors took so far, where there is a GPU."""
+        gpu_memory_gib, the peak tensor memory so far, if there is a GPU."""
         seconds = time.perf_counter() - self._started
         rate = self.patches / seconds
         found = {

@@ -123,7 +123,7 @@ def fit(job: Job, worker: Worker, on_row: Callable[[dict[str, float]], None] | N
 
 
 def _train(job: Job, worker: Worker, on_row: Callable[[dict[str, float]], None] | None) -> ViewModel:
-    """Take the steps that are left. Returns the trained model, with the best weights where there is validation."""
+    """Take the remaining steps. Returns the trained model, with the best weights if there is a validation part."""
     device, threads = worker.device, job.threads or None
     with contextlib.ExitStack() as stack:
         # ---- Data ----

@@ -27,7 +27,7 @@ _MORE_NEGATIVES = "NT-Xent's loss and top-1 accuracy depend on the batch size (m
 class Method:
     """What every method has. Instances are plain data: they travel to the workers."""
 
-    summary: ClassVar[str]  # what is learnt, for `--help`
+    summary: ClassVar[str]  # the pretext task, for `--help`
     needs: ClassVar[str]  # which views, for the message that refuses a recipe
     accuracy: ClassVar[str | None] = None  # the logged metric, 0 to 1, that the progress bar and the report's table show
     curves: ClassVar[dict[str, str]] = {}  # titles of "loss" and of logged metrics, to be drawn beside those of every run
@@ -65,7 +65,7 @@ class Method:
         return {}
 
     def chance_loss(self, batch_size: int) -> float:
-        """The loss of a model that has learnt nothing. batch_size: of the global batch."""
+        """The loss of a model that has learned nothing. batch_size: of the global batch."""
         raise NotImplementedError
 
 
@@ -141,7 +141,7 @@ class SimCLR(Method):
 class RotNet(Method):
     """Prediction of the quarter turn by which each view of a patch was rotated (Gidaris et al. 2018).
 
-    Registered under the names of two recipes: with `rotnet-jitter` each view has colours of its own.
+    Registered under the names of two recipes: with `rotnet-jitter` each view has its own colour jitter.
     """
 
     recipe_name: str = "rotnet"
@@ -189,7 +189,7 @@ class RotNet(Method):
 class Supervised(Method):
     """Classification with labels, by cross-entropy: the baseline, and fine-tuning.
 
-    labels: the set's label of each output, where only some of its classes are learnt; None: output k is label k.
+    labels: the set's label of each output, if the model has only some of its classes; None: output k is label k.
     """
 
     classes: int

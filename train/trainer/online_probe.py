@@ -52,7 +52,7 @@ class Probe:
     by_group: bool
 
     def due(self, step: int, steps_per_epoch: int, steps: int) -> bool:
-        """Whether to probe after so many steps: at the end of every `every`-th epoch, and of the last one."""
+        """Whether to probe after this step: at the end of every `every`-th epoch, and of the last one."""
         return step % (self.every * steps_per_epoch) == 0 or step == steps
 
     def describe(self) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def follow(
     stop = threading.Event()
     show = _show_bar if console.is_terminal else _print_lines
     tail = Tail(run.folder / "metrics.jsonl")
-    tail.read()  # rows of an earlier start: those that stand come again
+    tail.read()  # skip the rows of an earlier start; those that are kept are read again
     watcher = threading.Thread(target=show, args=(tail, steps, title, starting, accuracy, checks, console, stop), daemon=True)
     watcher.start()
     try:
@@ -101,7 +101,7 @@ class Tail:
         self._path, self._inode, self._at = path, 0, 0
 
     def read(self) -> list[dict[str, Any]]:
-        """The rows since the last look; all of them when the file is another one: a run that went on took rows away."""
+        """The rows since the last call; all rows if the file was replaced, as when a resumed run removes rows."""
         try:
             with self._path.open("rb") as file:
                 inode = os.fstat(file.fileno()).st_ino
@@ -122,7 +122,7 @@ class Tail:
 
 
 class Pace:
-    """Time left, by the steps that were taken since the first look (those of an earlier start took no time of ours)."""
+    """Time left, by the steps since the first call. Steps of an earlier start do not count."""
 
     def __init__(self, steps: int):
         self._steps = steps

@@ -32,7 +32,7 @@ _DESCRIPTIONS = {
 
 
 def readings(row: dict[str, float], steps: int) -> dict[str, float]:
-    """Values by the gauge's name. row: of metrics.jsonl; a value that is no number (NaN) stays one. steps: of the whole run."""
+    """Values by the gauge's name. row: of metrics.jsonl; NaN stays NaN. steps: of the complete run."""
     shown = row | {"progress": row["step"] / steps, "epoch": row["epoch"] + 1}
     return {PREFIX + name: float(value) for name, value in shown.items()}
 
@@ -44,7 +44,7 @@ def descriptions() -> dict[str, str]:
 
 
 def meaning(gauge: str) -> str:
-    """A gauge's line of help, empty where there is none."""
+    """A gauge's help text, empty if it has none."""
     return descriptions().get(gauge.removeprefix(PREFIX), "")
 
 

@@ -15,7 +15,7 @@ from train.records.retry import retry_io
 
 
 class Worker:
-    """device: None is a GPU where there is one. group: of all ranks; None for one process."""
+    """device: None is a GPU if there is one. group: of all ranks; None for one process."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class Worker:
         return found[0]
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """The state in the newest checkpoint; None where there is none. Rank 0 chooses: others may see a shared folder as it was
+        """The state in the newest checkpoint, or None. Rank 0 chooses: others may see a shared folder as it was
         a moment ago."""
         name = self.broadcast(self.store.newest() if self.is_main else None)
         if name is None:

@@ -61,7 +61,7 @@ class Footnotes:
 
 
 def format_entry(entry: TableEntry) -> str:
-    """The mean with its deviation, or a word that says why there is none."""
+    """The mean with its deviation, or a word that says why it is missing."""
     if entry.status in ("failed", "missing", "unplanned"):
         return {"failed": "failed", "missing": "not run", "unplanned": ""}[entry.status]
     if entry.mean is None:

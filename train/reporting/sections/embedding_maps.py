@@ -10,7 +10,7 @@ from train.reporting.legends import class_legend, mark_legend
 from train.reporting.markup import Html, figure, note, row
 from train.reporting.run_view import RunView, per_run
 
-_NAMED = 20  # groups; a longer legend helps nobody
+_NAMED = 20  # groups; nobody reads a longer legend
 
 
 def show(runs: Sequence[RunView]) -> list[Html]:

@@ -9,7 +9,7 @@ from train.reporting.markup import Content, Html, figure, note, number, percent,
 from train.reporting.run_view import RunView
 from train.trainer.methods import METHODS, Method, Supervised
 
-# Metrics that mean the same whatever was learnt, and their titles.
+# Metrics that mean the same for every method, and their titles.
 _SHARED = {
     "validation_loss": "loss on the validation labels",
     "learning_rate": "learning rate",
@@ -58,7 +58,7 @@ def _table(runs: Sequence[RunView]) -> Html:
 
 
 def _method_of(run: RunView) -> type[Method]:
-    """What the run learnt by. Method itself for one that is no longer registered."""
+    """The run's method. Method itself if it is no longer registered."""
     if run.is_evaluation:
         return Supervised
     return METHODS.get(run.record["stage"]["config"].get("method"), Method)
