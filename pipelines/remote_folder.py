@@ -1,4 +1,4 @@
-"""A folder at a URL, through any fsspec driver: read files in ranges, write them whole, list and remove them.
+"""A folder at a URL, through any fsspec driver: read ranges of files, write complete files, list and remove files.
 
 All stores share one retry policy: each request has a time-out, and failed requests are repeated with exponential back-off, since
 an overloaded store recovers only when its clients wait. The drivers' own retries are turned off, as they would multiply ours.

@@ -1,4 +1,4 @@
-"""The reference: the same views by Pillow and torchvision, from the same draws. Slow; parity is tested against it."""
+"""The reference: the same views with Pillow and torchvision, from the same random numbers. Slow; parity tests compare with it."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""What the batches of a training depend on, as the run's record has it, so that any batch can be made again."""
+"""The inputs that determine the batches of a training, from the record of a run, so that any batch can be recomputed."""
 
 import contextlib
 import json

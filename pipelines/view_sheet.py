@@ -1,4 +1,4 @@
-"""Contact sheets: patches beside the views that training makes of them, with what was drawn for each."""
+"""Contact sheets: patches beside their training views, with the random parameters of each view."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
 """Write one shard: read its source files once, process each image, and write a tar, its index and a rows file.
 
 The rows file (`shard-000000.rows`, Arrow) has one row per source file, packed or refused. The manifest and the quarantine follow
-from the rows files of all shards. By its rows file the next build recognises a shard that an interrupted build left complete.
+from the rows files of all shards. The next build recognises by its rows file a shard that an interrupted build has completed.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """The stages' configs: one frozen dataclass each, every field a flag and a YAML key.
 
-Fields marked identity=False (where things lie, how many workers, how often to log) do not decide what comes out, and are
-no part of a stage's key.
+Fields marked identity=False (paths, number of workers, logging interval) do not affect the results, and are not part of a
+stage's key.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from train.trainer.methods import METHODS, method_summaries
 Precision = Literal["fp32", "bf16", "fp64"]
 Optimizer = Literal["lars", "adam", "adamw", "sgd"]
 Schedule = Literal["cosine", "constant"]
-# Text and not numbers: what YAML makes of 2:8 without quotes is 128.
+# Text, because YAML reads an unquoted 2:8 as the number 128.
 WorkerRange = restricted_string_type("WorkerRange", r"^\d+:\d+$", docstring="MIN:MAX")
 
 _DATA = "the shard set (from sharding/build.py): its folder, or its URL (s3://bucket/kidney, https://...)"
@@ -232,7 +232,7 @@ class EmbedConfig:
 
 
 def worker_range(workers: str | int) -> tuple[int, int]:
-    """Fewest and most workers of --workers; (0, 0) without Ray. Raises ValueError for what is neither a number nor a range."""
+    """Minimum and maximum of --workers; (0, 0) without Ray. Raises ValueError if it is neither a number nor a range."""
     low, _, high = str(workers).partition(":")
     least, most = int(low), int(high or low)
     if not (0 < least <= most or least == most == 0):

@@ -1,4 +1,4 @@
-"""A folder of drawn patches, and its settings."""
+"""A folder of synthetic patches, and its settings."""
 
 import dataclasses
 import functools

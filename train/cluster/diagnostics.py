@@ -1,4 +1,4 @@
-"""Whether a cluster is fit for a run, by what its nodes report: one finding per check, with a way out.
+"""Check whether a cluster is fit for a run: one finding per check, with a way out.
 
 Every wait has a time-out, so a node or a store that hangs becomes a finding too.
 """

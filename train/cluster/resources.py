@@ -1,4 +1,4 @@
-"""The resources that each worker gets: its cores, and its GPU or a part of one."""
+"""The resources of each worker: its cores, and its GPU or a fraction of one."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""What Ray Train calls in each worker. Its controller imports this module too, so it imports nothing that takes long."""
+"""What Ray Train calls in each worker. Its controller imports this module too, so it must import quickly."""
 
 import pickle
 from typing import Any

@@ -5,10 +5,10 @@ Weights that are moved together with that file keep this record.
 
 A patch is identified by its content: the first 8 bytes of the SHA-256 of the image's file as stored, and of the file that it was
 packed from. That is 55 MB for ten million patches; the probability that any of a million others collides with one of them is 1 in
-two million. An image that another program has saved again is another file, and is not detected.
+two million. An image that was saved again by another program has other bytes, and is not detected.
 
 A group (slide or patient) is identified by its name, ignoring case, among sets of the same name or fingerprint. In other sets the
-name may belong to somebody else ("patient 1"), so the evaluation only notes it there, without a warning.
+name may mean someone else ("patient 1"), so the evaluation prints a note instead of a warning.
 """
 
 import json

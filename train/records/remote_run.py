@@ -1,6 +1,6 @@
 """Runs at a URL: each node works in a local folder, which is synchronised with the URL.
 
-    s3://bucket/runs/kidney/                                    the run itself, whatever copies nodes have
+    s3://bucket/runs/kidney/                                    the authoritative copy of the run
       run.json  config.yaml  learnt_from.parquet                by the driver, before training begins
       metrics.jsonl  tensorboard/  ...                          by rank 0, every 15 s and before each checkpoint
       checkpoints/step-000000120/checkpoint.pt                  by rank 0, in one request each; the newest counts

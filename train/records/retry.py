@@ -1,4 +1,4 @@
-"""Retries for storage that fails: a network drive that is away for a moment, or a disk that is full until somebody makes room."""
+"""Retries for storage that fails: a network drive that is away for a moment, or a disk that is full until someone frees space."""
 
 import time
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Run records: a stage's key, its folder, and what was done there.
+"""Run records: the key of a stage, its folder and its results.
 
 A stage is a pure function of its config and its inputs, so its key is a hash of both and of a version number that is
 raised when the code's results change. A run is a name for a stage. A finished run is not repeated, an interrupted one resumes,

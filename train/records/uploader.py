@@ -1,4 +1,4 @@
-"""The lock of a run in a folder or at a URL, and uploads of what its holder writes."""
+"""The lock of a run in a folder or at a URL, and the uploads of its holder."""
 
 import contextlib
 import os

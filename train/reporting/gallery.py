@@ -1,4 +1,4 @@
-"""What an evaluation shows besides its metrics: a map of the test patches, nearest neighbours, and the worst mistakes.
+"""The pictures of an evaluation: a map of the test patches, nearest neighbours, and the worst mistakes.
 
     embedding_map.parquet   id, x, y, label, group; the metadata's "map" says how it was made
     gallery.json            queries of the test split, each with the patches nearest to it

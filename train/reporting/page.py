@@ -1,4 +1,4 @@
-"""A whole page around its sections: one self-contained HTML file."""
+"""The page around the sections: one self-contained HTML file."""
 
 import itertools
 import re

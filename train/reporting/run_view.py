@@ -1,4 +1,4 @@
-"""A run as the sections of a report see it: the contents of its folder, read once."""
+"""The contents of a run's folder, read once, for the sections of a report."""
 
 import functools
 import json

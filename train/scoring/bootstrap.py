@@ -1,7 +1,7 @@
-"""How far a figure of a classification can be trusted: intervals from patches drawn anew by group, and over seeds.
+"""Bootstrap intervals of metrics, resampled by group, and standard deviations over seeds.
 
-Patches of one slide are alike, so a thousand of them are no thousand observations. What is drawn with replacement are therefore
-groups (slides or patients), and all patches of a drawn group come along.
+Patches of one slide are alike, so a thousand of them are not a thousand independent observations. The bootstrap therefore draws
+groups (slides or patients) with replacement, each with all its patches.
 Source: Efron and Tibshirani 1993, "An introduction to the bootstrap", chapter 13 (percentile intervals); Field and Welsh 2007,
 "Bootstrapping clustered data" (drawing groups).
 

@@ -1,6 +1,6 @@
 """Linear classifiers trained by SGD or Adam on the CPU, as compiled loops.
 
-For a few classes the time goes into reading the features, and into what a framework adds to each of thousands of small steps.
+With a few classes, most time goes into reading the features and into a framework's overhead in thousands of small steps.
 These loops read the features row by row, once per epoch, and need no framework: 5.9 times as fast as a plain torch loop
 (benchmarks/results/2026-11-23-heads.md).
 """

@@ -1,4 +1,4 @@
-"""Features of patches by a frozen backbone."""
+"""Compute the features of patches with a frozen backbone."""
 
 import time
 

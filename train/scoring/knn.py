@@ -1,4 +1,4 @@
-"""The nearest patches in a space of features, by cosine, and what they vote for."""
+"""Nearest neighbours in feature space by cosine similarity, and their vote."""
 
 import numpy as np
 import torch

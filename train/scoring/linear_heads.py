@@ -1,14 +1,14 @@
-"""Classifiers on frozen features, trained step by step as published protocols have it: hundreds on one feature matrix.
+"""Classifiers on frozen features, trained by SGD or Adam as in published protocols: hundreds on one feature matrix.
 
-For comparison with a paper's numbers; `train.scoring.logistic` finds the best linear classifier outright. Features are not
-standardised, as published.
+They serve to compare with a paper's numbers; `train.scoring.logistic` finds the best linear classifier directly. As published,
+features are not standardised.
 
-Each task (a fraction of the labels and a seed) is trained on its own. There are two implementations:
+Each task (a fraction of the labels and a seed) is trained separately. There are two implementations:
 
-- Linear heads, the usual case, are compiled loops on the CPU (train/scoring/compiled_heads.py), a task per thread. torch took 10
-  times as long (20 heads of 2,048 features and 3 classes, one thread), because each of thousands of small steps copies its rows
-  out of the feature matrix. Its last digits differ too.
-- Perceptrons, whose time goes into products of matrices, are trained by torch, one after the other.
+- Linear heads, the usual case, are compiled loops on the CPU (train/scoring/compiled_heads.py), one task per thread. torch took
+  10 times as long (20 heads of 2,048 features and 3 classes, one thread), because each of thousands of small steps copies its
+  rows out of the feature matrix. Its last digits differ too.
+- MLP heads, which spend their time in matrix products, are trained by torch, one after another.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Metrics of a classification, all computed from the kept predictions and never as an average over batches.
+"""Classification metrics, all computed from stored predictions and never as an average over batches.
 
 Shapes: n patches, K classes, B bins of confidence, D weightings of the patches. `score` uses one weighting, of 1 for each patch;
 train/scoring/bootstrap.py uses one for each draw.
@@ -6,7 +6,7 @@ The formulas are here and in float64, so that a metric and its bootstrap draws a
 single precision, puts a confidence of exactly 1 into a 16th bin, and rounds a matrix with a value above 1 after taking it for
 logits. The tests compare the metrics with scikit-learn's, and with those of torchmetrics up to its precision.
 
-To add a metric, add an entry to METRICS. Evaluations made before show a dash for it.
+To add a metric, add an entry to METRICS. Earlier evaluations show a dash for it.
 """
 
 import functools

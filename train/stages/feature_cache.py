@@ -1,4 +1,4 @@
-"""The feature pass: a frozen backbone over a set, in parts, on any number of workers, kept so that it is never done twice."""
+"""The feature cache: features of a set by a frozen backbone, computed in parts on any number of workers, and only once."""
 
 import dataclasses
 import hashlib

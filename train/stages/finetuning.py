@@ -1,4 +1,4 @@
-"""Evaluation by training all weights: fine-tuning, and the supervised baseline. Each fraction and seed has a run of its own."""
+"""Evaluation by training all weights: fine-tuning, and the supervised baseline. Each fraction and seed has its own run."""
 
 import math
 from collections.abc import Callable

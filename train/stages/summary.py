@@ -1,4 +1,4 @@
-"""From predictions to a paper's table: metrics and intervals for each fraction and seed, and their summary over seeds."""
+"""From predictions to the table of a paper: metrics and intervals for each fraction and seed, and their summary over seeds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

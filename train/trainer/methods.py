@@ -1,9 +1,10 @@
 """Pretext methods: what a backbone learns. A method is one class here, registered in METHODS.
 
-The class owns all that is special about the method: its views, its head, its loss, what it logs, how reports draw that, and by
-which metrics a study may compare runs of it. `--method`, the training loop, reports, studies and Prometheus take it from here.
+The class defines everything that is specific to the method: its views, head and loss, the metrics that it logs, their plots in
+reports, and the metrics by which a study may compare its runs. `--method`, the training loop, reports, studies and Prometheus
+read them from here.
 
-torch is imported inside functions only: `pretrain.py --help` lists the methods, and must not wait seconds for torch.
+torch is imported inside functions only, because `pretrain.py --help` lists the methods and should not wait seconds for torch.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _MORE_NEGATIVES = "NT-Xent's loss and top-1 accuracy depend on the batch size (m
 
 
 class Method:
-    """What every method has. Instances are plain data: they travel to the workers."""
+    """The base of every method. Instances are plain data, which is sent to the workers."""
 
     summary: ClassVar[str]  # the pretext task, for `--help`
     needs: ClassVar[str]  # which views, for the message that refuses a recipe

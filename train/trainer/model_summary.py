@@ -1,4 +1,4 @@
-"""A summary of the model and its optimiser for the console, made before any worker is started."""
+"""A summary of the model and its optimiser for the console, printed before workers start."""
 
 from models.backbones import build_backbone
 from models.lars import describe_groups, parameter_groups

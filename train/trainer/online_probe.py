@@ -1,6 +1,6 @@
 """The online probe: during pretraining, a ridge classifier and nearest neighbours on the frozen backbone's features.
 
-It is a cheap monitor and no evaluation: it uses labels of the training split, never of the test split. Each probe adds four
+It is a cheap monitor, not an evaluation: it uses labels of the training split, never of the test split. Each probe adds four
 numbers to a row of metrics.jsonl: `probe_accuracy` and `probe_balanced_accuracy` of the ridge classifier, and of the neighbours
 `probe_knn_accuracy` and `probe_knn_balanced_accuracy`. They compare runs whose losses cannot be compared.
 """

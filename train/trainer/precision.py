@@ -1,4 +1,4 @@
-"""How a device computes a step: fast settings of the GPU, compilation, and what makes every run equal to the last bit."""
+"""How a device computes a step: fast GPU settings, compilation, and bitwise reproducibility."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Run a study's trials by Ray Tune, as many at a time as fit the cluster, in processes that are reused.
+"""Run a study's trials with Ray Tune, as many at a time as fit on the cluster, in reused processes.
 
 Tune asks the study's state for the next trial that is ready, so stages that wait for each other are one run of Tune. Tune's own
 records are discarded: the runs show what is finished.

@@ -1,4 +1,4 @@
-"""What each kind of stage is made of, and how one is run."""
+"""The kinds of stages, and how each is run."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Run a study: each trial once, an unfinished one from its checkpoint, a finished one not at all."""
+"""Run a study: skip finished trials, resume interrupted ones, and run the others."""
 
 from collections.abc import Callable, Sequence
 

@@ -1,4 +1,4 @@
-"""Which pretrainings can be compared, and by what."""
+"""Which pretrainings can be compared, and by which metrics."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""What a study is made of, as plain data."""
+"""The parts of a study, as plain data."""
 
 from dataclasses import dataclass
 from pathlib import Path

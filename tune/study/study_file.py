@@ -34,15 +34,15 @@ the values of its axes, if any: kidney-batch_size-64-temperature-0.1. `data`, `p
 names from `data`.
 
 **Chains.** `init` and `backbone` may name an earlier stage. The stage then runs once for each trial of that stage, and its trials
-inherit the axes. If both have an axis of the same name, only equal values are paired. The full name of a trial stands for that
+inherit the axes. If both have an axis of the same name, only equal values are paired. The full name of a trial refers to that
 trial alone, without its axes.
 
 **Selections.** `select` chooses the best pretraining of an earlier stage, for each combination of the axes in `per`, by `loss`,
-`probe` or `top1`, when all have finished. It may be `from` another selection. Pretrainings that do not compare are refused.
+`probe` or `top1`, when all have finished. It may be `from` another selection. Pretrainings that are not comparable are refused.
 
 **Published** values are shares of 1, listed with their place in the table. One axis may be a list; the values are then lists too.
 
-**asha**: {by: probe, grace_epochs: 10, reduction: 3} stops the pretrainings of a stage early that are behind.
+**asha**: {by: probe, grace_epochs: 10, reduction: 3} stops pretrainings of a stage that fall behind.
 
 **resources**: what each trial of a kind gets, {pretrain: {workers: 0, gpus: 0.25, cpus: 2}}.
 

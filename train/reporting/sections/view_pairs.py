@@ -1,4 +1,4 @@
-"""What pretraining saw: patches and their views."""
+"""Patches and the views that pretraining saw."""
 
 import itertools
 from collections.abc import Sequence
