@@ -130,7 +130,7 @@ def test_bad_files_are_refused_and_leave_the_backbone_alone(backbone, fresh, tmp
         "noise.pth": "noise.pth",
         "zero.pth": "not a readable torch file",
         "unfinished": "holds no backbone.safetensors",
-        "shapes.pt": r"another architecture or image size: conv1.weight is \(64, 3, 7, 7, 2\) there",
+        "shapes.pt": r"another architecture or image size: conv1.weight is \(64, 3, 7, 7, 2\) in the file",
         "diverged.pt": r"NaN or infinite \(in 2 of \d+ tensors, such as .*\): the training that wrote it has diverged",
         "nothing.pt": "no such file",
     }.items():

@@ -105,7 +105,7 @@ def test_a_cluster_is_asked_where_there_are_workers(monkeypatch, nodes, startabl
 def test_nothing_learnt_is_told_and_kept(config, capsys):
     run = pretrain(dataclasses.replace(config, optimizer="adam", learning_rate=1e-30, warmup_epochs=0))
     (warning, *more) = [text for text in run.result["warnings"] if "chance level" in text]
-    assert not more and f"has {math.log(31):.3f}" in warning
+    assert not more and f"chance level is {math.log(31):.3f}" in warning
     steps = run.result["steps"] // 2
     assert f"at step {steps} " in warning  # as soon as an epoch is over
     printed = capsys.readouterr().out
