@@ -37,6 +37,7 @@ BACKBONE = "test_resnet"
 SIZES = {"patches": 1024, "size": 64, "batch_size": 32}
 LIMIT_S = 300.0  # after which a run is given up
 _POLL_S = 0.01
+_QUIET_S = 5.0  # without a row: nothing that was killed takes steps any more
 _CHECKPOINTS = 3  # that a run has written when it is killed
 
 
@@ -83,6 +84,15 @@ def running(given: list[str], log: Path) -> Iterator[subprocess.Popen]:
         run.wait()
 
 
+def last_step(folder: Path) -> int:
+    """Of a run that was killed, once no more rows come: Ray's worker outlives its driver for a moment and takes more steps."""
+    size, path = -1, folder / "metrics.jsonl"
+    while size != path.stat().st_size:
+        size = path.stat().st_size
+        time.sleep(_QUIET_S)
+    return max(row["step"] for row in Tail(path).read())
+
+
 def one_round(workers: int, shards: str, storage: Path) -> Record:
     """Seconds by PARTS."""
     name = f"{workers}-workers-{time.monotonic_ns()}"
@@ -90,7 +100,7 @@ def one_round(workers: int, shards: str, storage: Path) -> Record:
     with running(given, log) as run:
         first = seconds_until(folder, 0, run, log)
         seconds_until(folder, 4 * _CHECKPOINTS, run, log)
-    taken = max(row["step"] for row in Tail(folder / "metrics.jsonl").read())
+    taken = last_step(folder)
     with running(given, log) as run:
         again = seconds_until(folder, taken, run, log)
     return {"first": first, "again": again}

@@ -24,6 +24,18 @@ def test_a_run_that_ends_without_a_step_says_why(tmp_path):
     assert waiting.returncode == -9
 
 
+def test_what_a_ray_worker_does_after_its_driver_has_gone_is_not_a_step_of_the_next_run(tmp_path, monkeypatch):
+    path, later = tmp_path / "metrics.jsonl", iter([8, 12])
+    path.write_text('{"step": 4}\n')
+
+    def sleep(seconds):
+        if step := next(later, None):
+            path.write_text(path.read_text() + f'{{"step": {step}}}\n')
+
+    monkeypatch.setattr(starting.time, "sleep", sleep)
+    assert starting.last_step(tmp_path) == 12
+
+
 def test_the_table_of_starts_has_medians(head):
     rounds = {"plain": [{"first": each, "again": 4.0} for each in (3.0, 9.0, 5.0)], "ray": []}
     timed = {"backbone": "b", "patches": 3, "size": 4, "batch_size": 5}
