@@ -4,6 +4,7 @@
 # make test   is a change right?                  make lint   format, lint and types
 # make test-faults   kills, outages, two simulated machines, Prometheus, a browser: needs root and `make system-packages`
 # make system-packages   apt-get install what make test-faults needs
+# make fuzz   sets, tables, studies and runs that a stranger might send (minutes; FUZZ_EXAMPLES=10000 for a night)
 # make soak   injects 24 faults into a run on two simulated machines, results to benchmarks/results (about 35 minutes)
 # make bench-smoke   is something of ours slower than it was? Ratios against benchmarks/smoke.json (a minute, ARGS=--update writes it)
 # make gpu-check   one command for a host with a GPU (DRY=1 for the same on a CPU)
@@ -18,7 +19,7 @@ DEMO := demo
 INSTALLED := $(VENV)/installed
 PROCESSES ?= 2
 
-.PHONY: demo study watch test test-faults system-packages soak lint bench-smoke gpu-check gpu-bench clean-demo reference
+.PHONY: demo study watch test test-faults fuzz system-packages soak lint bench-smoke gpu-check gpu-bench clean-demo reference
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -41,6 +42,10 @@ test: $(INSTALLED)
 test-faults: PROCESSES = 1
 test-faults: $(INSTALLED)
 	$(PYTEST) -m faults $(ARGS)
+
+fuzz: export FUZZ_EXAMPLES ?= 500
+fuzz: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz --timeout 0 $(ARGS)
 
 system-packages:
 	.ci/system-packages

@@ -23,7 +23,7 @@ from pipelines.remote_folder import is_url
 from pipelines.shard_cache import RemoteSet
 from sharding.decoders import decoder_path
 from sharding.images.image_checks import parsed_size
-from sharding.manifest import read_manifest, shard_file
+from sharding.manifest import damaged_column, read_manifest, shard_file
 from sharding.splits.assign import content_keys
 
 _OTHER_FILES = 256  # file descriptors that a process needs beside its shards
@@ -150,8 +150,7 @@ class ShardReader:
         try:
             return content_keys(read_manifest(self.folder, columns=["sha256"])["sha256"])
         except (ValueError, TypeError) as error:  # no 64 hex digits, or null
-            path = self.folder / "manifest.parquet"
-            raise ValueError(f"{path} is damaged (see its column 'sha256'): pack the set again, or copy it again") from error
+            raise damaged_column(self.folder / "manifest.parquet", "sha256") from error
 
     def _key(self, i: int) -> str:
         """The patch's key, for error messages."""

@@ -49,6 +49,8 @@ COLUMNS = {
     "source": pa.string(),  # path as given
 }
 REQUIRED_COLUMNS = ("id", "key", "shard", "offset", "size", "label", "class", "group", "split", "format", "sha256", "source")
+_NEVER_NULL = ("id", "key", "split", "format", "sha256")
+FORMATS = {"jpeg", "png", "jpeg2000"}
 QUARANTINE_COLUMNS = {"source": pa.string(), "reason": pa.string(), "detail": pa.string(), "sha256": pa.string()}
 
 
@@ -169,6 +171,7 @@ def read_manifest(shards: str | Path, *, columns: Sequence[str] | None = None) -
     if missing:
         order = columns or [*COLUMNS, *(name for name in table.column_names if name not in COLUMNS)]
         table = table.select(order)
+    _check_types(table, path)
     _check_ranges(table, path, labels=len(dataset["classes"]), shards=dataset["shards"])
     return table.unify_dictionaries().combine_chunks()
 
@@ -195,6 +198,28 @@ def _sha256(path: Path, *_state: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _check_types(table: pa.Table, path: Path) -> None:
+    """Raise ValueError for a column of COLUMNS that has another type, a null where there is none, or an unknown format."""
+    for name in [name for name in COLUMNS if name in table.column_names]:
+        column, kinds = table[name], [_plain_type(each) for each in (table[name].type, COLUMNS[name])]
+        right = any(all(map(is_kind, kinds)) for is_kind in (pa.types.is_integer, pa.types.is_floating, pa.types.is_string))
+        if column.null_count == len(column) > 0 and name not in REQUIRED_COLUMNS:
+            continue  # a packer need not record it
+        unknown = name == "format" and right and not set(column.unique().to_pylist()) <= FORMATS
+        if not right or unknown or (name in _NEVER_NULL and column.null_count):
+            raise damaged_column(path, name)
+
+
+def _plain_type(kind: pa.DataType) -> pa.DataType:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.string() if pa.types.is_large_string(kind) else kind
+
+
+def damaged_column(path: Path, name: str) -> ValueError:
+    """The error for a column of manifest.parquet with values that cannot be."""
+    return ValueError(f"{path} is damaged (see its column {name!r}): pack the set again, or copy it again")
+
+
 def _check_ranges(table: pa.Table, path: Path, *, labels: int, shards: int) -> None:
     """Raise ValueError for a number that cannot be, because readers use it as an index."""
     limits = {"shard": (0, shards), "label": (-1, labels), "offset": (0, 2**63), "size": (0, 2**63)}
@@ -204,7 +229,7 @@ def _check_ranges(table: pa.Table, path: Path, *, labels: int, shards: int) -> N
             continue  # a packer need not record it
         least, most = pc.min_max(column).as_py().values() if pa.types.is_integer(column.type) else (-2, -2)
         if column.null_count or not low <= least <= most < end:
-            raise ValueError(f"{path} is damaged (see its column {name!r}): pack the set again, or copy it again")
+            raise damaged_column(path, name)
 
 
 def fingerprint(shards: str | Path) -> str:

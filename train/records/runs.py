@@ -119,15 +119,7 @@ class Run:
         """run.json. Raises ValueError if there is none, or if a field is missing or has another type than `begin` writes."""
         path = self.folder / RECORD_NAME
         record = read_json(path, "this is not the folder of a run: give one that train/ or tune/ wrote")
-        for field, kind in (_RECORD_FIELDS | _FINISHED_FIELDS if record.get("status") == "finished" else _RECORD_FIELDS).items():
-            value: Any = record
-            for name in field.split("."):
-                value = value.get(name) if isinstance(value, dict) else None
-            if not isinstance(value, kind):
-                raise ValueError(
-                    f"{path}: this file is damaged ({field} is {'missing' if value is None else 'of a wrong type'}): restore it,"
-                    " or remove the run's folder and run its command again"
-                )
+        check_fields(record, _RECORD_FIELDS | _FINISHED_FIELDS if record.get("status") == "finished" else _RECORD_FIELDS, path)
         return record
 
     @property
@@ -137,8 +129,15 @@ class Run:
 
     @property
     def result(self) -> dict[str, Any]:
-        """result.json of a finished run. Raises ValueError when it is not finished."""
-        return read_json(self.folder / RESULT_NAME, "this run is not finished: run its command again to resume it")
+        """result.json of a finished run. Raises ValueError when it is not finished, or the file is not the one that it wrote."""
+        path = self.folder / RESULT_NAME
+        result = read_json(path, "this run is not finished: run its command again to resume it")
+        if self.record.get("result_sha256") not in (None, hashlib.sha256(path.read_bytes()).hexdigest()):
+            raise ValueError(
+                f"{path}: this file was changed or damaged since the run ended: restore it, or remove the run's folder and run"
+                " its command again"
+            )
+        return result
 
     @property
     def finished(self) -> bool:
@@ -227,9 +226,11 @@ class Run:
 
     def finish(self, result: dict[str, Any], *, wall_seconds: float, device: str) -> None:
         """Write result.json, which makes the run a finished one."""
+        text = _json_text(result)
         record = self.record | {"status": "finished", "ended": _now(), "wall_seconds": round(wall_seconds, 1), "device": device}
+        record["result_sha256"] = hashlib.sha256(text.encode()).hexdigest()
         write_json(self.folder / RECORD_NAME, record)
-        write_json(self.folder / RESULT_NAME, result)
+        write_text(self.folder / RESULT_NAME, text)
 
     def fetch(self) -> None:
         """Where the run is at a URL, bring all that it has left there to this node."""
@@ -329,9 +330,26 @@ def read_json(path: Path, hint: str) -> dict[str, Any]:
     return content
 
 
+def check_fields(content: dict[str, Any], fields: dict[str, Any], path: Path) -> None:
+    """Raise ValueError for a field of a run's JSON file that is missing or of another type. fields: types by name, with dots."""
+    for field, kind in fields.items():
+        value: Any = content
+        for name in field.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        if not isinstance(value, kind):
+            raise ValueError(
+                f"{path}: this file is damaged ({field} is {'missing' if value is None else 'of a wrong type'}): restore it, or"
+                " remove the run's folder and run its command again"
+            )
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write atomically: the whole file or the one that was there before."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, _json_text(content))
+
+
+def _json_text(content: Any) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:

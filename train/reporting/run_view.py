@@ -12,10 +12,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from train.records.runs import Run
+from train.records.runs import RECORD_NAME, Run, check_fields
 from train.reporting.gallery import GALLERY_NAME, MAP_NAME, MISTAKES_NAME, THUMBNAILS_NAME
 from train.reporting.markup import Html, heading
 
+# The types of what a report shows of run.json, beside what every reader needs.
+_SHOWN_FIELDS = {"input.sets": list, "input.recipe": str, "input.recipe_fields": dict, "machine.cores": int}
 NO_VALUE: dict[str, Any] = dict.fromkeys(("mean", "std", "low", "high"))
 
 
@@ -140,6 +142,10 @@ def read_run(run: Run, number: int) -> RunView:
             f"{run.name}: an older version of this code made this evaluation: run its command again under a new name"
         )
     view = RunView(run, number, result, run.record, run.metrics())
+    path = run.folder / RECORD_NAME
+    check_fields(view.record, _SHOWN_FIELDS, path)
+    for each in view.record["input"]["sets"]:
+        check_fields({"set": each}, {"set": dict, "set.shards": str, "set.fingerprint": str, "set.weight": (int, float)}, path)
     if view.is_evaluation and not view.rows:
         # A run of several trainings has a folder for each (see train/stages/evaluation.py).
         first = view.cells[0]

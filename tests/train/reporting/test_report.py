@@ -12,7 +12,7 @@ import pytest
 
 from tests.train.finished_runs import JPEG, ODD, ODD_CLASS, judged, pretrained, run_of, training_rows
 from train.config import PretrainConfig
-from train.records.runs import Run, Stage, write_json
+from train.records.runs import Run, Stage
 from train.report import ReportConfig, main
 from train.reporting.report_writer import SECTIONS, write_report
 from train.scoring.metrics import METRICS
@@ -156,7 +156,7 @@ def test_figures_that_are_not_there_are_dashes(tmp_path):
     result = run.result
     result["summary"][0]["metrics"]["auroc"] = dict.fromkeys(("mean", "std", "low", "high"))
     result["cells"][0]["metrics"]["per_class"][1]["precision"] = None
-    write_json(run.folder / "result.json", result)
+    run.finish(result, wall_seconds=61, device="2 x CPU")
     _, page = page_of([run], tmp_path)
     assert page.rows("Metrics on the test split")[1][2 + list(METRICS).index("auroc")] == "–"
     assert page.rows("Per class")[2][1] == "–"
@@ -200,7 +200,7 @@ def test_confusion_has_counts_and_shares(tmp_path):
     matrix = [[1300, 0, 0], [37, 2411, 1], [0, 0, 0]]
     result = run.result
     result["cells"][0]["metrics"]["confusion"] = matrix
-    write_json(run.folder / "result.json", result)
+    run.finish(result, wall_seconds=61, device="2 x CPU")
     _, page = page_of([run], tmp_path)
     rows = page.rows("Confusion matrix: patches, and share of the true class")
     assert rows[0][1:] == ["benign", ODD_CLASS, "in situ"]
@@ -261,7 +261,7 @@ def test_probes_are_drawn_and_shown(tmp_path):
     """Also where a run's last row has none; runs that were not probed are left out of the curve."""
     probed, plain = pretrained(tmp_path, "probed"), pretrained(tmp_path, "plain")
     final = {"loss": 4.5, "top1": 0.3, "probe_balanced_accuracy": 0.456, "probe_knn_balanced_accuracy": None}
-    write_json(probed.folder / "result.json", probed.result | {"final": final})
+    probed.finish(probed.result | {"final": final}, wall_seconds=61, device="2 x CPU")
     rows = probed.metrics()
     rows[1] |= {"probe_balanced_accuracy": 0.456, "probe_knn_balanced_accuracy": None}
     (probed.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
