@@ -5,6 +5,7 @@ import dataclasses
 import html
 import io
 import itertools
+import json
 import os
 import re
 from pathlib import Path
