@@ -37,7 +37,7 @@ from report import Block, Record, Report, Table, markdown
 from worker import ROOT
 
 from sharding.cli import option, required
-from train.records.runs import write_text
+from train.records.json_files import write_text
 
 _PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "ray", "numba", "kornia", "lightly", "simclr")
 _WRITE_S = 5.0  # of the time for everything, kept for the end

@@ -31,7 +31,8 @@ from sharding.drawn_patches.dataset import LAYOUTS, DrawConfig, draw_set
 from sharding.manifest import fingerprint, read_dataset
 from sharding.packing import build_shards
 from sharding.process_pool import available_cores
-from train.records.runs import code_commit, write_json, write_text
+from train.records.json_files import write_json, write_text
+from train.records.runs import code_commit
 
 _POLL_S = 0.02  # between two looks at a process that is watched
 _FOLDERS = ("shards", "judged", "images", "work")  # fields of a task that are this machine's

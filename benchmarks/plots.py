@@ -20,7 +20,7 @@ from ntxent import CONTENDERS as LOSSES
 from report import Record
 
 from sharding.cli import positional
-from train.records.runs import read_json
+from train.records.json_files import read_json
 
 _OURS, _OTHERS = "#2f6f9f", "#b9b9b9"
 Lines = Mapping[str, Sequence[tuple[float, float]]]  # by title its points

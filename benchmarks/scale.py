@@ -23,7 +23,7 @@ from step import utilisation
 from worker import ROOT
 
 from sharding.cli import option
-from train.records.runs import read_json
+from train.records.json_files import read_json
 
 BACKBONE, IMAGE_SIZE, VIEWS = "resnet50", 224, 2
 MACHINES = ("cpu", "a100", "h200")

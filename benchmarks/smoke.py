@@ -31,7 +31,7 @@ from report import Record, Table, cell, print_blocks
 from sharding.cli import option
 from sharding.packing import build_shards
 from sharding.process_pool import available_cores
-from train.records.runs import read_json, write_json
+from train.records.json_files import read_json, write_json
 
 COMMITTED = Path(__file__).with_name("smoke.json")
 FALL = 0.2  # as a share of the committed ratio: a larger one is an error

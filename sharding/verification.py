@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from sharding.images.image_checks import silent_decoders
+from sharding.images.image_checks import parsed_size, silent_decoders
 from sharding.images.image_processing import check_stored
 from sharding.manifest import (
     as_array,
@@ -31,6 +31,9 @@ from sharding.process_pool import ProcessPool, report_progress
 from sharding.shard_format import EXTENSIONS, index_text
 
 
+_COLUMNS = ("key", "format", "offset", "size", "label", "sha256", "height", "width")  # of _Shard, in its order
+
+
 class _Shard(NamedTuple):
     """One shard by the manifest: a list entry per patch, in order."""
 
@@ -41,6 +44,8 @@ class _Shard(NamedTuple):
     sizes: list[int]
     labels: list[int]
     digests: list[str]
+    heights: list[int | None]
+    widths: list[int | None]
 
 
 def verify(shards: str | Path, *, workers: int = 1) -> None:
@@ -92,7 +97,7 @@ def _shards(manifest: pa.Table, count: int) -> Iterator[_Shard]:
     bounds = np.searchsorted(manifest["shard"].to_numpy(), np.arange(count + 1)).tolist()
     for number, (start, end) in enumerate(itertools.pairwise(bounds)):
         part = manifest.slice(start, end - start)
-        yield _Shard(number, *(part[name].to_pylist() for name in ("key", "format", "offset", "size", "label", "sha256")))
+        yield _Shard(number, *(part[name].to_pylist() for name in _COLUMNS))
 
 
 def _check_file(folder: Path, name: str, digest: str) -> None:
@@ -130,6 +135,11 @@ def _verify_shard(shard: _Shard, *, folder: Path, files: dict[str, str]) -> None
             if refusal := check_stored(data):
                 raise ValueError(
                     f"{tar}: {key}.{extension} cannot be decoded ({refusal.detail}): build the set again, without --check header"
+                )
+            size_px = shard.heights[i], shard.widths[i]
+            if None not in size_px and parsed_size(data) != size_px:
+                raise ValueError(
+                    f"{tar}: {key}.{extension} has another height or width than the manifest says: build the set again"
                 )
             if label >= 0:
                 file.seek(members.get(f"{key}.cls", (0, 0))[0])

@@ -11,8 +11,8 @@ from models.weights import apply_init, weights_hash
 from sharding.cli import parse, run_script
 from train.config import EvaluateConfig, PretrainConfig
 from train.records.init_weights import resolve_init
+from train.records.json_files import read_json
 from train.records.provenance import earlier_stages
-from train.records.runs import read_json
 from train.stages.evaluation import evaluate
 from train.stages.pretraining import pretrain
 

@@ -11,7 +11,7 @@ from report import judge
 from starting import running, seconds_until
 
 from tests.train.finished_runs import run_of
-from train.records.runs import write_json
+from train.records.json_files import write_json
 from tune.study.study_file import read_study
 
 

@@ -71,7 +71,8 @@ def check(folder, *, same: str | None = None) -> None:
         assert read[0].value == same
     verified = outcome_of(lambda: verify(folder))
     outcome_of(lambda: fingerprint(folder))
-    assert verified.error is not None or read[0].error is None, "verified, and cannot be read"
+    incomplete = "lacks the images' width and height" in (read[0].error or "")
+    assert verified.error is not None or read[0].error is None or incomplete, "verified, and cannot be read"
 
 
 def test_any_column_of_the_manifest(small_set, received):

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from models.weights import CARD_NAME, imagenet_weights, tensors_hash
-from train.records.runs import Run, find_run, read_json
+from train.records.json_files import read_json
+from train.records.runs import Run, find_run
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from sharding.manifest import decoded, fingerprint, read_dataset, read_manifest,
 from sharding.splits.assign import content_keys
 from train.records.data import Input, open_set
 from train.records.init_weights import InitialWeights
-from train.records.runs import replacing
+from train.records.json_files import replacing
 
 RECORD_NAME = "learnt_from.parquet"
 

@@ -25,6 +25,7 @@ from pipelines.remote_folder import RemoteFolder, is_url
 from sharding.cli import old_defaults
 from sharding.folder_names import check_name
 from train.records.data import place_of
+from train.records.json_files import check_fields, json_text, parse_row, read_json, write_json, write_text
 from train.records.remote_run import CELLS, RESULT_NAME, Mirror
 from train.records.uploader import locked_run
 
@@ -226,7 +227,7 @@ class Run:
 
     def finish(self, result: dict[str, Any], *, wall_seconds: float, device: str) -> None:
         """Write result.json, which makes the run a finished one."""
-        text = _json_text(result)
+        text = json_text(result)
         record = self.record | {"status": "finished", "ended": _now(), "wall_seconds": round(wall_seconds, 1), "device": device}
         record["result_sha256"] = hashlib.sha256(text.encode()).hexdigest()
         write_json(self.folder / RECORD_NAME, record)
@@ -306,67 +307,6 @@ def runs_of(storage: str) -> list[Run]:
     else:
         names = sorted(path.parent.name for path in Path(storage).glob("*/run.json"))
     return [open_run(storage, name) for name in names]
-
-
-def parse_row(line: bytes) -> dict[str, Any] | None:
-    """A row of metrics.jsonl; None for what is none."""
-    try:
-        row = json.loads(line)
-    except ValueError:  # neither JSON nor, it may be, text
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
-
-
-def read_json(path: Path, hint: str) -> dict[str, Any]:
-    """A JSON file's content. Raises ValueError, with the hint, when it is missing or broken."""
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; {hint}") from None
-    except ValueError:  # neither JSON nor, it may be, text
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: this file is damaged; {hint}")
-    return content
-
-
-def check_fields(content: dict[str, Any], fields: dict[str, Any], path: Path) -> None:
-    """Raise ValueError for a field of a run's JSON file that is missing or of another type. fields: types by name, with dots."""
-    for field, kind in fields.items():
-        value: Any = content
-        for name in field.split("."):
-            value = value.get(name) if isinstance(value, dict) else None
-        if not isinstance(value, kind):
-            raise ValueError(
-                f"{path}: this file is damaged ({field} is {'missing' if value is None else 'of a wrong type'}): restore it, or"
-                " remove the run's folder and run its command again"
-            )
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write atomically: the whole file or the one that was there before."""
-    write_text(path, _json_text(content))
-
-
-def _json_text(content: Any) -> str:
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write atomically: the whole file or the one that was there before."""
-    with replacing(path) as temporary:
-        temporary.write_text(text)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of the given one when the block ends well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # a full disk needs the space
 
 
 def versions(packages: Iterable[str] = _PACKAGES) -> dict[str, str]:

@@ -25,7 +25,7 @@ from pipelines.shard_reader import ShardReader
 from pipelines.torchvision_reference import decode
 from sharding.manifest import decoded, read_manifest
 from sharding.philox import shuffle_keys
-from train.records.runs import replacing, write_json
+from train.records.json_files import replacing, write_json
 from train.scoring.knn import nearest
 
 # n test patches, m patches to find neighbours among, F features, K classes

@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from train.records.runs import Run, write_text
+from train.records.json_files import write_text
+from train.records.runs import Run
 from train.reporting import page
 from train.reporting.markup import Html, note
 from train.reporting.page import PageSection

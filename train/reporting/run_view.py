@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from train.records.runs import RECORD_NAME, Run, check_fields
+from train.records.json_files import check_fields
+from train.records.runs import RECORD_NAME, Run
 from train.reporting.gallery import GALLERY_NAME, MAP_NAME, MISTAKES_NAME, THUMBNAILS_NAME
 from train.reporting.markup import Html, heading
 

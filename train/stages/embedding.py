@@ -22,7 +22,7 @@ from sharding.selection import select
 from train.config import EmbedConfig
 from train.records.data import cache_limit, open_set, place_of
 from train.records.init_weights import resolve_backbone
-from train.records.runs import read_json, replacing, write_json
+from train.records.json_files import read_json, replacing, write_json
 from train.stages.feature_cache import FEATURES_VERSION, PART, FeaturePass, WorkerOptions, compute_parts, split_parts
 from train.stages.linear_and_knn import init_backbone
 

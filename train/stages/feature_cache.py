@@ -17,7 +17,7 @@ from sharding.manifest import fingerprint
 from train.cluster.launcher import map_on_workers
 from train.config import EmbedConfig, EvaluateConfig
 from train.records.data import open_set
-from train.records.runs import replacing
+from train.records.json_files import replacing
 from train.scoring.features import compute_features
 
 # Raise when the same backbone, data and recipe would give other features.

@@ -15,8 +15,9 @@ from train.cluster.launcher import run_job
 from train.config import EvaluateConfig
 from train.records.data import Input, SetInput, cache_limit
 from train.records.init_weights import StartingPoint
+from train.records.json_files import read_json, replacing
 from train.records.provenance import write_training_record
-from train.records.runs import Run, read_json, replacing
+from train.records.runs import Run
 from train.stages.feature_cache import FeaturePass, WorkerOptions, compute_parts, split_parts
 from train.stages.label_sets import LabelledSet, LabelSplit
 from train.stages.summary import SeedResult

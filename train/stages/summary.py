@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.shard_reader import ShardReader
-from train.records.runs import replacing
+from train.records.json_files import replacing
 from train.scoring.bootstrap import bootstrap, combine, count_units, interval, mean_and_deviation
 from train.scoring.metrics import METRICS, score
 from train.stages.label_sets import LabelledSet, LabelSplit

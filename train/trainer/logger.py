@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from pipelines.loader import ViewLoader
+from train.records.json_files import write_json, write_text
 from train.records.retry import RETRY_TIMEOUT_S, retry_io
-from train.records.runs import Run, write_json, write_text
+from train.records.runs import Run
 
 
 class MetricsLogger:

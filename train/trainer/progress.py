@@ -12,7 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from train.records.runs import Run, parse_row
+from train.records.json_files import parse_row
+from train.records.runs import Run
 from train.trainer.health_checks import HealthChecks
 
 _REFRESH_INTERVAL_S = 0.3

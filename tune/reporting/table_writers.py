@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from rich.table import Table
 from rich.text import Text
 
-from train.records.runs import replacing, write_text
+from train.records.json_files import replacing, write_text
 from tune.reporting.formatting import Footnotes, format_entry, format_published, report_links, sub_tables
 from tune.reporting.table_data import ResultTable, TableEntry
 from tune.reporting.table_notes import SMOKE, notes_below

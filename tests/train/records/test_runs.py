@@ -10,18 +10,8 @@ import yaml
 
 from tests.train.records.begin_race import contend
 from train.config import EvaluateConfig, PretrainConfig
-from train.records.runs import (
-    STAGE_VERSIONS,
-    Run,
-    Stage,
-    find_run,
-    identity,
-    named_run,
-    read_json,
-    versions,
-    write_json,
-    write_text,
-)
+from train.records.json_files import read_json, write_json, write_text
+from train.records.runs import STAGE_VERSIONS, Run, Stage, find_run, identity, named_run, versions
 from train.reporting.report_writer import render_report
 from tune.execution.study_state import runs_by_key
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.records.runs import Run, write_text
+from train.records.json_files import write_text
+from train.records.runs import Run
 from train.trainer import progress
 from train.trainer.health_checks import HealthChecks
 from train.trainer.progress import Pace, Tail, follow

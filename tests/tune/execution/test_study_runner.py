@@ -11,7 +11,8 @@ import pytest
 from models.weights import CARD_NAME
 from sharding.packing import build_shards
 from tests.helpers import encoded, write_tree
-from train.records.runs import Run, write_json
+from train.records.json_files import write_json
+from train.records.runs import Run
 from train.stages import evaluation, pretraining
 from tune.execution import study_runner
 from tune.execution.dry_run import dry_run_lines

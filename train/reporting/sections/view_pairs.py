@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from train.records.data import cache_limit
-from train.records.runs import replacing
+from train.records.json_files import replacing
 from train.reporting import plots
 from train.reporting.markup import Html, element, note, photo
 from train.reporting.run_view import RunView, per_run
