@@ -30,7 +30,6 @@ from sharding.manifest import (
 from sharding.process_pool import ProcessPool, report_progress
 from sharding.shard_format import EXTENSIONS, index_text
 
-
 _COLUMNS = ("key", "format", "offset", "size", "label", "sha256", "height", "width")  # of _Shard, in its order
 
 
