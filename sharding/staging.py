@@ -126,9 +126,17 @@ def check_space(partial: Path, needed: int) -> None:
     free = shutil.disk_usage(partial).free
     if needed - there > free:
         raise ValueError(
-            f"{partial.parent} has {free / 1e9:,.1f} GB free, and the set needs {(needed - there) / 1e9:,.1f} GB: make room, or "
+            f"{partial.parent} has {_size(free)} free, and the set needs {_size(needed - there)}: make room, or "
             "choose an --out on another disk"
         )
+
+
+def _size(count: int) -> str:
+    """A number of bytes with three digits."""
+    unit, name = next(
+        (unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "KB"), (1, "bytes")) if count >= unit or unit == 1
+    )
+    return f"{count / unit:.3g} {name}"
 
 
 def link_files(source: Path, target: Path, names: Iterable[str]) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 import re
 import typing
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,8 @@ from sharding.cli import build_parser
 from sharding.folder_names import to_name
 from tune.study.comparability import why_incomparable
 from tune.study.schema import PARENT_FIELDS, GraphNode, Selection, Trial
+
+MAX_TRIALS = 10_000  # of a stage
 
 
 class FieldValue(NamedTuple):
@@ -153,20 +156,26 @@ def _trials(stage: StageSpec, names, of_stage, known, outside: StudySettings) ->
     parent = stage.fields.get(parent_field, FieldValue(None, stage.at))
     others = {name: values for name, values in axes.items() if name != parent_field}
     paired: dict[str, set[str]] = {name: set() for name in others}
-    for start in axes.get(parent_field, [parent.value]):
-        for node, inherited in _starts(stage, start, parent.at, names, of_stage, known):
-            if parent_field in axes and parent_field in inherited:
-                raise stage.error(
-                    f"{parent_field} is an axis here and of {start} too; write a stage for each {parent_field}", parent.at
-                )
-            for combination in itertools.product(*others.values()):
-                chosen = dict(zip(others, combination, strict=True))
-                if any(parse_axis_value(chosen[name]) != inherited[name] for name in chosen.keys() & inherited.keys()):
-                    continue
-                for name, value in chosen.items():
-                    paired[name].add(format_value(value))
-                chosen = {name: start if name == parent_field else chosen[name] for name in axes}
-                yield _trial(stage, chosen, node, inherited, outside)
+    starts = [
+        (start, node, inherited)
+        for start in axes.get(parent_field, [parent.value])
+        for node, inherited in _starts(stage, start, parent.at, names, of_stage, known)
+    ]
+    if (count := len(starts) * math.prod(map(len, others.values()))) > MAX_TRIALS:
+        raise stage.error(f"its axes make {count:,} trials, and a stage has at most {MAX_TRIALS:,}; give fewer values")
+    for start, node, inherited in starts:
+        if parent_field in axes and parent_field in inherited:
+            raise stage.error(
+                f"{parent_field} is an axis here and of {start} too; write a stage for each {parent_field}", parent.at
+            )
+        for combination in itertools.product(*others.values()):
+            chosen = dict(zip(others, combination, strict=True))
+            if any(parse_axis_value(chosen[name]) != inherited[name] for name in chosen.keys() & inherited.keys()):
+                continue
+            for name, value in chosen.items():
+                paired[name].add(format_value(value))
+            chosen = {name: start if name == parent_field else chosen[name] for name in axes}
+            yield _trial(stage, chosen, node, inherited, outside)
     for name, values in others.items():
         for value in values:
             if format_value(value) not in paired[name]:

@@ -245,6 +245,10 @@ PRETRAIN = {"pretrain": {"data": "kidney"}}
             "stage a: starts from b, which is no earlier stage; put it before this one",
         ),
         (stages_of(a={"pretrain": {"data": "d", "init": "a"}}), "stage a: starts from a"),
+        (
+            stages_of(a={"pretrain": {"data": "d", "seed": list(range(1000)), "epochs": list(range(1, 1000))}}),
+            "stage a: its axes make 999,000 trials, and a stage has at most 10,000; give fewer values",
+        ),
         (stages_of(a={"pretrain": {"data": "d", "seed": [1, 1]}}), "stage a: two trials have the name a-seed-1"),
         (
             {"stages": {"a": {"pretrain": {"data": "d", "seed": [1, 2]}}, "a-seed-2": PRETRAIN}},
