@@ -87,7 +87,7 @@ class _Parser(ArgumentParser):
     """jsonargparse's, with a wrong flag answered by one sentence and exit code 2."""
 
     def error(self, message, ex=None):
-        text = " ".join(str(message).split()).replace("<class '", "").replace("'>", "")
+        text = readable(message)
         hint = f"see {self.prog} --help"
         if text.startswith("unrecognized arguments") and os.path.dirname(os.path.abspath(sys.argv[0])) == os.path.expanduser("~"):
             hint += "; `ray submit` cuts arguments at blanks: give those that have some in a file of the node, with --config"
@@ -95,12 +95,32 @@ class _Parser(ArgumentParser):
         sys.exit(2)
 
 
+_OF_NO_TYPE = re.compile(r'[Kk]ey "(\w+)": Does not validate .*Subtypes: \[(.*?)\] .*Given value type: (\w+) Given value: (.*)')
+
+
+def readable(message: object) -> str:
+    """A message of jsonargparse in one line."""
+    text = " ".join(str(message).split()).replace("<class '", "").replace("'>", "")
+    if found := _OF_NO_TYPE.search(text):
+        name, kinds, kind, value = found.groups()
+        text = f"{name} is {value} ({kind}), and should be {' or '.join(kinds.replace('NoneType', 'null').split(', '))}"
+    if "str" in text and re.search(r"\((int|float|bool|date)\)|value: (\d|True|False)", text):
+        text += "; put text that looks like something else in quotes"
+    return text
+
+
 class _ConfigFile(ActionConfigFile):
     def __call__(self, parser, cfg, values, option_string=None):
         try:
-            read_yaml(values, example="a YAML file of settings")
+            file = read_yaml(values, example="a YAML file of settings")
         except (ValueError, OSError) as error:
             parser.error(f"--config {describe(error)}")
+        if not isinstance(file.content, dict):
+            parser.error(f"--config {values}: give settings and their values, such as seed: 1")
+        for action in parser._actions:
+            value = file.content.get(action.dest)
+            if action.nargs == "+" and not isinstance(value, list | None):
+                parser.error(f"--config {file.at(action.dest)}: {action.dest} is a list, so write [{value}]")
         super().__call__(parser, cfg, values, option_string)
 
 

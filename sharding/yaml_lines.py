@@ -68,7 +68,7 @@ def read_yaml(path: str | Path, *, example: str) -> YamlFile:
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; give {example}") from None
     except UnicodeDecodeError:
-        raise ValueError(f"{path}: this is not text in UTF-8: save it as UTF-8") from None
+        raise ValueError(f"{path}: this file is not text in UTF-8: save it as UTF-8") from None
     loader = yaml.SafeLoader(text)
     lines: dict[tuple, int] = {(): 1}
     try:

@@ -1,6 +1,7 @@
 """The two scripts: what goes wrong is one sentence and exit code 2, and leaves nothing behind."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -216,3 +217,46 @@ def test_a_connection_that_is_closed_is_an_error_and_no_end():
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
     assert done.returncode == 2
     assert done.stderr == "script.py: Broken pipe\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("seed: 1\nseed: 2", "config.yaml:2: duplicate key 'seed': keep one of them"),
+        ("name: 0123", "name is 83 (int), and should be str or null; put text that looks like something else in quotes"),
+        ("where: a=b", "config.yaml:1: where is a list, so write [a=b]"),
+        ("[1]", "give settings and their values, such as seed: 1"),
+        ("a: &a [*a]", "this alias refers to an entry that contains it"),
+        ("a: [", "config.yaml:2: this is not YAML"),
+        ("sizes: 3", "sizes"),
+    ],
+)
+def test_mistakes_in_settings_are_one_sentence(tmp_path, text, words):
+    (tmp_path / "config.yaml").write_text(f"{text}\n")
+    assert_refused(call_script("sharding/build.py", "in", "--out", tmp_path / "set", "--config", tmp_path / "config.yaml"), words)
+
+
+def test_settings_in_a_pipe_are_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "config.yaml")
+    done = call_script("sharding/build.py", "in", "--out", tmp_path / "set", "--config", tmp_path / "config.yaml")
+    assert_refused(done, "config.yaml is not a file: give a YAML file of settings")
+
+
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+def test_closed_streams_lose_nothing(tmp_path, closed):
+    """The next file that is opened would get their numbers, and what is written to them."""
+    files = {f"{name}/{i}.jpg": encoded(10 * j + i) for j, name in enumerate("ab") for i in range(5)}
+    folder = write_tree(tmp_path / "in", files)
+    command = f'"{sys.executable}" sharding/build.py "{folder}" --out "{tmp_path / "set"}" --workers 1 {closed}'
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, timeout=120)
+    assert done.returncode == 0, done
+    verify(tmp_path / "set")
+
+
+def test_a_terminal_without_korean_shows_code_points(tmp_path):
+    folder = write_tree(tmp_path / "in", {f"종양/{i}.jpg": encoded(i) for i in range(3)})
+    command = [sys.executable, "sharding/build.py", folder, "--out", tmp_path / "set", "--workers", "1"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, env=environment, timeout=120)
+    assert done.returncode == 0, done
+    assert rb"\uc885" in done.stdout

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from jsonargparse import ArgumentError
 
-from sharding.cli import build_parser
+from sharding.cli import build_parser, readable
 from sharding.folder_names import to_name
 from tune.study.comparability import why_incomparable
 from tune.study.schema import PARENT_FIELDS, GraphNode, Selection, Trial
@@ -135,7 +135,7 @@ def build_config(config_class: type, fields: dict[str, FieldValue], at: str):
     try:
         values = _parser(config_class).parse_object({name: field.value for name, field in fields.items()})
     except ArgumentError as error:
-        text = " ".join(str(error).split()).replace("<class '", "").replace("'>", "")
+        text = readable(error)
         named = re.search(r'[Kk]ey "(\w+)"', text)
         raise ValueError(f"{fields[named[1]].at if named and named[1] in fields else at}: {text}") from None
     return config_class(**{name: values[name] for name in _hints(config_class)})
