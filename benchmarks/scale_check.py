@@ -6,6 +6,7 @@ them. From this and the one worker's patches/s the model predicts the two worker
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import statistics
@@ -123,7 +124,9 @@ def write_large_set(small: Path, large: Path, rows: int) -> None:
             for name, values in {"id": pa.array(ids), "key": pa.array(keys), "shard": pa.array(shard)}.items():
                 table = table.set_column(table.schema.get_field_index(name), manifest.schema.field(name), values)
             writer.write_table(table)
-    described = read_dataset(small) | {"name": "large", "patches": rows, "shards": shards, "files": {}}
+    with (large / "manifest.parquet").open("rb") as file:
+        files = {"manifest.parquet": hashlib.file_digest(file, "sha256").hexdigest()}
+    described = read_dataset(small) | {"name": "large", "patches": rows, "shards": shards, "files": files}
     (large / "dataset.json").write_text(json.dumps(described))
 
 

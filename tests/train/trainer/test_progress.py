@@ -42,7 +42,7 @@ def test_a_loss_near_chance_is_told_once_and_not_before_its_time(share, warned):
     texts = said([row_of(step, loss=share * CHANCE) for step in range(1, 14)])
     assert len(texts) == warned
     if warned:
-        assert "at step 10 the loss is" in texts[0] and f"has {CHANCE:.3f}" in texts[0]
+        assert "at step 10 the loss is" in texts[0] and f"chance level is {CHANCE:.3f}" in texts[0]
 
 
 @pytest.mark.parametrize(("std", "warned"), [(0.11, False), (0.09, True), (None, False)])
