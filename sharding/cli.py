@@ -101,10 +101,11 @@ _OF_NO_TYPE = re.compile(r'[Kk]ey "(\w+)": Does not validate .*Subtypes: \[(.*?)
 def readable(message: object) -> str:
     """A message of jsonargparse in one line."""
     text = " ".join(str(message).split()).replace("<class '", "").replace("'>", "")
-    if found := _OF_NO_TYPE.search(text):
+    found, wants_text = _OF_NO_TYPE.search(text), "Expected a str" in text
+    if found:
         name, kinds, kind, value = found.groups()
         text = f"{name} is {value} ({kind}), and should be {' or '.join(kinds.replace('NoneType', 'null').split(', '))}"
-    if "str" in text and re.search(r"\((int|float|bool|date)\)|value: (\d|True|False)", text):
+    if wants_text:
         text += "; put text that looks like something else in quotes"
     return text
 

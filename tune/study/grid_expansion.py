@@ -135,8 +135,7 @@ def build_config(config_class: type, fields: dict[str, FieldValue], at: str):
     try:
         values = _parser(config_class).parse_object({name: field.value for name, field in fields.items()})
     except ArgumentError as error:
-        text = readable(error)
-        named = re.search(r'[Kk]ey "(\w+)"', text)
+        text, named = readable(error), re.search(r'[Kk]ey "(\w+)"', str(error))
         raise ValueError(f"{fields[named[1]].at if named and named[1] in fields else at}: {text}") from None
     return config_class(**{name: values[name] for name in _hints(config_class)})
 
