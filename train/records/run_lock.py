@@ -32,7 +32,7 @@ def exclusive_lock(folder: Path, timeout_s: float) -> Iterator[None]:
 
     Raises ValueError where another process still holds the lock after the time-out.
     """
-    ends = time.monotonic() + timeout_s
+    ends, waiting = time.monotonic() + timeout_s, False
     with open(folder / LOCK_NAME, "w") as file:
         while True:
             try:
@@ -44,6 +44,9 @@ def exclusive_lock(folder: Path, timeout_s: float) -> Iterator[None]:
                     raise ValueError(
                         f"{folder.name} is being trained by another process: wait for it or end it, or choose another --name"
                     ) from None
+                if not waiting and timeout_s >= 1:
+                    print(f"{folder.name}: another process works on this run; waiting {timeout_s:.0f} s for it", flush=True)
+                waiting = True
                 time.sleep(0.1)
             else:
                 break
