@@ -52,9 +52,9 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def required(text: str, *, identity: bool = True):
-    """A config field that becomes `--field-name` and must be given."""
-    return dataclasses.field(metadata={"help": text, "identity": identity})
+def required(text: str, *, identity: bool = True, choices: Collection[str] | None = None):
+    """A config field that becomes `--field-name` and must be given. choices: as in `option`."""
+    return dataclasses.field(metadata={"help": text, "identity": identity, "choices": choices})
 
 
 def positional(text: str, *, identity: bool = True):

@@ -22,6 +22,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from sharding.shard_format import EXTENSIONS
+
 FORMAT_VERSION = 2
 
 WORDS = pa.dictionary(pa.int32(), pa.string())  # few distinct values, stored once each
@@ -50,7 +52,6 @@ COLUMNS = {
 }
 REQUIRED_COLUMNS = ("id", "key", "shard", "offset", "size", "label", "class", "group", "split", "format", "sha256", "source")
 _NEVER_NULL = ("id", "key", "split", "format", "sha256")
-FORMATS = {"jpeg", "png", "jpeg2000"}
 QUARANTINE_COLUMNS = {"source": pa.string(), "reason": pa.string(), "detail": pa.string(), "sha256": pa.string()}
 
 
@@ -205,7 +206,7 @@ def _check_types(table: pa.Table, path: Path) -> None:
         right = any(all(map(is_kind, kinds)) for is_kind in (pa.types.is_integer, pa.types.is_floating, pa.types.is_string))
         if column.null_count == len(column) > 0 and name not in REQUIRED_COLUMNS:
             continue  # a packer need not record it
-        unknown = name == "format" and right and not set(column.unique().to_pylist()) <= FORMATS
+        unknown = name == "format" and right and not set(column.unique().to_pylist()) <= EXTENSIONS.keys()
         if not right or unknown or (name in _NEVER_NULL and column.null_count):
             raise damaged_column(path, name)
 

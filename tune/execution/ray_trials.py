@@ -19,11 +19,11 @@ from train.cluster.ray_cluster import connect
 from train.config import EvaluateConfig, PretrainConfig
 from train.records.runs import Run, open_run
 from tune.execution.study_state import ReadyTrial, StudyState
-from tune.study.schema import FINAL_METRICS, KINDS, Resources, Study
+from tune.study.schema import KINDS, PRETRAINING_METRICS, Resources, Study
 
 _DRIVER_BYTES = 64 * 2**20  # memory that a trial reserves if Ray Train's workers do its work
 _RETRIES = 2  # of a trial whose process died; its stage continues from its checkpoint
-_PROBE = FINAL_METRICS["probe"]
+_PROBE = PRETRAINING_METRICS["probe"].field
 
 
 def run_trials(state: StudyState) -> None:

@@ -5,10 +5,7 @@ from typing import Any
 from train.records.runs import Run
 from train.trainer.online_probe import build_probe
 from tune.study.grid_expansion import leaves
-from tune.study.schema import FINAL_METRICS, Selection, Study
-
-# The rules, and whether less is better.
-RULES = {"probe": False, "top1": False, "loss": True}
+from tune.study.schema import PRETRAINING_METRICS, Selection, Study
 
 
 def check_probes(study: Study) -> None:
@@ -37,12 +34,15 @@ def select_best(selection: Selection, runs: dict[str, Run]) -> dict[str, Any]:
 
     runs: finished, by the candidate's name. Raises ValueError where the rule's value is missing.
     """
-    values = {name: {rule: run.result["final"].get(FINAL_METRICS[rule]) for rule in RULES} for name, run in runs.items()}
+    values = {
+        name: {rule: run.result["final"].get(metric.field) for rule, metric in PRETRAINING_METRICS.items()}
+        for name, run in runs.items()
+    }
     missing = [name for name, each in values.items() if each[selection.by] is None]
     if missing:
         what = "no probe: give probe_data, a labelled set" if selection.by == "probe" else f"no {selection.by}"
         raise ValueError(f"{selection.name} selects by {selection.by}, and {missing[0]} has {what}")
-    best = {rule: _best(values, rule) for rule in RULES if not any(each[rule] is None for each in values.values())}
+    best = {rule: _best(values, rule) for rule in PRETRAINING_METRICS if not any(each[rule] is None for each in values.values())}
     if len({run.record["stage"]["config"]["batch_size"] for run in runs.values()}) > 1:
         assert selection.by != "loss", f"{selection.name}: the study should have refused losses of different batch sizes"
         best.pop("loss", None)
@@ -55,5 +55,5 @@ def select_best(selection: Selection, runs: dict[str, Run]) -> dict[str, Any]:
 
 
 def _best(values, rule):
-    sign = 1 if RULES[rule] else -1
+    sign = 1 if PRETRAINING_METRICS[rule].lower_is_better else -1
     return min(values, key=lambda name: sign * values[name][rule])

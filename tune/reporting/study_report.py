@@ -17,9 +17,7 @@ from tune.reporting.formatting import report_link
 from tune.reporting.html_tables import left, table_html
 from tune.reporting.table_data import ResultTable
 from tune.reporting.table_notes import SMOKE
-from tune.study.schema import SELECTION_RULES, Study
-
-_RULES = {"loss": "loss", "top1": "contrastive top-1", "probe": "probe"}
+from tune.study.schema import PRETRAINING_METRICS, Study
 
 
 def page(study: Study, outcome: StudyResult, tables: Sequence[ResultTable], folder: Path) -> str:
@@ -74,14 +72,26 @@ def _selections(outcome: StudyResult, folder: Path) -> list[Html]:
     for name, found in outcome.selected.items():
         chosen = {found["by"]: found["chosen"], **found["otherwise"]}
         cells: list[Content] = []
-        for rule in SELECTION_RULES:
+        for rule in PRETRAINING_METRICS:
             other = chosen.get(rule)
             linked = _linked(other, outcome.runs.get(other), folder) if other else "–"
             cells.append(element("td", linked, class_="text other" if other not in (None, found["chosen"]) else "text"))
         apart += any(other != found["chosen"] for other in chosen.values())
-        lines.append([element("th", name, scope="row"), str(len(found["values"])), element("td", _RULES[found["by"]]), *cells])
+        lines.append(
+            [
+                element("th", name, scope="row"),
+                str(len(found["values"])),
+                element("td", PRETRAINING_METRICS[found["by"]].short_title),
+                *cells,
+            ]
+        )
     summary = f"In {apart} of {count(len(lines), 'selection')} another rule would have chosen differently (bold)."
-    titles: list[Content] = ["selection", "among", "chosen by", *(left(f"by {_RULES[rule]}") for rule in SELECTION_RULES)]
+    titles: list[Content] = [
+        "selection",
+        "among",
+        "chosen by",
+        *(left(f"by {each.short_title}") for each in PRETRAINING_METRICS.values()),
+    ]
     return [
         note(summary if apart else "All rules would have chosen the same pretrainings."),
         table("What each rule chooses", titles, lines, kind="study"),
@@ -93,12 +103,17 @@ def _selections(outcome: StudyResult, folder: Path) -> list[Html]:
 def _candidates(name, found, outcome, folder) -> Html:
     lines: list[list[Content]] = []
     for name_of_trial, values in found["values"].items():
-        numbers = [number(values[rule]) for rule in SELECTION_RULES]
+        numbers = [number(values[rule]) for rule in PRETRAINING_METRICS]
         marked = "chosen" if name_of_trial == found["chosen"] else ""
         lines.append(
             [element("th", _linked(name_of_trial, outcome.runs.get(name_of_trial), folder), scope="row"), *numbers, marked]
         )
-    shown = table(f"Candidates of {name}", ["pretraining", *(_RULES[rule] for rule in SELECTION_RULES), ""], lines, kind="study")
+    shown = table(
+        f"Candidates of {name}",
+        ["pretraining", *(each.short_title for each in PRETRAINING_METRICS.values()), ""],
+        lines,
+        kind="study",
+    )
     return element("details", element("summary", f"Candidates of {name}"), shown)
 
 

@@ -9,22 +9,21 @@ from train.records.runs import Run
 from train.reporting.markup import share
 from train.scoring.metrics import METRICS
 from tune.study.grid_expansion import table_places
-from tune.study.schema import FINAL_METRICS, Trial
+from tune.study.schema import PRETRAINING_METRICS, Trial
 
 if TYPE_CHECKING:
     from tune.execution.study_state import StudyResult
 
-_PRETRAINING_TITLES = {"loss": "loss", "top1": "contrastive top-1 accuracy", "probe": "balanced accuracy of the ridge probe"}
-
 
 def metric_titles(kind: str) -> dict[str, str]:
     """The metrics of a kind of stage by name, with what a person reads."""
-    return _PRETRAINING_TITLES if kind == "pretrain" else {name: metric.title for name, metric in METRICS.items()}
+    return {name: metric.title for name, metric in (PRETRAINING_METRICS if kind == "pretrain" else METRICS).items()}
 
 
 def lower_is_better(metric: str) -> bool:
     """Of either kind of stage."""
-    return metric == "loss" or (metric in METRICS and METRICS[metric].lower_is_better)
+    known = PRETRAINING_METRICS | METRICS
+    return metric in known and known[metric].lower_is_better
 
 
 @dataclass(frozen=True)
@@ -72,9 +71,9 @@ def format_axis_value(axis: str, value: Any) -> str:
 def _pretraining_metrics(trial, at, run):
     config, final, data = trial.config, run.result["final"], run.record["stage"]["data"]
     # The scale of a loss depends on the method, batch size and temperature. A probe depends on its shard set alone.
-    compares = dict.fromkeys(_PRETRAINING_TITLES, config.probe_data or data)
+    compares = dict.fromkeys(PRETRAINING_METRICS, config.probe_data or data)
     compares["loss"] = (data, config.method, config.batch_size, config.temperature)
-    metrics = {name: _finite(final.get(FINAL_METRICS[name])) for name in _PRETRAINING_TITLES}
+    metrics = {name: _finite(final.get(metric.field)) for name, metric in PRETRAINING_METRICS.items()}
     return TrialMetrics(trial, at, run, values={trial.name: metrics}, compares=compares)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from train.trainer.methods import METHODS
-from tune.study.schema import SelectionRule, Trial
+from tune.study.schema import Trial
 
 # Settings that must be equal whatever the method, and why. Each method adds its own (train/trainer/methods.py).
 _ALWAYS_EQUAL = {
@@ -12,7 +12,7 @@ _ALWAYS_EQUAL = {
 }
 
 
-def why_incomparable(trials: Sequence[Trial], by: SelectionRule) -> str | None:
+def why_incomparable(trials: Sequence[Trial], by: str) -> str | None:
     """Why these pretrainings cannot be compared by that, as the end of "... would compare"; None where they can."""
     configs = [trial.config for trial in trials]
     if by == "probe":

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 from sharding.cli import option, required
 from train.config import EvaluateConfig, PretrainConfig
@@ -10,10 +10,22 @@ from train.config import EvaluateConfig, PretrainConfig
 KINDS: dict[str, type] = {"pretrain": PretrainConfig, "evaluate": EvaluateConfig}
 PARENT_FIELDS = {"pretrain": "init", "evaluate": "backbone"}
 
-SelectionRule = Literal["loss", "probe", "top1"]
-# The rules by which pretrainings are compared, which are also their metrics in a table, by their names in a run's final metrics.
-FINAL_METRICS = {"loss": "loss", "probe": "probe_balanced_accuracy", "top1": "top1"}
-SELECTION_RULES = tuple(FINAL_METRICS)
+
+class PretrainingMetric(NamedTuple):
+    """field: in the final metrics of a run; title, short_title: as people read it."""
+
+    field: str
+    title: str
+    short_title: str
+    lower_is_better: bool
+
+
+# The metrics by which pretrainings are compared and selected. Those of a method also stand in its `comparable_by`.
+PRETRAINING_METRICS = {
+    "loss": PretrainingMetric("loss", "loss", "loss", lower_is_better=True),
+    "probe": PretrainingMetric("probe_balanced_accuracy", "balanced accuracy of the ridge probe", "probe", lower_is_better=False),
+    "top1": PretrainingMetric("top1", "contrastive top-1 accuracy", "contrastive top-1", lower_is_better=False),
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,7 @@ class Selection:
     stage: str
     axes: dict[str, Any]
     candidates: tuple[str, ...]
-    by: SelectionRule
+    by: str
     line: int
 
 
@@ -66,7 +78,7 @@ class Published:
 @dataclass(frozen=True)
 class TableSpec:
     """A table to fill. stages: all of one kind; rows, columns: names of axes, which include "stage", and `fraction` (of the
-    labels) for evaluate stages; values: keys of train.scoring.metrics.METRICS, or of FINAL_METRICS for pretrain stages.
+    labels) for evaluate stages; values: keys of train.scoring.metrics.METRICS, or of PRETRAINING_METRICS for pretrain stages.
 
     No two trials share an entry unless they differ only in their seed.
     """
@@ -93,7 +105,7 @@ class EarlyStopping:
     """Asynchronous successive halving (Li et al. 2020, "A system for massively parallel hyperparameter tuning") among the trials
     of each pretrain stage."""
 
-    by: SelectionRule = required("the metric that compares trials")
+    by: str = required("the metric that compares trials", choices=PRETRAINING_METRICS)
     grace_epochs: int = required("epochs before a trial may be stopped")
     reduction: int = option(3, "one in this many trials continues at each rung")
 

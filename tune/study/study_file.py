@@ -59,7 +59,7 @@ from sharding.folder_names import check_name
 from sharding.yaml_lines import YamlFile, read_yaml
 from tune.study.comparability import why_incomparable
 from tune.study.grid_expansion import FieldValue, SelectSpec, StageSpec, StudySettings, build_config, expand, field_names
-from tune.study.schema import KINDS, SELECTION_RULES, EarlyStopping, Resources, Study, Trial
+from tune.study.schema import KINDS, PRETRAINING_METRICS, EarlyStopping, Resources, Study, Trial
 from tune.study.smoke_size import read_smoke_size, shrink_stage
 from tune.study.table_specs import read_tables
 
@@ -156,10 +156,10 @@ def _read_selection(source: YamlFile, key, at: str, line: int) -> SelectSpec:
     given = source.mapping(*keys)
     for field in ("from", "by"):
         if field not in given:
-            example = f"select: {{from: STAGE, by: {'|'.join(SELECTION_RULES)}, per: [AXIS, ...]}}"
+            example = f"select: {{from: STAGE, by: {'|'.join(PRETRAINING_METRICS)}, per: [AXIS, ...]}}"
             raise ValueError(f"{at}: stage {key}: select needs `{field}`: {example}")
-    if given["by"] not in SELECTION_RULES:
-        raise source.error(f"stage {key}: selects by {given['by']!r}; choose {', '.join(SELECTION_RULES)}", *keys, "by")
+    if given["by"] not in PRETRAINING_METRICS:
+        raise source.error(f"stage {key}: selects by {given['by']!r}; choose {', '.join(PRETRAINING_METRICS)}", *keys, "by")
     per = given.get("per") or []
     per = per if isinstance(per, list) else [per]
     if any(not isinstance(axis, str) for axis in per) or len(set(per)) < len(per):

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from sharding.yaml_lines import YamlFile
 from tune.study.grid_expansion import parse_axis_value, table_places
-from tune.study.schema import SELECTION_RULES, Published, TableSpec, Trial
+from tune.study.schema import PRETRAINING_METRICS, Published, TableSpec, Trial
 from tune.study.smoke_size import SmokeSize
 
 _KEYS = ("title", "stages", "rows", "columns", "values", "published")
@@ -79,7 +79,7 @@ def _check_values(table: _Table, values) -> None:
     kinds = {trial.kind for trial in table.trials}
     if len(kinds) > 1:
         raise table.error("pretrainings and evaluations have no metric in common; make two tables", "stages")
-    known = tuple(_evaluation_metrics()) if kinds == {"evaluate"} else SELECTION_RULES
+    known = tuple(_evaluation_metrics()) if kinds == {"evaluate"} else PRETRAINING_METRICS
     for name in values:
         if name not in known:
             raise table.error(f"these stages have no metric {name!r}; there are {', '.join(known)}", "values")
