@@ -1,6 +1,6 @@
 """Is something of ours slower than it was? Ratios to baselines that our code does not change, against those committed.
 
-    python benchmarks/smoke.py                      # make bench-smoke: under 3 minutes on 2 cores
+    python benchmarks/smoke.py                      # make bench-smoke: about a minute on 2 cores
     python benchmarks/smoke.py --update             # measure three times and write smoke.json
     python benchmarks/smoke.py --update --runs 20   # the same with a spread that says how far they move by chance
 
