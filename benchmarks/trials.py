@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import Result, check_at_least, draw_labelled_set, run_fresh, script
+from harness import Result, check_at_least, chosen, draw_labelled_set, run_fresh, script
 from patch_set import patch_set
 from report import Record, Report, Table, Target, judge, medians, target_lines
 from worker import ROOT
@@ -30,6 +30,7 @@ from train.records.runs import Run
 TINY = 16
 FIELDS: Record = {"backbone": "test_resnet", "image_size": 64, "batch_size": 64, "probe_every": 0}
 PATCHES = 2048  # of an epoch
+SCENARIOS = ("grid", "tiny")
 TARGETS = (
     Target("grid", "ratio", 1.15, "the whole grid / (sum alone / number that fit)", at_least=False),
     Target("grid", "tiny_s", 180.0, f"{TINY} tiny cells, s", at_least=False),
@@ -45,6 +46,7 @@ class Config:
     trials: int = option(4, "trials of the grid")
     epochs: int = option(8, "epochs of a trial")
     rounds: int = option(3, "how often the grid and its trials alone are run")
+    scenarios: list[str] = option(list(SCENARIOS), f"only these of {', '.join(SCENARIOS)}")
 
 
 def study_text(shards: str, storage: Path, *, trials: int, epochs: int) -> str:
@@ -94,6 +96,7 @@ def run_alone(shards: str, storage: Path, *, trials: int, epochs: int) -> float:
 
 def main(config: Config) -> None:
     check_at_least(config, trials=2, epochs=1, rounds=1)
+    wanted = chosen(config.scenarios, SCENARIOS, "scenario")
     cores, work = available_cores(), Path(config.work).resolve()
     result = Result(config.out, "trials", ["torch", "ray", "timm"])
     shards = patch_set(
@@ -111,13 +114,13 @@ def main(config: Config) -> None:
             alone = run_alone(shards, storage.with_name(f"{storage.name}-alone"), **length)
             return run_grid(study_text(shards, storage, **length), storage) | {"alone": alone}
 
-        result.rounds(["grid", "tiny"], config.rounds, measure, str)
+        result.rounds(wanted, config.rounds, measure, str)
     result.finish(report_of(result.record))
 
 
 def summary_of(record: Record) -> Record:
     """Medians over rounds; ratios within one."""
-    grids, tiny = record["runs"]["grid"], record["runs"]["tiny"]
+    grids, tiny = (record["runs"].get(scenario, []) for scenario in SCENARIOS)
     shares = [each["alone"] / record["timed"]["fit"] for each in grids]
     found = [
         {

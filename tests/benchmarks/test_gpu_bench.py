@@ -125,5 +125,5 @@ def test_a_dry_run(tmp_path, run_script):
     parts = json.loads(path.read_text())["parts"]
     assert {name: part["status"] for name, part in parts.items()} == dict.fromkeys(("data", "loss", "two-pass"), "ok")
     text = path.with_suffix(".md").read_text()
-    assert "| batch 16 in micro-batches of 1, float32, channels last |" in text and "| 64 | " in text
+    assert "| batch 16 in micro-batches of 1, float32, channels last |" in text and "| 2N = 64: ours | " in text
     assert path.with_suffix(".log").stat().st_size > 0

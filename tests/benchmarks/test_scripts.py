@@ -13,7 +13,7 @@ SCRIPTS = {
     "step": "--dry --patches 16 --cores 1 --rounds 1 --seconds 0.1 --contenders loader model joint",
     "equal_work": "--dry --cores 1 --seeds 1 --contenders ours plain random",
     "starting": "--rounds 1",
-    "trials": "--epochs 1 --trials 2 --rounds 1",
+    "trials": "--epochs 1 --trials 2 --rounds 1 --scenarios grid",
 }
 NO_WORK = ("ntxent", "heads")
 
