@@ -19,6 +19,7 @@ NO_WORK = ("ntxent", "heads")
 
 
 @pytest.mark.faults
+@pytest.mark.timeout(450)
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_benchmark_at_its_smallest(tmp_path, run_script, name):
     """Each starts processes that import torch or Ray, which takes up to two minutes on a busy machine."""
