@@ -33,6 +33,9 @@ class BuildConfig:
     where: list[str] = option(
         [], "keep only images with this value of a field, such as magnification=x40, or all others, such as class!=artefact"
     )
+    system_files: bool = option(
+        False, "also pack images in folders of operating systems and photo programs, such as @eaDir, __MACOSX or $RECYCLE.BIN"
+    )
     unlabelled: bool = option(False, "store no classes; without --layout, pack every image at any depth")
     split: str | None = option(
         None,

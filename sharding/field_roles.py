@@ -8,12 +8,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sharding.build_config import BuildConfig
+from sharding.field_values import alike, number_notes
 from sharding.manifest import decoded
+from sharding.sources.file_listing import counted
 from sharding.sources.scan import Scan, source_names
 from sharding.splits.assign import parse_shares
+from sharding.splits.duplicates import ambiguous_codes
+from sharding.splits.groups import fold_alike
 
 _ONE_SPLIT = "train=1"  # where no split is asked for
 _COLUMN = "column:"  # --split column:fold
+# What programs write where there is no value.
+_NO_VALUE = frozenset(
+    ("nan", "<na>", "nat", "null", "\\n", "-1", "-1.0", "#n/a", "#value!", "#ref!", "#name?", "#div/0!", "#num!")
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ def assign_roles(scan: Scan, config: BuildConfig) -> FieldRoles:
         group_by = "group"
     if split is None and "split" in scan.fields:
         split = f"{_COLUMN}split"
-    column = split.removeprefix(_COLUMN) if split and split.startswith(_COLUMN) else None
+    column = split_column(split)
     for flag, name in (("--group-by ", group_by), (f"--split {_COLUMN}", column)):
         if name is not None and (name not in scan.fields or name == "class"):
             known = ", ".join(field for field in scan.fields if field != "class")
@@ -76,6 +84,56 @@ def assign_roles(scan: Scan, config: BuildConfig) -> FieldRoles:
     return FieldRoles(not config.unlabelled, group_by, split, column, shares, by, duplicates, extra)
 
 
+def split_column(split: str | None) -> str | None:
+    """The NAME of `--split column:NAME`."""
+    return split.removeprefix(_COLUMN) if split and split.startswith(_COLUMN) else None
+
+
+def check_values(scan: Scan, roles: FieldRoles, before: pa.Table | None) -> list[str]:
+    """Messages about odd values of class, group and split. before: the manifest of the set that is appended to.
+
+    Raises ValueError for a new value that means "no value", for splits with names that are alike, and when a given split divides
+    groups with names that are alike.
+    """
+    notes, both = [], {}
+    for name, column in roles.columns(scan.files).items():
+        if name not in ("class", "group", "split"):
+            continue
+        field = {"group": roles.group_by, "split": roles.column}.get(name) or name
+        stored = before[name].chunks if before is not None else []
+        both[name] = decoded(pa.chunked_array([*stored, *column.chunks], column.type))
+        codes, names = decoded(column)
+        values = set(names).difference(*(part.dictionary.to_pylist() for part in stored))
+        if odd := sorted(value for value in values if value.casefold() in _NO_VALUE):
+            rows = np.flatnonzero(codes == names.index(odd[0]))
+            example = source_names(scan.files.take(pa.array(rows[:1])))[0]
+            raise ValueError(
+                f"{counted(len(rows), 'image has', 'images have')} the {field} {odd[0]!r}, for example {example}: programs write "
+                f"this where no value is known; give the images one, or leave them out with --where '{field}!={odd[0]}'"
+            )
+        notes += number_notes(values, field)
+        if name == "split" and (same := [names for names in alike(both[name][1]) if values.intersection(names)]):
+            raise ValueError(f"the splits {' and '.join(map(repr, same[0]))} are hardly two: give them one name in {field!r}")
+    if "group" in both and "split" in both:
+        _check_divided(str(roles.group_by), *both["group"], *both["split"])
+    return notes
+
+
+def _check_divided(field: str, groups: np.ndarray, names: list[str], splits: np.ndarray, split_names: list[str]) -> None:
+    """Raise ValueError when groups with names that are alike are in several splits, and no group is by its very name."""
+    folded = fold_alike(groups, names).codes
+    divided = ambiguous_codes(folded, splits)
+    if not len(divided) or len(ambiguous_codes(groups, splits)):
+        return
+    rows = np.flatnonzero(folded == divided[0])
+    one, other = rows[0], rows[splits[rows] != splits[rows[0]]][0]
+    (name, split), (name_2, split_2) = ((names[groups[row]], split_names[splits[row]]) for row in (one, other))
+    raise ValueError(
+        f"{name!r} is in {split} and {name_2!r} in {split_2}, and they are hardly two values of {field}: write both in the same "
+        "way and put them into one split, or give them names that differ in more than case and punctuation"
+    )
+
+
 def _observed(scan: Scan, column: str) -> dict[str, float]:
     """The splits in a column and their shares, "train" first, because messages compare the others with the first."""
     codes, names = decoded(scan.files[column])
@@ -88,4 +146,5 @@ def _check_all_have(scan: Scan, field: str, way_out: str) -> None:
     missing = pc.is_null(scan.files[field]).to_numpy()
     if missing.any():
         example = source_names(scan.files.take(pa.array(np.flatnonzero(missing)[:1])))[0]
-        raise ValueError(f"{int(missing.sum()):,} patches have no {field}, for example {example}: {way_out}")
+        patches = counted(int(missing.sum()), "patch has", "patches have")
+        raise ValueError(f"{patches} no {field}, for example {example}: {way_out}")

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 
 from sharding.build_config import FIXED_ARGUMENTS, recorded_builds
 from sharding.field_roles import FieldRoles
+from sharding.field_values import map_values, normalized
 from sharding.manifest import (
     COLUMNS,
     as_array,
@@ -78,7 +79,8 @@ def find_new_images(
 ) -> tuple[Scan, ExistingSet]:
     """The scan without the images that the set has, and the set without the quarantined files that were repaired since.
 
-    Files are compared by name, then by their bytes and their fields.
+    Files are compared by name, then by their bytes and their fields. The values of fields are then spelled as in the set, which
+    an earlier version may have packed without normalizing them.
     Raises ValueError when a packed image has changed, because a set never changes what it has; and, without append, when an
     image is new or gone.
     """
@@ -110,7 +112,20 @@ def find_new_images(
     refused = np.ones(len(existing.quarantine), bool)
     refused[rows[repaired] - packed] = False
     remaining = existing._replace(quarantine=existing.quarantine.filter(pa.array(refused)))
-    return Scan(scan.files.filter(pa.array(new)), scan.fields, notes), remaining
+    return Scan(_as_stored(scan.files.filter(pa.array(new)), scan.fields, existing.manifest), scan.fields, notes), remaining
+
+
+def _as_stored(files: pa.Table, fields: Sequence[str], manifest: pa.Table) -> pa.Table:
+    """The files with the set's own spelling of each value."""
+    for field in set(fields) & set(manifest.column_names):
+        column = _spelled_as(files[field], set(as_array(manifest[field]).unique().drop_null().to_pylist()))
+        files = files.set_column(files.column_names.index(field), field, column)
+    return files
+
+
+def _spelled_as(column: pa.ChunkedArray, stored: set[str]) -> pa.ChunkedArray:
+    spelling = {normalized(name): name for name in sorted(stored, reverse=True)} | {name: name for name in stored}
+    return map_values(column, lambda name: spelling.get(name, name))
 
 
 def _check_fields(
@@ -118,7 +133,7 @@ def _check_fields(
 ) -> None:
     """Raise ValueError when a packed image has another class, group, ... now, as after an edit of the table."""
     for name, column in roles.columns(scan.files).items():
-        before = as_array(existing.manifest[name]).take(pa.array(rows))
+        before = as_array(map_values(existing.manifest[name], normalized)).take(pa.array(rows))
         now = as_array(column).take(pa.array(known))
         differs = pc.not_equal(before.fill_null(""), now.fill_null("")).to_numpy(zero_copy_only=False)
         if differs.any():

@@ -6,10 +6,11 @@ import numpy as np
 import pyarrow as pa
 
 from sharding.field_roles import FieldRoles
+from sharding.field_values import alike_notes
 from sharding.manifest import decoded, source_digests
 from sharding.manifest_writer import ShardContents
 from sharding.sources.scan import Scan
-from sharding.splits.assign import assign_splits, case_notes, content_digests
+from sharding.splits.assign import assign_splits, content_digests
 
 
 class Split(NamedTuple):
@@ -59,7 +60,12 @@ def split_new(
         assigned=assigned if roles.column or old else None,
         class_names=classes,
     )
-    return Split(result, names), [*case_notes(classes, "class"), *notes]
+    patches = np.bincount(result, minlength=len(names))
+    for name, share in roles.shares.items():
+        if not patches[names.index(name)]:
+            why = "all its images were refused" if roles.column else f"{share:.1%} were asked for"
+            notes.append(f"no patch is in the split {name!r}: {why}")
+    return Split(result, names), [*alike_notes(classes, "class"), *notes]
 
 
 def _groups(scan: Scan, roles: FieldRoles, contents: ShardContents, before: pa.Table | None) -> tuple[np.ndarray, list[str]]:

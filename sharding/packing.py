@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from sharding.build_config import BuildConfig, recorded_arguments
 from sharding.build_messages import processing_messages, refusal_messages
-from sharding.field_roles import FieldRoles, assign_roles
+from sharding.field_roles import FieldRoles, assign_roles, check_values, split_column
 from sharding.folder_names import check_name
 from sharding.images.image_checks import load_decoder
 from sharding.images.image_processing import ImageOptions
@@ -80,7 +80,13 @@ def build_shards(sources: Sequence[str | Path], out: str | Path, *, workers: int
         check_name(config.name)
     with ProcessPool(workers, prepare=load_decoder) as pool:
         scan = scan_sources(
-            config.sources, layout=config.layout, table=config.table, where=config.where, labelled=not config.unlabelled
+            config.sources,
+            layout=config.layout,
+            table=config.table,
+            where=config.where,
+            labelled=not config.unlabelled,
+            split_field=split_column(config.split) or "split",
+            system_files=config.system_files,
         )
         roles = assign_roles(scan, config)
         arguments = recorded_arguments(config) | {"split": roles.split, "group_by": roles.group_by, "split_by": roles.by}
@@ -94,6 +100,7 @@ def build_shards(sources: Sequence[str | Path], out: str | Path, *, workers: int
             if not len(scan.files):
                 return _summary(target, existing.dataset, scan.notes, was_there=True)
 
+        scan.notes += check_values(scan, roles, existing.manifest if existing else None)
         with partial_folder(target) as partial:
             assignment = _assign_shards(scan, roles, existing, config)
             _write_shards(partial, scan, assignment, options, pool)

@@ -112,9 +112,10 @@ def _images_of(members: Iterator[tuple[bytes, int, int]], skipped: SkippedFiles)
         for member, offset, size in members:
             path = _normalized(member)
             kind = extension(split_path(path)[1])
-            if any(part.startswith(b".") and part != b".." for part in path.split(b"/")):
-                skipped.hidden += 1
-            elif kind not in IMAGE_EXTENSIONS:
+            if any(part != b".." and skipped.skips(part) for part in path.split(b"/")):
+                continue
+            skipped.saw_folder(split_path(path)[0])
+            if kind not in IMAGE_EXTENSIONS:
                 skipped.extensions[printable(kind)] += 1
             else:
                 yield path, offset, size

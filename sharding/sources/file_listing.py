@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -11,6 +12,17 @@ IMAGE_EXTENSIONS = frozenset(
 )
 ARCHIVE_EXTENSIONS = frozenset((b"tar", b"zip", b"tgz"))
 
+# Files and folders of operating systems, network storage and photo programs, in lower case: thumbnails, deleted files and copies,
+# never data. More of them begin with a dot (.Trashes, ._1.jpg) and are hidden.
+SYSTEM_NAMES = frozenset(
+    (
+        *(b"@eadir", b"#recycle", b"#snapshot", b"@recycle", b"@recently-snapshot", b"~snapshot", b"network trash folder"),
+        *(b"$recycle.bin", b"recycler", b"system volume information", b"thumbs.db", b"ehthumbs.db", b"desktop.ini"),
+        *(b"__macosx", b"lost+found", b"__pycache__"),
+    )
+)
+_SYSTEM_SUFFIX = b".lrdata"  # previews of Lightroom
+
 BATCH = 16_384  # files held as Python objects at a time; the rest are Arrow columns
 
 
@@ -18,25 +30,49 @@ class ImageBatch(NamedTuple):
     """At most BATCH images of one folder, sorted by name.
 
     folder: below the source, b"" for the source itself. sizes: bytes, -1 for a broken link. offsets: in the archive, -1 for a
-    plain file.
+    plain file. files: of plain files, device and inode, and whether a link leads there.
     """
 
     folder: bytes
     names: list[bytes]
     offsets: list[int]
     sizes: list[int]
+    files: Sequence[tuple[int | None, int | None, bool]] = ()
 
 
 @dataclass
 class SkippedFiles:
-    """Counts of the files that a scan skipped, and further remarks on the sources."""
+    """What a scan skips, how often, and further remarks on the sources.
 
+    take_system: whether files and folders with SYSTEM_NAMES are taken. folder_depth: how many folder names of a path to remember
+    in `folders`; 0 remembers none.
+    """
+
+    take_system: bool = False
+    folder_depth: int = 0
+    folders: set[bytes] = field(default_factory=set)
     hidden: int = 0
+    system: Counter[str] = field(default_factory=Counter)
     special: int = 0
     repeated_folders: int = 0
     archives: list[str] = field(default_factory=list)
     extensions: Counter[str] = field(default_factory=Counter)
     remarks: list[str] = field(default_factory=list)
+
+    def skips(self, name: bytes) -> bool:
+        """Whether a file or folder of this name is hidden or a system's; it is then counted."""
+        if name.startswith(b"."):
+            self.hidden += 1
+            return True
+        lower = name.lower()
+        if self.take_system or not (lower in SYSTEM_NAMES or lower.endswith(_SYSTEM_SUFFIX)):
+            return False
+        self.system[printable(name)] += 1
+        return True
+
+    def saw_folder(self, folder: bytes) -> None:
+        if self.folder_depth and folder:
+            self.folders.add(cut_path(folder, self.folder_depth))
 
     def notes(self) -> list[str]:
         notes = []
@@ -50,6 +86,10 @@ class SkippedFiles:
             notes.append(f"{archives} not opened, for example {min(self.archives)}: to pack it, give it as a source")
         if self.hidden:
             notes.append(f"{counted(self.hidden, 'hidden entry', 'hidden entries')} skipped (name begins with a dot)")
+        if self.system:
+            names = ", ".join(f"{count:,} {name}" for name, count in sorted(self.system.items()))
+            entries = counted(self.system.total(), "entry", "entries")
+            notes.append(f"{entries} of operating systems or photo programs skipped ({names}); --system-files takes them too")
         if self.special:
             notes.append(f"{counted(self.special, 'file')} skipped: neither a file nor a folder")
         if self.repeated_folders:
@@ -72,6 +112,11 @@ def split_path(path: bytes) -> tuple[bytes, bytes]:
     """The folder (b"" if none) and the name of a relative path."""
     folder, _, name = path.rpartition(b"/")
     return folder, name
+
+
+def cut_path(folder: bytes, depth: int) -> bytes:
+    """The first `depth` names of a relative path."""
+    return b"/".join(folder.split(b"/", depth)[:depth])
 
 
 def printable(path: str | bytes) -> str:

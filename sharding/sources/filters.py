@@ -1,13 +1,14 @@
 """`--where`: select images by the values of their fields."""
 
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from sharding.field_values import normalized
 from sharding.manifest import decoded
+from sharding.sources.file_listing import counted
 
 
 class Condition(NamedTuple):
@@ -29,8 +30,7 @@ def parse_where(where: Sequence[str], fields: Sequence[str]) -> dict[str, Condit
         if name not in fields:
             raise ValueError(f"--where {text!r}: there is no field {name!r}; there is {', '.join(fields) or 'none'}")
         condition = conditions.setdefault(name, Condition(set(), set()))
-        # NFC, like the values of all fields.
-        (condition.unwanted if unwanted else condition.wanted).add(unicodedata.normalize("NFC", value))
+        (condition.unwanted if unwanted else condition.wanted).add(normalized(value))
     return conditions
 
 
@@ -52,7 +52,7 @@ def apply_where(files: pa.Table, conditions: Mapping[str, Condition]) -> tuple[n
                 reason = present
         kept &= ~np.isin(codes, _indexes(values, condition.unwanted))
     if not kept.any():
-        raise ValueError(f"--where leaves none of {len(files):,} images: {reason}")
+        raise ValueError(f"--where leaves none of {counted(len(files), 'image')}: {reason}")
     return kept, notes
 
 

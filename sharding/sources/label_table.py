@@ -2,11 +2,13 @@
 
 A path is absolute, or relative to a source with `/` between folders. The table is Parquet, or CSV in UTF-8 with commas,
 semicolons or tabs. Values are text: from CSV unchanged, from Parquet as one would write them. An empty cell is an empty field.
-Paths and values are normalised to NFC, like those of a layout.
+Paths are in NFC; values are normalized (sharding.field_values), like those of a layout.
 """
 
 import io
+import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from sharding.field_values import normalize_column
 from sharding.sources.file_listing import counted
 from sharding.sources.layout import RESERVED
 
@@ -88,12 +91,18 @@ def read_label_table(path: str) -> LabelTable:
     if not len(paths):
         raise ValueError(f"--table {path} has no row with a path")
     paths = pc.replace_substring_regex(paths, r"^(\./+)+", "")  # as `find .` prints them
-    words = {name: _text(table[name], path, name).dictionary_encode() for name in fields}
+    words = {}
+    for name in fields:
+        values, more = normalize_column(pa.chunked_array([_text(table[name], path, name).dictionary_encode()]), name)
+        words[name] = values.chunk(0)
+        notes += [f"--table: {note}" for note in more]
     return LabelTable(path, paths, _first_rows(path, paths, words), words, notes)
 
 
 def _read_table(path: str) -> pa.Table:
     try:
+        if not stat.S_ISREG((status := os.stat(path)).st_mode) and not stat.S_ISDIR(status.st_mode):
+            raise ValueError(f"--table {path} is not a file: give a .csv, .tsv or .parquet file")  # opening a pipe would block
         with open(path, "rb") as file:
             head = file.read(_HEAD)
             file.seek(0)
@@ -184,8 +193,8 @@ def match_table(table: LabelTable, sources: Sequence[SourcePaths]) -> TableMatch
         example = lost[0].as_py()
         if without == images:
             raise ValueError(
-                f"--table {table.file} has no row for any of {images:,} images, for example {example!r}; its first path is "
-                f"{table.paths[0].as_py()!r}: write paths as they are below the source, or absolute ones"
+                f"--table {table.file} has no row for any of {counted(images, 'image')}, for example {example!r}; its first path "
+                f"is {table.paths[0].as_py()!r}: write paths as they are below the source, or absolute ones"
             )
         notes.append(f"{counted(without, 'file')} left out: --table has no row for it, for example {example!r}")
     missing = _missing(table, np.flatnonzero(owner < 0), [source.root for source in sources])

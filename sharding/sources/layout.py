@@ -10,10 +10,11 @@ There are two ways to write one:
   (`re.search`) in the whole relative path, extension included, so anchor it with ^ and $ if that matters. A group that does not
   take part in the match leaves its field empty.
 
-Folders are separated by `/` on every system. Values are normalised to Unicode's composed form (NFC), because macOS writes Korean
-and accented names with other code points than Linux, and one class must not become two.
+Folders are separated by `/` on every system. Paths are matched in Unicode's composed form (NFC), because macOS writes Korean and
+accented names with other code points than Linux. `scan` then normalizes the values.
 """
 
+import math
 import re
 import unicodedata
 from collections.abc import Callable
@@ -44,6 +45,19 @@ class Layout:
     fields: tuple[str, ...]
     is_template: bool
     halves: tuple[re.Pattern | None, re.Pattern] | None = None
+
+    @property
+    def depth(self) -> float:
+        """How many folder names the path of an image has."""
+        return self.text.count("/") if self.is_template else math.inf
+
+    @property
+    def class_depth(self) -> int:
+        """How many folder names lead to the class; 0 if no folder gives it. A pattern is taken to begin with the class."""
+        if not self.is_template:
+            return 1
+        parts = self.text.split("/")[:-1]
+        return next((depth for depth, part in enumerate(parts, start=1) if "{class}" in part), 0)
 
     def match(self, relative: str) -> dict[str, str | None] | None:
         """The fields of a relative path with `/` between folders, or None when the layout does not match it."""

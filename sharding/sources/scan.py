@@ -4,7 +4,9 @@ A source is a folder, or a tar or zip that is read in place. The fields of an im
 `Scan.notes` reports everything that was left out and why, one sentence each.
 """
 
+import math
 import os
+import re
 import stat
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -15,6 +17,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sharding.field_values import normalize_column
 from sharding.sources.archives import images_in
 from sharding.sources.file_listing import ImageBatch, SkippedFiles, counted, printable, split_path
 from sharding.sources.filters import apply_where, parse_where
@@ -22,6 +25,7 @@ from sharding.sources.folders import Visited, images_under
 from sharding.sources.image_table import LOCATION, ImageTableBuilder
 from sharding.sources.label_table import LabelTable, SourcePaths, UnmatchedRow, match_table, read_label_table
 from sharding.sources.layout import LABELLED_DEFAULT, Layout, parse_layout
+from sharding.sources.linked_images import repeated_images
 
 
 @dataclass
@@ -43,6 +47,8 @@ def scan_sources(
     table: str | os.PathLike | None = None,
     where: Sequence[str] = (),
     labelled: bool = True,
+    split_field: str = "split",
+    system_files: bool = False,
 ) -> Scan:
     """List every image in the sources that the layout matches, that is in the table and that `where` selects.
 
@@ -50,6 +56,9 @@ def scan_sources(
     layout: see sharding.sources.layout; None means `{class}/{name}`, or any path with a table or without labels.
     table: see sharding.sources.label_table. where: see sharding.sources.filters; conditions on one field are joined by "or" for
     `=` and by "nor" for `!=`, conditions on different fields by "and".
+    split_field: the field that may give the split. system_files: take files and folders with SYSTEM_NAMES too.
+    Values of fields are normalized (sharding.field_values). An image that links lead to again is listed again only with another
+    class or split.
     Raises ValueError when a source is missing, has no image or is damaged, when layout, table or where leave nothing, and when
     an image of a labelled set has no class; OSError when a folder cannot be listed.
     """
@@ -61,20 +70,23 @@ def scan_sources(
     conditions = parse_where(where, fields)
 
     columns = [field for field in fields if field != "name" or "name" in conditions]
-    builder = ImageTableBuilder(parsed, [field for field in columns if parsed and field in parsed.fields])
-    skipped, visited = SkippedFiles(), Visited()
+    depth = parsed.class_depth if parsed else 0
+    builder = ImageTableBuilder(parsed, [field for field in columns if parsed and field in parsed.fields], depth)
+    skipped, visited = SkippedFiles(system_files, depth), Visited()
+    revisit_depth = parsed.depth if parsed else math.inf if labels else 0
     opened, tables = [], []
     for source in sources:
         opened.append(_open_source(os.fspath(source), visited))
         before = builder.seen
-        tables.append(builder.table(_images(opened[-1], visited, skipped), opened[-1].container, opened[-1].prefix))
+        images = _images(opened[-1], visited, skipped, revisit_depth)
+        tables.append(_in_order(builder.table(images, opened[-1].container, opened[-1].prefix)))
         if builder.seen == before:
             raise ValueError(f"{source} has no image: give the folder that does" + skipped.hint())
-    notes = skipped.notes()
+    notes = skipped.notes() + _folder_notes(skipped.folders, builder.folders)
     if builder.unmatched == builder.seen:
         assert parsed is not None
         raise ValueError(
-            f"--layout {parsed.text!r} matches none of {builder.seen:,} images, for example not {builder.example!r}: "
+            f"--layout {parsed.text!r} matches none of {counted(builder.seen, 'image')}, for example not {builder.example!r}: "
             "give one that fits the paths below the source, or --unlabelled without a layout"
         )
     if builder.unmatched:
@@ -83,12 +95,20 @@ def scan_sources(
         tables, more = _join_labels(tables, opened, labels, parsed, builder)
         notes += more
     found = pa.concat_tables(tables).unify_dictionaries()
+    for field in columns:
+        values, more = normalize_column(found[field], field)
+        found = found.set_column(found.column_names.index(field), field, values)
+        notes += more
     if conditions:
         kept, more = apply_where(found, conditions)
         notes += more
         if left_out := len(kept) - int(kept.sum()):
             notes.append(f"{counted(left_out, 'file')} left out by --where")
             found = found.filter(pa.array(kept))
+    kept, more = repeated_images(found, [field for field in ("class" if labelled else "", split_field) if field in columns])
+    notes += more
+    if not kept.all():
+        found = found.filter(pa.array(kept))
     if labelled:
         _check_classes(found)
     kept_fields = tuple(field for field in columns if field != "name")
@@ -144,8 +164,28 @@ def _open_source(source: str, visited: Visited) -> _Source:
     return _Source(path, path, b"")
 
 
-def _images(source: _Source, visited: Visited, skipped: SkippedFiles) -> Iterator[ImageBatch]:
-    return images_in(source.path, skipped) if source.container else images_under(source.path, visited, skipped)
+def _images(source: _Source, visited: Visited, skipped: SkippedFiles, revisit_depth: float) -> Iterator[ImageBatch]:
+    if source.container:
+        return images_in(source.path, skipped)
+    return images_under(source.path, visited, skipped, revisit_depth)
+
+
+def _in_order(table: pa.Table) -> pa.Table:
+    """A source's images sorted by path: those behind links come last."""
+    if not pc.any(table["linked"]).as_py():
+        return table
+    return table.take(pc.sort_indices(table, sort_keys=[("path", "ascending")]))
+
+
+def _folder_notes(seen: set[bytes], taken: set[bytes]) -> list[str]:
+    """A sentence on the folders, as deep as that of the class, from which no image is taken."""
+    with_images = {folder[: slash.start()] for folder in taken for slash in re.finditer(b"/|$", folder)}
+    missing = seen - with_images
+    outermost = sorted(folder for folder in missing if folder.rpartition(b"/")[0] not in missing)
+    if not outermost:
+        return []
+    names = ", ".join(printable(folder) for folder in outermost[:8]) + (", ..." if len(outermost) > 8 else "")
+    return [f"no image was taken from {counted(len(outermost), 'folder')}: {names}"]
 
 
 def _join_labels(
@@ -203,4 +243,4 @@ def _check_classes(files: pa.Table) -> None:
     if count := files["class"].null_count:
         example = source_names(files.filter(pc.is_null(files["class"])).slice(0, 1))[0]
         images = counted(count, "image has no class:", "images have no class, the first:")
-        raise ValueError(f"{images} {example}; fill in its cell in --table, remove its row, or give --unlabelled")
+        raise ValueError(f"{images} {example}; give it one in --table or by its folder's name, remove it, or give --unlabelled")

@@ -14,9 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sharding.field_values import alike_key, alike_notes
 from sharding.philox import shuffle_keys
 from sharding.splits.duplicates import ambiguous_codes, duplicate_clusters, most_common, no_clusters
-from sharding.splits.groups import Groups, fold_case, merge_linked, split_whole_groups
+from sharding.splits.groups import Groups, fold_alike, merge_linked, split_whole_groups
 
 _ROWS = 2**16  # digests that are Python strings at a time
 _FAR = 0.05  # a class that is farther than this from the requested shares is reported
@@ -33,7 +34,7 @@ def parse_shares(text: str, *, flag: str = "--split") -> dict[str, float]:
             share = -1.0
         if not equals or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or not 0 < share <= 1:
             raise ValueError(f"{flag} {text!r}: {part.strip()!r} is not of the form name=share with a share from 0 to 1")
-        if name in shares:
+        if alike_key(name) in map(alike_key, shares):
             raise ValueError(f"{flag} {text!r} names {name!r} twice")
         shares[name] = share
     if abs(sum(shares.values()) - 1) > 1e-9:
@@ -90,14 +91,15 @@ def assign_splits(
     assigned = no_clusters(len(labels)) if assigned is None else assigned
     clusters = duplicate_clusters(contents)
     tied = clusters if duplicates == "together" else no_clusters(len(labels))
-    folded = fold_case(groups, group_names)
-    notes = case_notes([group_names[group] for group in np.unique(groups[groups >= 0])], group_field)
+    folded = fold_alike(groups, group_names)
+    notes = alike_notes([group_names[group] for group in np.unique(groups[groups >= 0])], group_field)
     notes += _copy_notes(clusters)
     if len(shares) == 1:
         splits = np.zeros(len(labels), np.int64)
     elif by == "group":
         if lost := int(((groups < 0) & (assigned < 0)).sum()):
-            raise ValueError(f"{lost:,} patches have no {group_field}: correct the layout, or give --split-by patch")
+            patches = "1 patch has" if lost == 1 else f"{lost:,} patches have"
+            raise ValueError(f"{patches} no {group_field}: correct the layout, or give --split-by patch")
         splits = split_whole_groups(labels, folded, tied, shares, seed=seed, field=group_field, assigned=assigned)
         notes += _group_notes(folded, tied, splits, shares, group_field)
     else:
@@ -249,17 +251,6 @@ def _share_notes(labels: np.ndarray, splits: np.ndarray, shares: Mapping[str, fl
 
 def _percent(shares: Iterable[float]) -> str:
     return " / ".join(f"{share:.1%}" for share in shares)
-
-
-def case_notes(names: Iterable[str | None], field: str) -> list[str]:
-    """A sentence when two names differ only in case, which is usually a typing error."""
-    spellings: dict[str, set[str]] = {}
-    for name in {name for name in names if name is not None}:
-        spellings.setdefault(name.casefold(), set()).add(name)
-    doubled = sorted(sorted(same) for same in spellings.values() if len(same) > 1)
-    if not doubled:
-        return []
-    return [f"{len(doubled):,} names of {field} differ only in upper and lower case, for example {' and '.join(doubled[0])}"]
 
 
 def shared_groups(splits: np.ndarray, groups: np.ndarray, names: Sequence[str]) -> list[str]:

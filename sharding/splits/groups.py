@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sharding.field_values import alike_key
 from sharding.philox import shuffle_keys
 from sharding.splits.duplicates import ambiguous_codes, most_common, no_clusters
 
@@ -26,15 +27,15 @@ class Groups(NamedTuple):
     display_names: Sequence[str]
 
 
-def fold_case(codes: np.ndarray, names: Sequence[str]) -> Groups:
-    """Merge groups whose names differ only in case: Slide_1 and slide_1 are hardly two slides."""
-    display_names: dict[str, str] = {}
-    for name in sorted(names):
-        display_names.setdefault(name.casefold(), name)
-    folded = sorted(display_names)
-    place = {name: index for index, name in enumerate(folded)}
-    lookup = np.array([place[name.casefold()] for name in names] + [-1], np.int64)  # -1 indexes the last: unknown stays -1
-    return Groups(lookup[codes], folded, [display_names[name] for name in folded])
+def fold_alike(codes: np.ndarray, names: Sequence[str]) -> Groups:
+    """Merge groups whose names are alike (sharding.field_values): Slide_1 and slide_1 are hardly two slides."""
+    keys = [alike_key(name) for name in names]
+    display_names = {key: name for name, key in sorted(zip(names, keys, strict=True), reverse=True)}  # the first of each key
+    # The seeded order of groups comes from these names.
+    folded = {key: name.casefold() for key, name in sorted(display_names.items(), key=lambda item: item[1].casefold())}
+    place = {key: index for index, key in enumerate(folded)}
+    lookup = np.array([place[key] for key in keys] + [-1], np.int64)  # -1 indexes the last: unknown stays -1
+    return Groups(lookup[codes], list(folded.values()), [display_names[key] for key in folded])
 
 
 def merge_linked(codes: np.ndarray, count: int, clusters: np.ndarray) -> np.ndarray:

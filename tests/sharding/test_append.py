@@ -208,3 +208,32 @@ def test_a_growth_that_was_cut_off_goes_on(breast, tmp_path, monkeypatch):
     build_shards([breast], other, **SETTINGS, append=True)
     assert folder_bytes(shards) == folder_bytes(other)
     assert {name: (shards / name).stat().st_ino for name in notes} == notes
+
+
+def test_a_set_whose_values_were_packed_as_written_is_found_and_grows(tmp_path, monkeypatch):
+    """Earlier versions packed `S1 ` and `A ` with their blanks."""
+
+    def tree(*numbers):
+        return {f"{'AB'[i % 2]} /S{i % 6}\u00a0/x40/{i}.jpg": encoded(i) for i in numbers}
+
+    write_tree(tmp_path / "in", tree(*range(24)))
+    settings = dict(layout=BREAST_LAYOUT, group_by="slide", split="train=0.5,test=0.5")
+    with monkeypatch.context() as patch:
+        patch.setattr("sharding.field_values.normalized", lambda value: value)
+        build_shards([tmp_path / "in"], tmp_path / "set", **settings)
+    before = rows_of(tmp_path / "set")
+    splits = {row["group"]: row["split"] for row in before}
+    assert class_names(tmp_path / "set") == ["A ", "B "]
+    assert len(splits) == 6
+    assert all(name.endswith("\u00a0") for name in splits)
+    assert build_shards([tmp_path / "in"], tmp_path / "set", **settings).was_there
+
+    write_tree(tmp_path / "in", tree(*range(24, 36)) | {"A/S0/x40/other.jpg": encoded(99), "C /S9 /x40/new.jpg": encoded(98)})
+    assert build_shards([tmp_path / "in"], tmp_path / "set", **settings, append=True).added == 14
+    rows = rows_of(tmp_path / "set")
+    assert rows[:24] == before
+    assert class_names(tmp_path / "set") == ["A ", "B ", "C"]
+    assert {row["group"] for row in rows} == {*splits, "S9"}
+    assert all(row["split"] == splits[row["group"]] for row in rows if row["group"] != "S9")
+    verify(tmp_path / "set")
+    assert build_shards([tmp_path / "in"], tmp_path / "set", **settings, append=True).was_there

@@ -9,12 +9,14 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-# Names of files and folders: all bytes that a file system takes, but for what makes them hidden. With .jpg at most 255 of them.
+from sharding.sources.file_listing import SkippedFiles
+
+# Names of files and folders: all bytes that a file system takes, but for names that are skipped. With .jpg at most 255 of them.
 NAMES = st.one_of(
     st.binary(min_size=1, max_size=40),
     st.text(st.sampled_from("가각\u1100\u1161\u11a8종 \n-'.é\u0301"), min_size=1, max_size=12).map(str.encode),
     st.just(b"n" * 251),
-).filter(lambda name: not {0, ord("/")} & set(name) and not name.startswith(b"."))
+).filter(lambda name: not {0, ord("/")} & set(name) and not SkippedFiles().skips(name))
 
 
 def write_zip(path: Path, files: dict[bytes, bytes], *, method: int = zipfile.ZIP_STORED) -> Path:

@@ -40,7 +40,8 @@ def test_a_large_folder_comes_in_batches(tmp_path, monkeypatch):
 
 
 def test_links(tmp_path):
-    """To a folder: followed once. To nothing or to itself: listed, to be missed by name. To a pipe: nothing to wait for."""
+    """To a folder: followed once, after real folders. To nothing or to itself: listed, to be missed by name. To a pipe: nothing
+    to wait for."""
     write_tree(tmp_path, {"in/a/1.jpg": b"x", "elsewhere/2.jpg": b"xx"})
     for name, target in {
         "b": "../elsewhere",
@@ -56,8 +57,8 @@ def test_links(tmp_path):
         (tmp_path / "in" / name).symlink_to(target)
     os.mkfifo(tmp_path / "pipe")
     paths, sizes, skipped = walk(tmp_path / "in")
-    assert paths == [b"a/1.jpg", b"b/2.jpg", b"file.jpg", b"gone.jpg", b"self.jpg"]
-    assert sizes == [1, 2, 1, -1, -1]
+    assert paths == [b"a/1.jpg", b"file.jpg", b"gone.jpg", b"self.jpg", b"b/2.jpg"]
+    assert sizes == [1, 1, -1, -1, 2]
     assert (skipped.repeated_folders, skipped.special, dict(skipped.extensions)) == (2, 1, {"": 2})
 
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sharding.field_values import normalized
 from sharding.sources.label_table import SourcePaths, match_table, read_label_table
 from sharding.sources.scan import Scan, scan_sources, source_names
 from tests.helpers import write_tree
@@ -57,7 +58,7 @@ def test_a_csv_is_text_as_written(tmp_path, data):
 def test_odd_cells_of_a_csv(tmp_path):
     (tmp_path / "labels.csv").write_text('path,class\n"a\n,""b"".jpg", x \n1e3,nan\n1.0,null\n', newline="", encoding="utf-8")
     assert cells(tmp_path / "labels.csv") == [
-        {"path": 'a\n,"b".jpg', "class": " x "},
+        {"path": 'a\n,"b".jpg', "class": "x"},
         {"path": "1e3", "class": "nan"},
         {"path": "1.0", "class": "null"},
     ]
@@ -149,6 +150,27 @@ def test_a_table_that_is_not_there(tmp_path):
         read_label_table(str(tmp_path / "x.parquet"))
 
 
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.csv")
+    with pytest.raises(ValueError, match=r"x\.csv is not a file: give a \.csv"):
+        read_label_table(str(tmp_path / "x.csv"))
+
+
+def test_spellings_that_look_the_same_are_one(tmp_path):
+    """Also where a path comes twice: that is no contradiction."""
+    path = tmp_path / "labels.csv"
+    path.write_text("path,class,group\na,A,S1\nb,A ,S1\u00a0\nc,\u200bA,Ｓ１\na,A ,S1\nd, ,S  1\n", encoding="utf-8")
+    labels = read_label_table(str(path))
+    assert labels.fields["class"].to_pylist() == ["A", "A", "A", "A", None]
+    assert labels.fields["group"].to_pylist() == ["S1", "S1", "S1", "S1", "S 1"]
+    assert labels.notes == [
+        "--table: 1 value of class written in several ways that look the same, each taken as one, for example 'A': 'A', 'A ', "
+        "'\\u200bA'",
+        "--table: 1 value of group written in several ways that look the same, each taken as one, for example 'S1': 'S1', "
+        "'S1\\xa0', 'Ｓ１'",
+    ]
+
+
 CELLS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=6)
 
 
@@ -162,9 +184,10 @@ def test_any_text_comes_back(tmp_path_factory, values, delimiter):
     path.write_bytes("\n".join([delimiter.join(("path", "class", "group")), *quoted]).encode())
 
     def kept(text):
-        return unicodedata.normalize("NFC", text) or None
+        return normalized(text) or None
 
-    assert cells(path) == [{"path": kept(f"{i}{a}"), "class": kept(a), "group": kept(b)} for i, (a, b) in enumerate(values)]
+    expected = [(unicodedata.normalize("NFC", f"{i}{a}"), kept(a), kept(b)) for i, (a, b) in enumerate(values)]
+    assert cells(path) == [{"path": path, "class": label, "group": group} for path, label, group in expected]
 
 
 # Looking up

@@ -91,10 +91,57 @@ def test_what_is_left_out_is_counted_and_said(tmp_path):
     scan = scan_sources([str(tmp_path)])
     assert relative(scan, tmp_path) == ["a/1.jpg", "a/2.PNG"]
     notes = "\n".join(scan.notes)
-    assert "3 files skipped by extension: 1 without extension, 1 .db, 1 .txt" in notes
+    assert "2 files skipped by extension: 1 without extension, 1 .txt" in notes
+    assert "1 entry of operating systems or photo programs skipped (1 Thumbs.db); --system-files takes them too" in notes
     assert "2 hidden entries" in notes
     assert "1 file skipped: neither a file nor a folder" in notes
     assert "1 file left out: the layout does not match, for example 'top.jpg'" in notes
+
+
+RUBBISH = [
+    "@eaDir",
+    "#recycle",
+    "$RECYCLE.BIN",
+    "$Recycle.Bin",
+    ".Trashes",
+    "__MACOSX",
+    "System Volume Information",
+    "lost+found",
+]
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "zip"])
+def test_thumbnails_and_deleted_files_are_no_data(tmp_path, kind):
+    images = ["a/1.jpg", "a@eaDir/2.jpg", "recycle/3.jpg"]  # the last two only look like it
+    rubbish = [f"{place}{name}/b/thumb.jpg" for name in RUBBISH for place in ("", "a/")]
+    rubbish += ["Lightroom Previews.lrdata/0/x.jpg", "a/Thumbs.db", "__macosx/a/._1.jpg", "a/._1.jpg"]
+    source = write_tree(tmp_path / "in", dict.fromkeys(images + rubbish, b"x"))
+    if kind != "folder":
+        source = Path(shutil.make_archive(str(tmp_path / "x"), kind, source))
+    scan = scan_sources([source])
+    assert relative(scan, source) == images
+    assert set(scan.files["class"].to_pylist()) == {name.split("/")[0] for name in images}
+    (note,) = (note for note in scan.notes if "operating systems" in note)
+    for name in {*RUBBISH, "Lightroom Previews.lrdata", "Thumbs.db"} - {".Trashes"}:
+        assert f" {name}" in note
+    every = scan_sources([source], layout="regex:^(?P<class>[^/]+)/", system_files=True)
+    assert len(every.files) == len(images) + 2 * len(RUBBISH) - 2 + 1
+    assert not any("operating systems" in note for note in every.notes)
+
+
+def test_a_class_without_an_image_is_named(tmp_path):
+    root = tmp_path / "in"
+    write_tree(root, {"a/1.jpg": b"x", "only text/notes.txt": b"x", "deep/slide/1.jpg": b"x", "empty/in/none.svs": b"x"})
+    (root / "nothing").mkdir()
+    assert "no image was taken from 4 folders: deep, empty, nothing, only text" in scan_sources([root]).notes
+    assert not any("was taken from" in note for note in scan_sources([root], labelled=False).notes)
+    archive = shutil.make_archive(str(tmp_path / "x"), "zip", root)
+    assert "no image was taken from 3 folders: deep, empty, only text" in scan_sources([archive]).notes
+
+    root = write_tree(tmp_path / "splits", {"test/a/1.jpg": b"x", "test/b/1.txt": b"x", "validation/a/x/1.jpg": b"x"})
+    (root / "train" / "a").mkdir(parents=True)
+    notes = scan_sources([root], layout="{split}/{class}/{name}").notes
+    assert "no image was taken from 3 folders: test/b, train, validation" in notes
 
 
 def test_a_linked_folder_is_followed_once_and_loops_end(tmp_path):

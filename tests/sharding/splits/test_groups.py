@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharding.splits.groups import Groups, fold_case, merge_linked, split_groups, split_whole_groups
+from sharding.splits.groups import Groups, fold_alike, merge_linked, split_groups, split_whole_groups
 
 SHARES = {"train": 0.8, "test": 0.2}
 
@@ -81,11 +81,11 @@ def test_groups_make_up_for_what_is_held():
 
 
 def test_case_alone_makes_no_other_group():
-    folded = fold_case(np.array([3, 0, 1, -1, 2]), ["s1", "S2", "T", "S1"])
+    folded = fold_alike(np.array([3, 0, 1, -1, 2]), ["s1", "S2", "T", "S1"])
     assert folded.codes.tolist() == [0, 0, 1, -1, 2]
     assert folded.names == ["s1", "s2", "t"]
     assert folded.display_names == ["S1", "S2", "T"]
-    assert fold_case(np.array([-1, -1]), []).codes.tolist() == [-1, -1]
+    assert fold_alike(np.array([-1, -1]), []).codes.tolist() == [-1, -1]
 
 
 # Groups that share copies

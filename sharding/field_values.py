@@ -1,0 +1,122 @@
+"""The values of fields (class, slide, split, ...): one spelling for what looks the same, and a key for what looks alike.
+
+Values come from folder names and tables, where blanks at the end, invisible characters and full-width forms go unnoticed. Paths
+are never changed.
+"""
+
+import re
+import unicodedata
+from collections.abc import Callable, Iterable
+
+import pyarrow as pa
+
+# Unicode's Default_Ignorable_Code_Point (DerivedCoreProperties.txt): zero-width blanks and joiners, marks of direction, variation
+# selectors, fillers, ... Then the control characters that are no blanks.
+_INVISIBLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0"
+    "\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
+    "\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]"
+)
+_BRAILLE_BLANK = "\u2800"  # a blank to the eye, which Unicode does not count among them
+# Kinds of compatibility characters: those that differ in shape or width alone, and those that may mean something else. Neither
+# has superscripts, subscripts, fractions and circled numbers: HER2² is not HER22.
+_SHAPES = ("<wide>", "<narrow>", "<initial>", "<medial>", "<final>", "<isolated>")
+_SYMBOLS = ("<compat>", "<font>", "<noBreak>", "<small>", "<square>", "<vertical>")
+_TYPOGRAPHY = str.maketrans(
+    dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2043\u2212", "-")
+    | dict.fromkeys("\u2018\u2019\u02bc\u2032", "'")
+    | dict.fromkeys("\u201c\u201d\u2033", '"')
+)
+_TRAILING_ZEROS = re.compile(r"(?<=\d)\.0+\Z")
+# What spreadsheets and pandas make of whole numbers with gaps, and of long ones.
+_REWRITTEN = re.compile(r"\d+\.0+|\d(\.\d+)?E[+-]\d+", re.IGNORECASE)
+
+
+def normalized(value: str) -> str:
+    """The value in NFC, without blanks at its ends and invisible characters, with single blanks and letters of usual width.
+
+    Case, accents, punctuation and symbols stay. Applying it again changes nothing.
+    """
+    text = _decomposed(value, _SHAPES).replace(_BRAILLE_BLANK, " ")
+    return unicodedata.normalize("NFC", " ".join(_INVISIBLE.sub("", text).split()))
+
+
+def alike_key(value: str) -> str:
+    """Equal for values that hardly mean two things.
+
+    They differ only in case, in the kind of a hyphen or quotation mark, in `.0` at the end, or in a symbol for letters (Roman
+    numerals, ligatures, units).
+    """
+    text = _decomposed(value.casefold(), _SHAPES + _SYMBOLS).translate(_TYPOGRAPHY)
+    return _TRAILING_ZEROS.sub("", normalized(normalized(text).casefold()))
+
+
+def _decomposed(text: str, kinds: tuple[str, ...]) -> str:
+    """The text with its compatibility characters of these kinds replaced by what they stand for."""
+    if text.isascii():
+        return text
+    return "".join(
+        unicodedata.normalize("NFKC", letter) if unicodedata.decomposition(letter).startswith(kinds) else letter
+        for letter in text
+    )
+
+
+def alike(names: Iterable[str | None]) -> list[list[str]]:
+    """The names that have the same alike_key as another one, each such set sorted."""
+    sets: dict[str, set[str]] = {}
+    for name in {name for name in names if name is not None}:
+        sets.setdefault(alike_key(name), set()).add(name)
+    return sorted(sorted(same) for same in sets.values() if len(same) > 1)
+
+
+def alike_notes(names: Iterable[str | None], field: str) -> list[str]:
+    """A sentence when names are alike, which is usually a typing error."""
+    found = alike(names)
+    if not found:
+        return []
+    count = sum(map(len, found)) - len(found)
+    differ = f"name of {field} differs" if count == 1 else f"names of {field} differ"
+    example = " and ".join(map(repr, found[0]))
+    return [f"{count:,} {differ} from another one only in case, in signs that look alike or in '.0', for example {example}"]
+
+
+def number_notes(names: Iterable[str], field: str) -> list[str]:
+    """A sentence when names look like text that a spreadsheet took for numbers: `1.0`, `1.2E+15`, or `7` beside `007`."""
+    known = set(names)
+    shortened = [name for name in known if name.startswith("0") and name.isdecimal() and name.lstrip("0") in known]
+    if not (odd := sorted([name for name in known if _REWRITTEN.fullmatch(name)] + shortened)):
+        return []
+    example = f"{odd[0].lstrip('0')!r} beside {odd[0]!r}" if odd[0] in shortened else repr(odd[0])
+    return [f"{field}: a spreadsheet seems to have made numbers of names, for example {example}: export that column as text"]
+
+
+def map_values(column: pa.ChunkedArray, function: Callable[[str], str]) -> pa.ChunkedArray:
+    """A dictionary column with a function applied to each distinct value; an empty result becomes null."""
+    column = column.unify_dictionaries()
+    if not column.num_chunks:
+        return column
+    words = column.chunk(0).dictionary.to_pylist()
+    mapped = [function(word) or None for word in words]
+    if mapped == words:
+        return column
+    # A code for each word; so several words may become one.
+    values = pa.array(mapped, pa.string()).dictionary_encode()
+    return pa.chunked_array([values.take(chunk.indices) for chunk in column.chunks], column.type)
+
+
+def normalize_column(column: pa.ChunkedArray, field: str) -> tuple[pa.ChunkedArray, list[str]]:
+    """A dictionary column with normalized values; and a sentence when spellings became one."""
+    words = column.unify_dictionaries().chunk(0).dictionary.to_pylist() if column.num_chunks else []
+    spellings: dict[str, list[str]] = {}
+    for word in words:
+        spellings.setdefault(normalized(word), []).append(word)
+    merged = sorted((name, sorted(same)) for name, same in spellings.items() if len(same) > 1)
+    notes = []
+    if merged:
+        name, same = merged[0]
+        values = f"{len(merged):,} value{'' if len(merged) == 1 else 's'} of {field}"
+        notes = [
+            f"{values} written in several ways that look the same, each taken as one, for example {name!r}: "
+            + ", ".join(map(repr, same[:4]))
+        ]
+    return map_values(column, normalized), notes
