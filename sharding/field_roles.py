@@ -90,37 +90,38 @@ def split_column(split: str | None) -> str | None:
 
 
 def check_values(scan: Scan, roles: FieldRoles, before: pa.Table | None) -> list[str]:
-    """Messages about odd values of class, group and split. before: the manifest of the set that is appended to.
+    """Messages about suspicious values of class, group and split. before: the manifest of the set that is appended to.
 
-    Raises ValueError for a new value that means "no value", for splits with names that are alike, and when a given split divides
-    groups with names that are alike.
+    Raises ValueError for a new value that means "no value", for splits whose names are alike, and if a given split separates
+    groups whose names are alike.
     """
-    notes, both = [], {}
+    notes, all_values = [], {}
     for name, column in roles.columns(scan.files).items():
         if name not in ("class", "group", "split"):
             continue
         field = {"group": roles.group_by, "split": roles.column}.get(name) or name
         stored = before[name].chunks if before is not None else []
-        both[name] = decoded(pa.chunked_array([*stored, *column.chunks], column.type))
         codes, names = decoded(column)
-        values = set(names).difference(*(part.dictionary.to_pylist() for part in stored))
-        if odd := sorted(value for value in values if value.casefold() in _NO_VALUE):
-            rows = np.flatnonzero(codes == names.index(odd[0]))
+        new = set(names).difference(*(part.dictionary.to_pylist() for part in stored))
+        if unknown := sorted(value for value in new if value.casefold() in _NO_VALUE):
+            rows = np.flatnonzero(codes == names.index(unknown[0]))
             example = source_names(scan.files.take(pa.array(rows[:1])))[0]
             raise ValueError(
-                f"{counted(len(rows), 'image has', 'images have')} the {field} {odd[0]!r}, for example {example}: programs write "
-                f"this where no value is known; give the images one, or leave them out with --where '{field}!={odd[0]}'"
+                f"{counted(len(rows), 'image has', 'images have')} the {field} {unknown[0]!r}, for example {example}: this is a "
+                f"code for a missing value; correct it, or exclude these images with --where '{field}!={unknown[0]}'"
             )
-        notes += number_notes(values, field)
-        if name == "split" and (same := [names for names in alike(both[name][1]) if values.intersection(names)]):
-            raise ValueError(f"the splits {' and '.join(map(repr, same[0]))} are hardly two: give them one name in {field!r}")
-    if "group" in both and "split" in both:
-        _check_divided(str(roles.group_by), *both["group"], *both["split"])
+        notes += number_notes(new, field)
+        if roles.column and name != "class":
+            all_values[name] = decoded(pa.chunked_array([*stored, *column.chunks], column.type))
+        if name == "split" and (same := [names for names in alike(all_values[name][1]) if new.intersection(names)]):
+            raise ValueError(f"the splits {' and '.join(map(repr, same[0]))} look like one: use one name in {field!r}")
+    if roles.column and roles.group_by:
+        _check_divided(roles.group_by, *all_values["group"], *all_values["split"])
     return notes
 
 
 def _check_divided(field: str, groups: np.ndarray, names: list[str], splits: np.ndarray, split_names: list[str]) -> None:
-    """Raise ValueError when groups with names that are alike are in several splits, and no group is by its very name."""
+    """Raise ValueError if splits separate groups whose names are alike, but no group itself."""
     folded = fold_alike(groups, names).codes
     divided = ambiguous_codes(folded, splits)
     if not len(divided) or len(ambiguous_codes(groups, splits)):
@@ -129,8 +130,8 @@ def _check_divided(field: str, groups: np.ndarray, names: list[str], splits: np.
     one, other = rows[0], rows[splits[rows] != splits[rows[0]]][0]
     (name, split), (name_2, split_2) = ((names[groups[row]], split_names[splits[row]]) for row in (one, other))
     raise ValueError(
-        f"{name!r} is in {split} and {name_2!r} in {split_2}, and they are hardly two values of {field}: write both in the same "
-        "way and put them into one split, or give them names that differ in more than case and punctuation"
+        f"{name!r} is in {split} and {name_2!r} in {split_2}, but they look like one {field}: give them one name and one split, "
+        "or names that differ in more than case and punctuation"
     )
 
 

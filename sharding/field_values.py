@@ -61,33 +61,33 @@ def _decomposed(text: str, kinds: tuple[str, ...]) -> str:
     )
 
 
-def alike(names: Iterable[str | None]) -> list[list[str]]:
-    """The names that have the same alike_key as another one, each such set sorted."""
-    sets: dict[str, set[str]] = {}
-    for name in {name for name in names if name is not None}:
-        sets.setdefault(alike_key(name), set()).add(name)
-    return sorted(sorted(same) for same in sets.values() if len(same) > 1)
+def alike(values: Iterable[str]) -> list[list[str]]:
+    """The values that share their alike_key with another one, in groups."""
+    groups: dict[str, list[str]] = {}
+    for value in sorted(set(values)):
+        groups.setdefault(alike_key(value), []).append(value)
+    return [group for group in groups.values() if len(group) > 1]
 
 
-def alike_notes(names: Iterable[str | None], field: str) -> list[str]:
-    """A sentence when names are alike, which is usually a typing error."""
-    found = alike(names)
+def alike_notes(values: Iterable[str], field: str) -> list[str]:
+    """A sentence if values are alike, which is usually a typing error."""
+    found = alike(values)
     if not found:
         return []
     count = sum(map(len, found)) - len(found)
-    differ = f"name of {field} differs" if count == 1 else f"names of {field} differ"
+    differ = "value differs" if count == 1 else "values differ"
     example = " and ".join(map(repr, found[0]))
-    return [f"{count:,} {differ} from another one only in case, in signs that look alike or in '.0', for example {example}"]
+    return [f"{field}: {count:,} {differ} from another one only in case, punctuation or a final .0, for example {example}"]
 
 
-def number_notes(names: Iterable[str], field: str) -> list[str]:
-    """A sentence when names look like text that a spreadsheet took for numbers: `1.0`, `1.2E+15`, or `7` beside `007`."""
-    known = set(names)
-    shortened = [name for name in known if name.startswith("0") and name.isdecimal() and name.lstrip("0") in known]
-    if not (odd := sorted([name for name in known if _REWRITTEN.fullmatch(name)] + shortened)):
+def number_notes(values: Iterable[str], field: str) -> list[str]:
+    """A sentence if a spreadsheet seems to have turned text into numbers: `1.0`, `1.2E+15`, or `7` beside `007`."""
+    known = set(values)
+    shortened = [value for value in known if value.startswith("0") and value.isdecimal() and value.lstrip("0") in known]
+    if not (found := sorted([value for value in known if _REWRITTEN.fullmatch(value)] + shortened)):
         return []
-    example = f"{odd[0].lstrip('0')!r} beside {odd[0]!r}" if odd[0] in shortened else repr(odd[0])
-    return [f"{field}: a spreadsheet seems to have made numbers of names, for example {example}: export that column as text"]
+    example = f"{found[0].lstrip('0')!r} beside {found[0]!r}" if found[0] in shortened else repr(found[0])
+    return [f"{field}: a spreadsheet seems to have turned text into numbers, for example {example}: export the column as text"]
 
 
 def map_values(column: pa.ChunkedArray, function: Callable[[str], str]) -> pa.ChunkedArray:
@@ -105,18 +105,15 @@ def map_values(column: pa.ChunkedArray, function: Callable[[str], str]) -> pa.Ch
 
 
 def normalize_column(column: pa.ChunkedArray, field: str) -> tuple[pa.ChunkedArray, list[str]]:
-    """A dictionary column with normalized values; and a sentence when spellings became one."""
-    words = column.unify_dictionaries().chunk(0).dictionary.to_pylist() if column.num_chunks else []
-    spellings: dict[str, list[str]] = {}
-    for word in words:
-        spellings.setdefault(normalized(word), []).append(word)
-    merged = sorted((name, sorted(same)) for name, same in spellings.items() if len(same) > 1)
+    """A dictionary column with normalized values; and a sentence if several spellings became one value."""
+    spellings: dict[str, set[str]] = {}
+    for chunk in column.chunks:
+        for value in chunk.dictionary.to_pylist():
+            spellings.setdefault(normalized(value), set()).add(value)
+    merged = sorted(sorted(same) for same in spellings.values() if len(same) > 1)
     notes = []
     if merged:
-        name, same = merged[0]
-        values = f"{len(merged):,} value{'' if len(merged) == 1 else 's'} of {field}"
-        notes = [
-            f"{values} written in several ways that look the same, each taken as one, for example {name!r}: "
-            + ", ".join(map(repr, same[:4]))
-        ]
+        several = "value is" if len(merged) == 1 else "values are"
+        example = ", ".join(map(repr, merged[0][:4]))
+        notes.append(f"{field}: {len(merged):,} {several} written in several ways that look the same, for example {example}")
     return map_values(column, normalized), notes

@@ -63,8 +63,8 @@ def split_new(
     patches = np.bincount(result, minlength=len(names))
     for name, share in roles.shares.items():
         if not patches[names.index(name)]:
-            why = "all its images were refused" if roles.column else f"{share:.1%} were asked for"
-            notes.append(f"no patch is in the split {name!r}: {why}")
+            why = "all of its images were refused" if roles.column else f"requested: {share:.1%}"
+            notes.append(f"the split {name!r} has no patch ({why})")
     return Split(result, names), [*alike_notes(classes, "class"), *notes]
 
 

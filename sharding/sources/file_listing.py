@@ -88,8 +88,8 @@ class SkippedFiles:
             notes.append(f"{counted(self.hidden, 'hidden entry', 'hidden entries')} skipped (name begins with a dot)")
         if self.system:
             names = ", ".join(f"{count:,} {name}" for name, count in sorted(self.system.items()))
-            entries = counted(self.system.total(), "entry", "entries")
-            notes.append(f"{entries} of operating systems or photo programs skipped ({names}); --system-files takes them too")
+            entries = counted(self.system.total(), "system file or folder", "system files or folders")
+            notes.append(f"{entries} skipped ({names}): --system-files packs them")
         if self.special:
             notes.append(f"{counted(self.special, 'file')} skipped: neither a file nor a folder")
         if self.repeated_folders:

@@ -25,9 +25,8 @@ def repeated_images(files: pa.Table, labels: Sequence[str]) -> tuple[np.ndarray,
     kept[order] = ~linked[order] | _changes([*codes, *keys], order)
     notes = []
     if dropped := int((~kept).sum()):
-        notes.append(
-            f"{counted(dropped, 'link leads', 'links lead')} to images that are packed by another path: each is taken once"
-        )
+        links = counted(dropped, "link leads", "links lead")
+        notes.append(f"{links} to images that are packed under another path: each image is packed once")
     order = np.lexsort((linked, *keys))
     order = order[kept[order]]
     is_first = _changes(keys, order)
@@ -39,10 +38,10 @@ def repeated_images(files: pa.Table, labels: Sequence[str]) -> tuple[np.ndarray,
             row = int(np.flatnonzero(differs)[0])
             paths = [printable(files["path"][int(order[at])].as_py()) for at in (first[file[row]], row)]
             images = counted(len(np.unique(file[differs])), "image")
-            several = "classes, which contradict each other" if name == "class" else "splits, which is a leak"
+            several = "classes" if name == "class" else "splits, which leaks test data into training"
             notes.append(
                 f"WARNING: links put {images} into several {several}, for example {paths[0]} and {paths[1]}: remove the links, "
-                "or leave their values out with --where"
+                "or exclude their values with --where"
             )
     return kept, notes
 

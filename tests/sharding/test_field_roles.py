@@ -28,8 +28,8 @@ def test_a_slide_is_in_one_split_however_its_name_is_written(tmp_path):
     assert sorted(map(len, splits.values())) == [1] * 6
     notes = "\n".join(summary.notes)
     assert "every slide is whole in one split" in notes
-    assert "6 values of slide written in several ways that look the same" in notes
-    assert "12 names of slide differ from another one only in case" in notes
+    assert "slide: 6 values are written in several ways that look the same" in notes
+    assert "slide: 12 values differ from another one only in case" in notes
 
 
 def test_classes_that_look_the_same_are_one(tmp_path):
@@ -49,11 +49,11 @@ def test_classes_that_look_the_same_are_one(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        (["a,S1,train", "a,S1.0,test"], "'S1' is in train and 'S1.0' in test, and they are hardly two values of slide"),
+        (["a,S1,train", "a,S1.0,test"], "'S1' is in train and 'S1.0' in test, but they look like one slide"),
         (["a,S1,train", "a,s1,test"], "'S1' is in train and 's1' in test"),
         (
             ["a,S1,train", "a,S2,Train", "a,S3,test"],
-            "the splits 'Train' and 'train' are hardly two: give them one name in 'fold'",
+            "the splits 'Train' and 'train' look like one: use one name in 'fold'",
         ),
         (["a,S1,train", "NaN,S2,test"], "1 image has the class 'NaN', for example {root}/in/1.jpg"),
         (["-1,S1,train", "-1,S2,test", "0,S3,test"], "2 images have the class '-1'.* --where 'class!=-1'"),
@@ -82,17 +82,18 @@ def test_a_given_split_of_slides_by_patch_is_reported_only(tmp_path):
 def test_numbers_that_a_spreadsheet_made_are_said(tmp_path):
     summary = build(tmp_path, ["a,1.0,x", "a,2.0,x", "a,3,x"])
     assert any(
-        note.startswith("slide: a spreadsheet seems to have made numbers of names, for example '1.0'") for note in summary.notes
+        note.startswith("slide: a spreadsheet seems to have turned text into numbers, for example '1.0'")
+        for note in summary.notes
     )
 
 
 def test_a_split_without_a_patch_is_named(tmp_path):
     summary = build(tmp_path, ["a,S1,x"] * 4, split="train=0.8,test=0.2")
-    assert "no patch is in the split 'test': 20.0% were asked for" in summary.notes
+    assert "the split 'test' has no patch (requested: 20.0%)" in summary.notes
     summary = build(tmp_path / "given", ["a,S1,train", "a,S2,test"], split="column:fold")
-    assert not any("no patch is in" in note for note in summary.notes)
+    assert not any("has no patch" in note for note in summary.notes)
     (tmp_path / "given/in/1.jpg").write_bytes(b"")
     summary = build_shards(
         [tmp_path / "given/in"], tmp_path / "other", table=tmp_path / "given/labels.csv", group_by="slide", split="column:fold"
     )
-    assert "no patch is in the split 'test': all its images were refused" in summary.notes
+    assert "the split 'test' has no patch (all of its images were refused)" in summary.notes

@@ -191,7 +191,7 @@ def test_slides_that_differ_in_case_alone_are_kept_together(tmp_path):
     sides = {row["group"]: row["split"] for row in rows}
     assert sides["S1"] == sides["s1"] != sides["S2"] == sides["s2"]
     assert any(
-        "2 names of slide differ from another one only in case" in note and "'S1' and 's1'" in note for note in summary.notes
+        "slide: 2 values differ from another one only in case" in note and "'S1' and 's1'" in note for note in summary.notes
     )
 
 

@@ -164,10 +164,8 @@ def test_spellings_that_look_the_same_are_one(tmp_path):
     assert labels.fields["class"].to_pylist() == ["A", "A", "A", "A", None]
     assert labels.fields["group"].to_pylist() == ["S1", "S1", "S1", "S1", "S 1"]
     assert labels.notes == [
-        "--table: 1 value of class written in several ways that look the same, each taken as one, for example 'A': 'A', 'A ', "
-        "'\\u200bA'",
-        "--table: 1 value of group written in several ways that look the same, each taken as one, for example 'S1': 'S1', "
-        "'S1\\xa0', 'Ｓ１'",
+        "--table: class: 1 value is written in several ways that look the same, for example 'A', 'A ', '\\u200bA'",
+        "--table: group: 1 value is written in several ways that look the same, for example 'S1', 'S1\\xa0', 'Ｓ１'",
     ]
 
 

@@ -55,7 +55,7 @@ def test_a_link_that_gives_the_same_fields_adds_nothing(tmp_path):
     link(write_tree(tmp_path, tree), {"a/S0": "S1", "b/S1/again.jpg": "0.jpg"})
     images, notes = found(tmp_path, layout="{class}/{slide}/{name}")
     assert [path for path, _ in images] == sorted(tree)
-    assert "3 links lead to images that are packed by another path: each is taken once" in notes
+    assert "3 links lead to images that are packed under another path: each image is packed once" in notes
 
 
 @pytest.mark.parametrize("store", ["store", "in/store/png", "in/zz/store", "in/0/1/2"])
@@ -84,7 +84,7 @@ def test_folds_made_of_links_to_one_store_are_a_leak_that_is_said(tmp_path):
     scan = scan_sources([link(tmp_path / "in", farm)], layout="{split}/{class}/{name}")
     assert scan.files["split"].to_pylist() == ["test", *["train"] * 4]
     (warning,) = (note for note in scan.notes if note.startswith("WARNING"))
-    assert "1 image into several splits, which is a leak" in warning
+    assert "1 image into several splits, which leaks" in warning
 
 
 def test_the_real_folder_of_another_source_comes_before_a_link(tmp_path):

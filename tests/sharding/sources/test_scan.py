@@ -92,7 +92,7 @@ def test_what_is_left_out_is_counted_and_said(tmp_path):
     assert relative(scan, tmp_path) == ["a/1.jpg", "a/2.PNG"]
     notes = "\n".join(scan.notes)
     assert "2 files skipped by extension: 1 without extension, 1 .txt" in notes
-    assert "1 entry of operating systems or photo programs skipped (1 Thumbs.db); --system-files takes them too" in notes
+    assert "1 system file or folder skipped (1 Thumbs.db): --system-files packs them" in notes
     assert "2 hidden entries" in notes
     assert "1 file skipped: neither a file nor a folder" in notes
     assert "1 file left out: the layout does not match, for example 'top.jpg'" in notes
@@ -121,12 +121,12 @@ def test_thumbnails_and_deleted_files_are_no_data(tmp_path, kind):
     scan = scan_sources([source])
     assert relative(scan, source) == images
     assert set(scan.files["class"].to_pylist()) == {name.split("/")[0] for name in images}
-    (note,) = (note for note in scan.notes if "operating systems" in note)
+    (note,) = (note for note in scan.notes if "--system-files" in note)
     for name in {*RUBBISH, "Lightroom Previews.lrdata", "Thumbs.db"} - {".Trashes"}:
         assert f" {name}" in note
     every = scan_sources([source], layout="regex:^(?P<class>[^/]+)/", system_files=True)
     assert len(every.files) == len(images) + 2 * len(RUBBISH) - 2 + 1
-    assert not any("operating systems" in note for note in every.notes)
+    assert not any("--system-files" in note for note in every.notes)
 
 
 def test_a_class_without_an_image_is_named(tmp_path):

@@ -272,8 +272,7 @@ def test_what_is_said_of_groups():
     splits, notes = assign([0] * 2000, range(2000), groups=groups, by="group")
     assert all(len(found) == 1 for found in sides([group.lower() for group in groups], splits).values())
     assert notes == [
-        "20 names of slide differ from another one only in case, in signs that look alike or in '.0', for example 'Slide_0' "
-        "and 'slide_0'",
+        "slide: 20 values differ from another one only in case, punctuation or a final .0, for example 'Slide_0' and 'slide_0'",
         "every slide is whole in one split: train / test got 80.0% / 20.0% (asked: 80.0% / 20.0%)",
     ]
     splits, notes = assign([0] * 2000, range(2000), groups=groups)
