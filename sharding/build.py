@@ -43,10 +43,12 @@ def report(summary: Summary) -> None:
     console.print(table)
     for note in summary.notes:
         console.print(f"- {note}")
-    console.print(f"{summary.found:,} images found = {summary.packed:,} packed + {summary.quarantined:,} quarantined")
+    console.print(f"{counted(summary.found, 'image')} found = {summary.packed:,} packed + {summary.quarantined:,} quarantined")
     if summary.added and summary.added < summary.packed:
         console.print(counted(summary.added, "patch was added", "patches were added"))
-    console.print(f"{summary.name}: {summary.packed:,} patches in {counted(summary.shards, 'shard')}: {summary.out}")
+    console.print(
+        f"{summary.name}: {counted(summary.packed, 'patch', 'patches')} in {counted(summary.shards, 'shard')}: {summary.out}"
+    )
 
 
 if __name__ == "__main__":

@@ -116,14 +116,19 @@ def check_values(scan: Scan, roles: FieldRoles, before: pa.Table | None) -> list
         if name == "split" and (same := [names for names in alike(all_values[name][1]) if new.intersection(names)]):
             raise ValueError(f"the splits {' and '.join(map(repr, same[0]))} look like one: use one name in {field!r}")
     if roles.column and roles.group_by:
-        _check_divided(roles.group_by, *all_values["group"], *all_values["split"])
+        _check_divided(roles.group_by, *all_values["group"], *all_values["split"], old=len(before) if before is not None else 0)
     return notes
 
 
-def _check_divided(field: str, groups: np.ndarray, names: list[str], splits: np.ndarray, split_names: list[str]) -> None:
-    """Raise ValueError if splits separate groups whose names are alike, but no group itself."""
+def _check_divided(
+    field: str, groups: np.ndarray, names: list[str], splits: np.ndarray, split_names: list[str], *, old: int
+) -> None:
+    """Raise ValueError if splits separate groups whose names are alike, but no group itself.
+
+    groups, splits: (n,) indexes into their names. old: the number of rows, at the start, of the set that is appended to.
+    """
     folded = fold_alike(groups, names).codes
-    divided = ambiguous_codes(folded, splits)
+    divided = np.setdiff1d(ambiguous_codes(folded, splits), ambiguous_codes(folded[:old], splits[:old]))
     if not len(divided) or len(ambiguous_codes(groups, splits)):
         return
     rows = np.flatnonzero(folded == divided[0])

@@ -6,9 +6,10 @@ are never changed.
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 # Unicode's Default_Ignorable_Code_Point (DerivedCoreProperties.txt): zero-width blanks and joiners, marks of direction, variation
 # selectors, fillers, ... Then the control characters that are no blanks.
@@ -17,6 +18,7 @@ _INVISIBLE = re.compile(
     "\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
     "\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]"
 )
+_NORMALIZED = r"^[!-~]+( [!-~]+)*$"  # some of the values that are
 _BRAILLE_BLANK = "\u2800"  # a blank to the eye, which Unicode does not count among them
 # Kinds of compatibility characters: those that differ in shape or width alone, and those that may mean something else. Neither
 # has superscripts, subscripts, fractions and circled numbers: HER2² is not HER22.
@@ -90,30 +92,38 @@ def number_notes(values: Iterable[str], field: str) -> list[str]:
     return [f"{field}: a spreadsheet seems to have turned text into numbers, for example {example}: export the column as text"]
 
 
-def map_values(column: pa.ChunkedArray, function: Callable[[str], str]) -> pa.ChunkedArray:
-    """A dictionary column with a function applied to each distinct value; an empty result becomes null."""
+def normalized_values(values: pa.StringArray) -> dict[str, str]:
+    """The values that normalizing changes, and what they become. Most values are seen at once to be normalized."""
+    others = values.filter(pc.invert(pc.match_substring_regex(values, _NORMALIZED))).to_pylist()
+    return {value: plain for value in others if (plain := normalized(value)) != value}
+
+
+def replace_values(column: pa.ChunkedArray, replacements: Mapping[str, str]) -> pa.ChunkedArray:
+    """A dictionary column with some of its values replaced; "" becomes null."""
+    if not replacements or not column.num_chunks:
+        return column
     column = column.unify_dictionaries()
-    if not column.num_chunks:
-        return column
-    words = column.chunk(0).dictionary.to_pylist()
-    mapped = [function(word) or None for word in words]
-    if mapped == words:
-        return column
-    # A code for each word; so several words may become one.
-    values = pa.array(mapped, pa.string()).dictionary_encode()
+    words = [replacements.get(word, word) or None for word in column.chunk(0).dictionary.to_pylist()]
+    values = pa.array(words, pa.string()).dictionary_encode()  # by old code; several may be equal now
     return pa.chunked_array([values.take(chunk.indices) for chunk in column.chunks], column.type)
 
 
 def normalize_column(column: pa.ChunkedArray, field: str) -> tuple[pa.ChunkedArray, list[str]]:
     """A dictionary column with normalized values; and a sentence if several spellings became one value."""
+    column = column.unify_dictionaries()
+    if not column.num_chunks:
+        return column, []
+    words = column.chunk(0).dictionary
+    changes = normalized_values(words)
     spellings: dict[str, set[str]] = {}
-    for chunk in column.chunks:
-        for value in chunk.dictionary.to_pylist():
-            spellings.setdefault(normalized(value), set()).add(value)
+    for value, plain in changes.items():
+        spellings.setdefault(plain, set()).add(value)
+    for plain in words.filter(pc.is_in(words, pa.array(list(spellings), pa.string()))).to_pylist():
+        spellings[plain].add(plain)
     merged = sorted(sorted(same) for same in spellings.values() if len(same) > 1)
     notes = []
     if merged:
         several = "value is" if len(merged) == 1 else "values are"
         example = ", ".join(map(repr, merged[0][:4]))
         notes.append(f"{field}: {len(merged):,} {several} written in several ways that look the same, for example {example}")
-    return map_values(column, normalized), notes
+    return replace_values(column, changes), notes

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from sharding.build_config import FIXED_ARGUMENTS, recorded_builds
 from sharding.field_roles import FieldRoles
-from sharding.field_values import map_values, normalized
+from sharding.field_values import normalize_column, normalized_values, replace_values
 from sharding.manifest import (
     COLUMNS,
     as_array,
@@ -118,14 +118,13 @@ def find_new_images(
 def _as_stored(files: pa.Table, fields: Sequence[str], manifest: pa.Table) -> pa.Table:
     """The files with the set's own spelling of each value."""
     for field in set(fields) & set(manifest.column_names):
-        column = _spelled_as(files[field], set(as_array(manifest[field]).unique().drop_null().to_pylist()))
-        files = files.set_column(files.column_names.index(field), field, column)
+        for chunk in manifest[field].chunks:
+            stored = chunk.dictionary
+            spelling = {plain: value for value, plain in sorted(normalized_values(stored).items(), reverse=True)}
+            for plain in stored.filter(pc.is_in(stored, pa.array(list(spelling), pa.string()))).to_pylist():
+                del spelling[plain]  # the set has it in both spellings
+            files = files.set_column(files.column_names.index(field), field, replace_values(files[field], spelling))
     return files
-
-
-def _spelled_as(column: pa.ChunkedArray, stored: set[str]) -> pa.ChunkedArray:
-    spelling = {normalized(name): name for name in sorted(stored, reverse=True)} | {name: name for name in stored}
-    return map_values(column, lambda name: spelling.get(name, name))
 
 
 def _check_fields(
@@ -133,7 +132,7 @@ def _check_fields(
 ) -> None:
     """Raise ValueError when a packed image has another class, group, ... now, as after an edit of the table."""
     for name, column in roles.columns(scan.files).items():
-        before = as_array(map_values(existing.manifest[name], normalized)).take(pa.array(rows))
+        before = as_array(normalize_column(existing.manifest[name], name)[0]).take(pa.array(rows))
         now = as_array(column).take(pa.array(known))
         differs = pc.not_equal(before.fill_null(""), now.fill_null("")).to_numpy(zero_copy_only=False)
         if differs.any():
