@@ -97,3 +97,14 @@ def test_a_split_without_a_patch_is_named(tmp_path):
         [tmp_path / "given/in"], tmp_path / "other", table=tmp_path / "given/labels.csv", group_by="slide", split="column:fold"
     )
     assert "the split 'test' has no patch (all of its images were refused)" in summary.notes
+
+
+def test_a_set_grows_whose_given_splits_separate_a_slide(tmp_path, monkeypatch):
+    """Earlier versions packed it so. A new slide of this kind is refused."""
+    lines = ["a,S1,train", "a,s1,test", "a,S2,train"]
+    with monkeypatch.context() as patch:
+        patch.setattr("sharding.packing.check_values", lambda *_: [])
+        build(tmp_path, lines, split="column:fold")
+    assert build(tmp_path, [*lines, "a,S3,test"], split="column:fold", append=True).added == 1
+    with pytest.raises(ValueError, match="'S2' is in train and 's2' in test"):
+        build(tmp_path, [*lines, "a,S3,test", "a,s2,test"], split="column:fold", append=True)
