@@ -27,6 +27,7 @@ from sharding.folder_names import check_name
 from sharding.images.image_checks import load_decoder
 from sharding.images.image_processing import ImageOptions
 from sharding.incremental import ExistingSet, check_arguments, check_columns, find_new_images, read_existing
+from sharding.limits import MAX_FILE_BYTES
 from sharding.manifest import FORMAT_VERSION, count_patches, decoded, listed_shard_files
 from sharding.manifest_writer import ShardContents, WrittenShards, read_contents, write_manifest, write_quarantine
 from sharding.new_splits import split_new
@@ -160,6 +161,7 @@ def _assign_shards(scan: Scan, roles: FieldRoles, existing: ExistingSet | None, 
         classes += [name for name in names if name not in classes]  # old labels stay
         labels = np.array([classes.index(name) for name in names], np.int64)[codes]
     sizes = np.maximum(scan.files["size"].to_numpy(), 0)
+    sizes = np.where(sizes > MAX_FILE_BYTES, 0, sizes)  # which are refused unread
     order = np.argsort(shuffle_keys(np.arange(len(sizes)), seed=config.seed, stream="shuffle"), kind="stable")
     shard_bytes = max(1, int(config.shard_size * 10**6))
     bounds = shard_bounds(sizes[order], roles.labelled, shard_bytes=shard_bytes, shard_patches=config.shard_patches)

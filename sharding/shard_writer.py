@@ -7,20 +7,26 @@ from the rows files of all shards. The next build recognises by its rows file a 
 import hashlib
 import json
 import os
+import signal
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from errno import EFBIG
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import pyarrow as pa
 
 from sharding.images.image_checks import Refusal, silent_decoders
-from sharding.images.image_processing import ImageOptions, process_image
+from sharding.images.image_processing import ImageOptions, ProcessedImage, process_image
+from sharding.limits import MAX_SECONDS
 from sharding.manifest import COLUMNS, FORMAT_VERSION, WORDS, index_file, shard_file
 from sharding.process_pool import report_progress
 from sharding.shard_format import BLOCK, EXTENSIONS, index_text, sample_key, tar_end, tar_member
 from sharding.sources.archives import FileReader
+from sharding.sources.file_listing import printable
 from sharding.staging import rows_file, write_atomically, write_chunks
 
 # The columns of a rows file. `reason` and `detail` are null for a packed image; the others are as in the manifest. Those columns
@@ -33,6 +39,7 @@ ROWS = pa.schema(
         if name not in ("id", "shard", "label", "class", "group", "split", "source")
     }
 )
+_CHECKS = 2  # raised when other images are refused, so that no build goes on from shards of before
 _PROGRESS_STEP = 32  # files between two reports of progress
 
 
@@ -58,7 +65,7 @@ def write_shard(task: ShardTask, *, folder: Path, options: ImageOptions) -> None
         return
     rows = _RowsBuilder()
     tar, index = folder / shard_file(task.number), folder / index_file(task.number)
-    with silent_decoders(), FileReader() as reader:
+    with silent_decoders(), _time_limit(), FileReader() as reader:
         tar_digest = write_chunks(tar, _tar_chunks(task, options, reader, rows))
     index_digest = write_chunks(index, [rows.index_text().encode()])
     metadata = {"identity": identity, tar.name: tar_digest, index.name: index_digest}
@@ -115,13 +122,7 @@ def _tar_chunks(task: ShardTask, options: ImageOptions, reader: FileReader, rows
     for done, (location, label) in enumerate(zip(file_locations(task.files), task.labels.tolist(), strict=True), start=1):
         if not done % _PROGRESS_STEP:
             report_progress(_PROGRESS_STEP)
-        try:
-            data = reader.read(*location)
-        except OSError as error:
-            rows.add(reason="unreadable", detail=error.strerror or "cannot be read")
-            continue
-        digest = hashlib.sha256(data).hexdigest()
-        image = process_image(data, options)
+        digest, image = _read_image(location, options, reader)
         if isinstance(image, Refusal):
             rows.add(reason=image.reason, detail=image.detail, source_sha256=digest)
             continue
@@ -144,6 +145,57 @@ def _tar_chunks(task: ShardTask, options: ImageOptions, reader: FileReader, rows
     yield tar_end(length)
 
 
+def _read_image(
+    location: tuple[bytes | None, bytes, int, int], options: ImageOptions, reader: FileReader
+) -> tuple[str | None, ProcessedImage | Refusal]:
+    """The sha256 of a source file, None if it cannot be read, and what becomes of it."""
+    try:
+        try:
+            data = reader.read(*location)
+        except OSError as error:
+            reason = "too large" if error.errno == EFBIG else "unreadable"
+            return None, Refusal(reason, error.strerror or "cannot be read")
+        return hashlib.sha256(data).hexdigest(), _process_in_time(data, options)
+    except MemoryError:
+        path = printable(location[1])
+        raise ValueError(f"not enough memory to read and decode {path}: try again with fewer --workers") from None
+
+
+class _TimeIsUp(BaseException):
+    """No Exception: the code around decoders takes those for damage."""
+
+
+def _process_in_time(data: bytes, options: ImageOptions) -> ProcessedImage | Refusal:
+    """process_image, or the refusal of an image that takes more than MAX_SECONDS. It is stopped only where it runs Python."""
+    limited = signal.getsignal(signal.SIGVTALRM) is _stop_image
+    try:
+        if limited:
+            signal.setitimer(signal.ITIMER_VIRTUAL, MAX_SECONDS)
+        return process_image(data, options)
+    except _TimeIsUp:
+        return Refusal("too complex", f"takes more than {MAX_SECONDS:g} s of processor time")
+    finally:
+        if limited:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+
+def _stop_image(number: int, frame: object) -> NoReturn:
+    raise _TimeIsUp
+
+
+@contextmanager
+def _time_limit() -> Iterator[None]:
+    """Lets `_process_in_time` stop an image. Without effect outside the main thread, which alone gets signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGVTALRM, _stop_image)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGVTALRM, before)
+
+
 def file_locations(files: pa.Table) -> Iterator[tuple[bytes | None, bytes, int, int]]:
     """The arguments of FileReader.read for each file."""
     columns = (files[name].to_pylist() for name in ("container", "path", "offset", "size"))
@@ -152,7 +204,8 @@ def file_locations(files: pa.Table) -> Iterator[tuple[bytes | None, bytes, int, 
 
 def _identity(task: ShardTask, options: ImageOptions) -> str:
     """A digest of everything that decides a shard's bytes, except the bytes of the sources."""
-    digest = hashlib.sha256(json.dumps([FORMAT_VERSION, task.number, asdict(options)], sort_keys=True).encode())
+    rules = [FORMAT_VERSION, _CHECKS, task.number, asdict(options)]
+    digest = hashlib.sha256(json.dumps(rules, sort_keys=True).encode())
     for container, path, offset, _ in file_locations(task.files):
         digest.update(b"%d:%b%d:%b%d;" % (len(container or b""), container or b"", len(path), path, offset))
     digest.update(task.labels.astype("<i4").tobytes())

@@ -8,9 +8,16 @@ import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-# Pixels. Patches are far smaller, and a false header could fill the memory.
-MAX_SIDE = 16_384
-MAX_PIXELS = 2**26
+from sharding.limits import (
+    MAX_CHUNKS,
+    MAX_COMPRESSED_TEXTS,
+    MAX_CONVERTED_PIXELS,
+    MAX_PIXELS,
+    MAX_SCANNED_PIXELS,
+    MAX_SCANS,
+    MAX_SIDE,
+)
+
 WAY_OUT = "save it as 8-bit RGB PNG"
 
 _KINDS = tuple(
@@ -36,6 +43,9 @@ _PROCESSES = {0xC0: "baseline", 0xC1: "extended", 0xC2: "progressive"}
 _BYTE_ORDERS = {b"II*\0": "little", b"MM\0*": "big"}  # of a TIFF structure, which EXIF data are
 _ORIENTATION, _SHORT = 0x112, 3
 _NO_FRAMES = (0xC4, 0xC8, 0xCC)  # DHT, JPG and DAC lie among the frame markers
+_COMPRESSED_TEXTS = (b"zTXt", b"iTXt", b"iCCP")
+_PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
+_MAX_DEFLATE_RATIO = 1032  # by zlib's documentation
 
 
 @dataclass(frozen=True)
@@ -63,12 +73,13 @@ NO_EXIF = Exif((), 1)
 
 
 class Frame(NamedTuple):
-    """A JPEG's properties by the segments before its first scan."""
+    """A JPEG's properties by the segments before its first scan, and its number of scans."""
 
     coding: str  # "baseline 4:2:0": process, and chroma subsampling where there are three components
     bits: int  # per sample
     rgb: bool  # red, green and blue are stored, not luma and chroma
     exif: Exif
+    scans: int
 
 
 def kind_of(data: bytes) -> str | None:
@@ -79,18 +90,20 @@ def kind_of(data: bytes) -> str | None:
     return None
 
 
-def read_jpeg(data: bytes) -> Frame | None:
-    """Parse the segments before a JPEG's first scan. None if there is no scan, or no end marker after its start.
+def read_jpeg(data: bytes) -> Frame | Refusal:
+    """Parse the segments before a JPEG's first scan. Refuses one without a scan, or without an end marker after its start.
 
-    Half a file padded with zeros, as a broken download leaves it, decodes without an error to half an image. The end marker
-    cannot occur inside a scan, but a thumbnail in the header has one of its own.
+    The end marker cannot occur inside a scan, but a thumbnail in the header has one of its own.
     """
     exif: list[tuple[int, int]] = []
     jfif, adobe, frame, place = False, -1, 0, 2
     try:
-        while (marker := data[place + 1]) != 0xDA:
+        for _ in range(MAX_CHUNKS):
+            marker = data[place + 1]
+            if marker == 0xDA:
+                break
             if data[place] != 0xFF:
-                return None
+                return damaged(data, "JPEG")
             if marker == 0xFF:  # fill byte before a marker
                 place += 1
                 continue
@@ -105,15 +118,19 @@ def read_jpeg(data: bytes) -> Frame | None:
             elif marker == 0xEE and data.startswith(b"Adobe", place + 4):
                 adobe = data[place + 15]
             place = end
-        if not frame or data.rfind(b"\xff\xd9") < place:
-            return None
+        else:
+            return Refusal("too complex", f"a JPEG of more than {MAX_CHUNKS:,} segments: {WAY_OUT}")
+        last = data.find(b"\xff\xd9", place)
+        if not frame or last < 0:
+            return damaged(data, "JPEG")
         end = frame + 10 + 3 * data[frame + 9]
         ids, sampling = data[frame + 10 : end : 3], data[frame + 11 : end : 3]
     except IndexError:
-        return None
+        return damaged(data, "JPEG")
     # As in libjpeg: JFIF is YCbCr; otherwise Adobe's segment decides, or else the components' names.
     rgb = len(ids) == 3 and not jfif and (adobe == 0 or (adobe < 0 and ids == b"RGB"))
-    return Frame(_coding(data[frame + 1], sampling), data[frame + 4], rgb, _exif(data, exif, b"Exif\0\0", 4, 0))
+    scans = data.count(b"\xff\xda", place, last)
+    return Frame(_coding(data[frame + 1], sampling), data[frame + 4], rgb, _exif(data, exif, b"Exif\0\0", 4, 0), scans)
 
 
 @functools.lru_cache(maxsize=256)
@@ -127,19 +144,25 @@ def _coding(marker: int, sampling: bytes) -> str:
     return f"{process} {_SUBSAMPLINGS.get(steps.pop(), 'other') if len(steps) == 1 else 'other'}"  # type: ignore[arg-type]
 
 
-def png_chunks(data: bytes) -> tuple[set[bytes], Exif] | None:
-    """The names of a PNG's chunks up to IEND, and its EXIF data; None when IEND is not reached."""
-    names, exif, place = set(), [], 8
-    while place + 12 <= len(data):
+def png_chunks(data: bytes) -> tuple[set[bytes], Exif] | Refusal:
+    """The names of a PNG's chunks up to IEND, and its EXIF data. Refuses one in which IEND is not reached."""
+    names, exif, place = [], [], 8
+    while place + 12 <= len(data) and len(names) < MAX_CHUNKS:
         name = data[place + 4 : place + 8]
-        names.add(name)
+        names.append(name)
         end = place + 12 + int.from_bytes(data[place : place + 4], "big")
+        if end > len(data) or not name.isalpha():
+            return damaged(data, "PNG")
         if name == b"eXIf":
             exif.append((place, end))
+        elif name == b"IEND":
+            if sum(map(names.count, _COMPRESSED_TEXTS)) > MAX_COMPRESSED_TEXTS:
+                return Refusal("too complex", f"a PNG of more than {MAX_COMPRESSED_TEXTS} compressed texts: {WAY_OUT}")
+            return set(names), _exif(data, exif, b"", 8, 4)
         place = end
-        if name == b"IEND":
-            break
-    return (names, _exif(data, exif, b"", 8, 4)) if b"IEND" in names else None
+    if len(names) == MAX_CHUNKS:
+        return Refusal("too complex", f"a PNG of more than {MAX_CHUNKS:,} chunks: {WAY_OUT}")
+    return damaged(data, "PNG")
 
 
 def remove_spans(data: bytes, spans: tuple[tuple[int, int], ...]) -> bytes:
@@ -196,6 +219,37 @@ def too_large(width: int, height: int) -> Refusal | None:
         limits = f"at most {MAX_SIDE:,} a side and {MAX_PIXELS:,} in all"
         return Refusal("too large", f"{width} x {height} px by its header; {limits}")
     return None
+
+
+def too_large_to_convert(width: int, height: int) -> Refusal | None:
+    """The refusal of an image that is too large, or too large for one that must be converted; None for any other."""
+    if width * height > MAX_CONVERTED_PIXELS:
+        limit = f"at most {MAX_CONVERTED_PIXELS:,} in all where it must be converted"
+        return too_large(width, height) or Refusal("too large", f"{width} x {height} px by its header; {limit}")
+    return too_large(width, height)
+
+
+def too_little_data(data: bytes, kind: str, width: int, height: int) -> Refusal | None:
+    """The refusal of a JPEG or PNG whose bytes cannot hold so many pixels: its decoder would take memory for them first."""
+    if kind == "JPEG":
+        least = (-(-width // 8) * -(-height // 8)) / 8  # each block of 8 x 8 px takes a bit or more
+    elif kind != "PNG":
+        return None
+    else:
+        least = width * height * data[24] * _PNG_CHANNELS.get(data[25], 1) / 8 / _MAX_DEFLATE_RATIO
+    if len(data) >= least:
+        return None
+    return Refusal(
+        "undecodable", f"damaged or cut short: {len(data):,} bytes cannot hold the {width} x {height} px of its header"
+    )
+
+
+def too_many_scans(scans: int, width: int, height: int) -> Refusal | None:
+    """The refusal of a JPEG that would keep a decoder busy: each scan visits every pixel."""
+    if scans <= MAX_SCANS and scans * width * height <= MAX_SCANNED_PIXELS:
+        return None
+    limits = f"at most {MAX_SCANS} scans, and {MAX_SCANNED_PIXELS:,} px in all of them"
+    return Refusal("too complex", f"a JPEG of {scans:,} scans of {width} x {height} px; {limits}: {WAY_OUT}")
 
 
 def several_images(what: str) -> Refusal:

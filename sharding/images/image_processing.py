@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 import PIL.Image
 
-from sharding.images.formats import WAY_OUT, damaged, read_jpeg, remove_spans
-from sharding.images.image_checks import STORABLE, Header, Refusal, decode, read_header
-from sharding.images.pillow_decoder import decode_with_pillow
+from sharding.images.formats import WAY_OUT, Frame, damaged, read_jpeg, remove_spans, too_large_to_convert
+from sharding.images.image_checks import STORABLE, Header, Refusal, check_data, decode, decode_pixels, read_header
+from sharding.images.pillow_decoder import DecodedImage, decode_with_pillow, strips
 
 # A pixel is tissue if it lets at most this much light through in its darkest channel: optical density 0.15, the threshold
 # beta of Macenko et al., "A method for normalizing histology slides for quantitative analysis", ISBI 2009.
@@ -25,6 +25,9 @@ _TISSUE_LEVEL = int(255 * 10**-0.15)
 # A pixel with every channel below a tenth of white is no tissue but a scanner's padding, or ink: stains leave a brighter channel.
 _BLACK_LEVEL = 25
 
+# Of 16 bits the upper 8 are kept. Where none of them reaches this, no sample uses more than 14 bits: the camera had 10, 12 or 14,
+# and its white is not 65,535. Bare glass is far above, and so is stained tissue in red.
+_LEAST_PEAK = 64
 _TOLERANCE = 2  # levels of 255 by which two decoders may differ in rounding; in our tests they never do
 
 
@@ -95,8 +98,13 @@ def process_image(data: bytes, options: ImageOptions) -> ProcessedImage | Refusa
         return header
     if min(header.width, header.height) < options.min_size:
         return Refusal("too small", f"{header.width} x {header.height} px; --min-size is {options.min_size}")
-    if options.check == "header" and not header.deviations:
-        return ProcessedImage(data, STORABLE[header.kind], header.coding, header.width, header.height, None, None)
+    format = STORABLE.get(header.kind)
+    kept = not header.deviations and (options.encode in ("keep", format) or format == "jpeg")
+    if kept and not options.min_tissue and not options.resize:
+        assert format
+        if options.check == "decode" and (refusal := check_data(data, header)):
+            return refusal
+        return ProcessedImage(data, format, header.coding, header.width, header.height, None, None)
     plain = _plain_pixels(data, header)
     if isinstance(plain, Refusal):
         return plain
@@ -107,10 +115,10 @@ def process_image(data: bytes, options: ImageOptions) -> ProcessedImage | Refusa
         image = _resized(image, options.resize)
         done.append("resized")
 
-    height, width, _ = image.shape
-    encode, format = options.encode, STORABLE.get(header.kind)
-    if not done and format and (encode in ("keep", format) or format == "jpeg"):
-        return ProcessedImage(data, format, header.coding, width, height, None, None)
+    if kept and not done:
+        assert format
+        return ProcessedImage(data, format, header.coding, header.width, header.height, None, None)
+    encode = options.encode
     done += [f"to {encode}"] * (encode != "keep")
     return _encoded(image, "png" if encode == "keep" else encode, ", ".join(done))
 
@@ -122,7 +130,7 @@ def check_stored(data: bytes) -> Refusal | None:
         return header
     if header.kind not in STORABLE:
         return Refusal("not plain", f"{header.kind}, which a set does not contain")
-    return damaged(data, header.kind) if decode(data) is None else None
+    return check_data(data, header)
 
 
 def tissue_share(image: np.ndarray) -> float:
@@ -135,35 +143,73 @@ def tissue_share(image: np.ndarray) -> float:
 
 def _plain_pixels(data: bytes, header: Header) -> tuple[np.ndarray, list[str]] | Refusal:
     """An image's pixels as 8-bit RGB, (H, W, 3), upright, and the conversions that this took."""
-    picture = header.picture
-    if picture is None or not header.deviations:
-        bare = remove_spans(data, header.exif.spans) if header.exif.spans else data
-        image = decode(bare)
-        if image is None:
-            return damaged(data, header.kind)
-        if not header.deviations:
-            return image, []
-        # Pillow gives the alpha channel, and must agree on the colours.
-        second = decode_with_pillow(bare, header.kind)
-        if isinstance(second, Refusal):
-            return second
-        if not _agree(image, second.pixels):
-            return Refusal("undecodable", f"a {header.kind} that two decoders read differently: {WAY_OUT}")
-        picture = second
-    colour, alpha = picture.pixels[..., :3], picture.pixels[..., 3:].astype(np.uint16)
-    # Slide viewers export the area off the slide as transparent. It becomes white, as bare glass is.
-    image = ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
-    over_white = "" if (alpha == 255).all() else " over white"
+    if not header.deviations:
+        image = decode_pixels(data, header.kind)
+        return image if isinstance(image, Refusal) else (image, [])
+    picture = header.picture or _decode_twice(data, header)
+    if isinstance(picture, Refusal):
+        return picture
+    if header.deep and (refusal := _unused_bits(picture.pixels)):
+        return refusal
+    image, opaque = _over_white(picture.pixels)
+    over_white = "" if opaque else " over white"
     done = [word + over_white if word in ("LA", "RGBA") else word for word in header.deviations]
     return _upright(image, header.exif.orientation or 1), done
 
 
+def _decode_twice(data: bytes, header: Header) -> DecodedImage | Refusal:
+    """A JPEG or PNG by Pillow, which gives the alpha channel, if nvImageCodec agrees on the colours."""
+    if refusal := too_large_to_convert(header.width, header.height):
+        return refusal
+    bare = remove_spans(data, header.exif.spans)
+    if header.kind == "JPEG" and (refusal := check_data(bare, header)):
+        return refusal
+    image = decode(bare)
+    if image is None:
+        return damaged(data, header.kind)
+    picture = decode_with_pillow(bare, header.kind)
+    if isinstance(picture, Refusal) or _agree(image, picture.pixels):
+        return picture
+    return Refusal("undecodable", f"a {header.kind} that two decoders read differently: {WAY_OUT}")
+
+
 def _agree(image: np.ndarray, pixels: np.ndarray) -> bool:
     """Whether RGB and RGBA pixels are equal where the latter are opaque."""
-    opaque = pixels[..., 3] == 255
-    if opaque.shape != image.shape[:2]:
+    if pixels.shape[:2] != image.shape[:2]:
         return False
-    return int(np.abs(image[opaque].astype(np.int16) - pixels[opaque, :3]).max(initial=0)) <= _TOLERANCE
+    for rows in strips(*pixels.shape[:2]):
+        opaque = pixels[rows, :, 3] == 255
+        difference = image[rows][opaque].astype(np.int16) - pixels[rows][opaque, :3]
+        if np.abs(difference).max(initial=0) > _TOLERANCE:
+            return False
+    return True
+
+
+def _unused_bits(pixels: np.ndarray) -> Refusal | None:
+    """The refusal of RGBA pixels, the upper 8 bits of 16, that show that the uppermost bits are not in use.
+
+    A factor for each file would make some patches of a slide brighter than others, and only the user knows the one for all.
+    """
+    visible = pixels[..., 3:] > 0
+    peak = int(pixels[..., :3].max(initial=0, where=visible))
+    if peak >= _LEAST_PEAK or not visible.any():
+        return None
+    used = f"samples that use the lower {8 + peak.bit_length()} bits of 16, as of a 12-bit camera, would turn nearly black"
+    way_out = "multiply the samples of all images by one factor (16 for a 12-bit camera) and save them again"
+    return Refusal("upper bits unused", f"{used}: {way_out}")
+
+
+def _over_white(pixels: np.ndarray) -> tuple[np.ndarray, bool]:
+    """RGBA as RGB, and whether all of it is opaque.
+
+    Slide viewers export the area off the slide as transparent. It becomes white, as bare glass is.
+    """
+    image, opaque = np.empty((*pixels.shape[:2], 3), np.uint8), True
+    for rows in strips(*pixels.shape[:2]):
+        colour, alpha = pixels[rows, :, :3], pixels[rows, :, 3:].astype(np.uint16)
+        image[rows] = (colour * alpha + 255 * (255 - alpha) + 127) // 255
+        opaque = opaque and bool((alpha == 255).all())
+    return image, opaque
 
 
 def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
@@ -198,7 +244,7 @@ def _encoded(image: np.ndarray, encode: str, done: str) -> ProcessedImage:
     picture.save(file, "JPEG", quality=int(encode.removeprefix("jpeg:")), subsampling=0, optimize=True)
     data = file.getvalue()
     written, frame = decode(data), read_jpeg(data)
-    assert written is not None and frame is not None
+    assert written is not None and isinstance(frame, Frame)
     return ProcessedImage(data, "jpeg", frame.coding, width, height, done, _psnr(written, image))
 
 

@@ -6,13 +6,14 @@ This needs members that begin at a known byte: a plain tar, or a zip, which comp
 import os
 import tarfile
 from collections.abc import Iterator
-from errno import EIO, ENOENT
+from errno import EFBIG, EIO, ENOENT
 from itertools import groupby, islice
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sharding.limits import MAX_FILE_BYTES
 from sharding.sources.file_listing import (
     BATCH,
     IMAGE_EXTENSIONS,
@@ -165,8 +166,10 @@ class FileReader:
     def read(self, container: bytes | None, path: bytes, offset: int, size: int) -> bytes:
         """The bytes of the image in a row of `Scan.files`; of a plain file, its present content.
 
-        Raises OSError with a strerror when it cannot be read.
+        Raises OSError with a strerror when it cannot be read; its errno is EFBIG for more than MAX_FILE_BYTES, none of which
+        are read or inflated.
         """
+        _check_size(size)
         if container is None:
             return _read_file(path, size)
         if size < 0:
@@ -193,18 +196,26 @@ class FileReader:
         os.close(self._archives.pop(oldest)[0])
 
 
+def _check_size(size: int) -> None:
+    """Raises OSError, EFBIG, for a file of more bytes than an image may have."""
+    if size > MAX_FILE_BYTES:
+        raise OSError(EFBIG, f"{size:,} bytes; at most {MAX_FILE_BYTES:,}")
+
+
 def _read_file(path: bytes, size: int) -> bytes:
     if size < 0:
         os.stat(path)  # raises the reason
         raise OSError(ENOENT, "was not there when the sources were searched")
-    file = os.open(path, os.O_RDONLY)
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # it may be a pipe by now
     try:
         data = os.read(file, size + 1)
         if len(data) == size:
             return data
-        blocks = [data]  # it has changed, or one call does not read all of it
+        blocks, total = [data], len(data)  # it has changed, or one call does not read all of it
         while block := os.read(file, 1 << 20):
             blocks.append(block)
+            total += len(block)
+            _check_size(total)
         return b"".join(blocks)
     finally:
         os.close(file)

@@ -10,22 +10,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sharding.images.formats import MAX_PIXELS, png_chunks, read_jpeg, webp_size
-from sharding.images.image_checks import Header, Refusal, decode, read_header, silent_decoders
+from sharding.images.formats import png_chunks, read_jpeg, webp_size
+from sharding.images.image_checks import Header, Refusal, decode, decode_pixels, read_header, silent_decoders
 from sharding.images.image_processing import ImageOptions, check_stored, process_image
+from sharding.limits import MAX_PIXELS
 from tests.helpers import ROOT, encoded
-
-SIGNATURE = b"\x89PNG\r\n\x1a\n"
-
-
-def png_chunk(kind, data):
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+from tests.sharding.images.image_files import flat_jpeg, png, png_chunk
 
 
 def png_header(width, height):
     """A PNG whose header is right and asks for this size, with next to no data."""
-    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return SIGNATURE + header + png_chunk(b"IDAT", zlib.compress(bytes(64))) + png_chunk(b"IEND", b"")
+    return png(width, height, png_chunk(b"IDAT", zlib.compress(bytes(64))))
 
 
 def jpeg_with(data, *, size=None, bits=8, marker=0xC0):
@@ -161,9 +156,170 @@ def detail_of(name):
 
 
 def test_the_largest_that_is_allowed_is_read():
-    header = read_header(jpeg_with(JPEG, size=(16_384, 4096)))
+    header = read_header(jpeg_with(JPEG, size=(16_384, 4096)) + bytes(MAX_PIXELS // 512))
     assert isinstance(header, Header) and header.width * header.height == MAX_PIXELS
     assert isinstance(read_header(jpeg_with(JPEG, size=(16_385, 1))), Refusal)
+
+
+@pytest.mark.parametrize("data", [jpeg_with(JPEG, size=(16_384, 4096)), png_header(16_384, 4096)], ids=["jpeg", "png"])
+def test_a_header_that_asks_for_more_pixels_than_the_bytes_can_hold_is_refused_before_memory_is_taken(data):
+    refusal = read_header(data)
+    assert (refusal.reason, refusal.detail.split("bytes")[1]) == ("undecodable", " cannot hold the 16384 x 4096 px of its header")
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (8, 8), (9, 7), (1000, 1), (517, 300)])
+def test_the_emptiest_images_are_enough_for_their_pixels(width, height):
+    """A JPEG of one colour takes a bit or two for each block; a PNG of zeros is a thousandth of what it inflates to."""
+    emptiest = [flat_jpeg(width, height, progressive=progressive) for progressive in (False, True)]
+    emptiest.append(png(width, height, png_chunk(b"IDAT", zlib.compress(bytes(height * (1 + 3 * width)), 9))))
+    for data in emptiest:
+        assert process_image(data, ImageOptions()).data == data
+        assert decode(data).shape == (height, width, 3)
+
+
+# What the decoders only warn of
+
+
+def restarted(number):
+    """A JPEG without its restart interval of this number."""
+    data = encoded(1, size=(64, 48), restart_marker_rows=1)
+    start, end = (data.index(bytes((0xFF, 0xD0 + i))) for i in (number, number + 1))
+    return data[:start] + data[end:]
+
+
+def in_tiff(change, **settings):
+    """A TIFF with the bytes of its first strip changed."""
+    data = encoded(4, size=(64, 48), format="TIFF", **settings)
+    tags = Image.open(io.BytesIO(data)).tag_v2
+    start, size = tags[273][0], tags[279][0]
+    part = change(data[start : start + size])
+    assert len(part) == size
+    return data[:start] + part + data[start + size :]
+
+
+def outside(data):
+    """A TIFF whose last text would lie behind its end."""
+    place = data.index(struct.pack("<HHI", 305, 2, 13)) + 8
+    return data[:place] + struct.pack("<I", 10**6) + data[place + 4 :]
+
+
+SCAN = JPEG.index(b"\xff\xda") + 14
+PROGRESSIVE = encoded(1, size=(64, 48), progressive=True)
+ROWS = b"".join(b"\0" + bytes(range(192)) for _ in range(48))
+FULL = zlib.compress(ROWS)
+WARNED = {
+    "zeros in a scan": JPEG[: SCAN + 300] + bytes(60) + JPEG[SCAN + 360 :],
+    "half a scan with an end marker": JPEG[: SCAN + 500] + b"\xff\xd9",
+    "a scan without its last block": JPEG[:-6] + b"\xff\xd9",
+    "a lost restart interval": restarted(0),
+    "half a progressive file with an end marker": PROGRESSIVE[: len(PROGRESSIVE) // 2] + b"\xff\xd9",
+    "bytes between a scan and the end marker": JPEG[:-2] + b"\0\0\0\xff\xd9",
+    "a rare subsampling without its last block": flat_jpeg(64, 48, factors=(0x42, 0x11, 0x11))[:-6] + b"\xff\xd9",
+    "grey, with zeros in the scan": encoded(1, size=(64, 48), mode="L")[:-400] + bytes(100) + b"\xff\xd9",
+    "CMYK, half a scan": encoded(1, size=(64, 48), mode="CMYK")[:-900] + b"\xff\xd9",
+    "png with a damaged end": changed(PNG, len(PNG) - 1),
+    "png with a damaged text": PNG[:33] + changed(png_chunk(b"tEXt", b"Title\0of the slide"), 12) + PNG[33:],
+    "png with a damaged unknown chunk": PNG[:33] + changed(png_chunk(b"slNo", b"of the slide"), 12) + PNG[33:],
+    "png with rows beyond its height": png(64, 48, png_chunk(b"IDAT", zlib.compress(2 * ROWS))),
+    "png with bytes after its pixels": png(64, 48, png_chunk(b"IDAT", FULL + b"more")),
+    "png of a wrong checksum of zlib": png(64, 48, png_chunk(b"IDAT", changed(FULL, len(FULL) - 1))),
+    "png without its checksum of zlib": png(64, 48, png_chunk(b"IDAT", FULL[:-4])),
+    "tiff of a wrong checksum of zlib": in_tiff(lambda part: changed(part, len(part) - 1), compression="tiff_adobe_deflate"),
+    "tiff of half a jpeg": in_tiff(lambda part: part[:700] + bytes(len(part) - 702) + b"\xff\xd9", compression="jpeg"),
+    "tiff whose tags lie outside": outside(encoded(4, size=(64, 48), format="TIFF", tiffinfo={305: "of the slide"})),
+}
+
+
+@pytest.mark.parametrize("name", WARNED)
+def test_damage_that_a_decoder_only_warns_of_is_refused(name):
+    for options in (ImageOptions(), ImageOptions(min_tissue=1e-9), ImageOptions(encode="png", resize=20)):
+        with silent_decoders():
+            refusal = process_image(WARNED[name], options)
+        assert isinstance(refusal, Refusal), name
+        assert refusal.reason == "undecodable"
+    if not name.startswith("tiff"):
+        with silent_decoders():
+            assert check_stored(WARNED[name]).reason == "undecodable"
+
+
+def test_what_a_decoder_says_is_in_the_detail():
+    assert process_image(WARNED["zeros in a scan"], ImageOptions()).detail.startswith("a damaged JPEG: Corrupt JPEG data: ")
+
+
+def test_warnings_about_metadata_are_no_damage():
+    """Colour profiles with small faults are common, and no pixel depends on them."""
+    for chunk in (png_chunk(b"iCCP", b"profile\0\0" + zlib.compress(b"no profile")), png_chunk(b"gAMA", bytes(4))):
+        data = PNG[:33] + chunk + PNG[33:]
+        with silent_decoders():
+            assert process_image(data, ImageOptions()).data == data
+
+
+def test_decoders_warn_on_no_terminal(capfd):
+    """Not even without silent_decoders, where libpng and libjpeg-turbo decode what a set may contain."""
+    for name, data in WARNED.items():
+        if "tiff" not in name:
+            process_image(data, ImageOptions())
+            check_stored(data)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("factors", [(0x42, 0x11, 0x11), (0x31, 0x11, 0x11), (0x14, 0x11, 0x11), (0x22, 0x11, 0x21), (0x11,)])
+def test_rare_subsamplings_are_packed(factors):
+    data = flat_jpeg(70, 50, factors=factors)
+    stored = process_image(data, ImageOptions())
+    assert (stored.width, stored.height) == (70, 50)
+    assert len(factors) == 1 or stored.data == data
+    assert len(factors) == 1 or check_stored(data) is None
+
+
+KINDS = {
+    "baseline": {},
+    "4:4:4": {"subsampling": 0},
+    "4:2:2": {"subsampling": 1},
+    "progressive": {"progressive": True},
+    "progressive 4:4:4": {"progressive": True, "subsampling": 0},
+    "restart intervals": {"restart_marker_rows": 1},
+    "progressive with restart intervals": {"progressive": True, "restart_marker_blocks": 3},
+    "RGB": {"keep_rgb": True},
+    "PNG": {"format": "PNG"},
+    "JPEG 2000": {"format": "JPEG2000"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_is_accepted_nvimagecodec_decodes_to_the_same_pixels(kind):
+    """Training's decoder would end at what it refuses. (JPEGs are checked by another one.)"""
+    whole, rng = encoded(7, size=(72, 56), **KINDS[kind]), np.random.default_rng(8)
+    accepted = 0
+    with silent_decoders():
+        for _ in range(120):
+            data = mutated(whole, rng)
+            if check_stored(data) is None:
+                header = read_header(data)
+                image = decode(data)
+                assert image is not None and image.shape == (header.height, header.width, 3)
+                assert np.array_equal(decode_pixels(data, header.kind), image)
+                accepted += 1
+    assert kind == "PNG" or 2 < accepted < 110
+
+
+def mutated(data, rng):
+    """A bit flipped, a byte set, a span of zeros, something cut out, cut off or doubled."""
+    data, kind = bytearray(data), rng.integers(6)
+    place, length = int(rng.integers(2, len(data))), int(rng.integers(1, 100))
+    if kind == 0:
+        data[place] ^= 1 << int(rng.integers(8))
+    elif kind == 1:
+        data[place] = int(rng.integers(256))
+    elif kind == 2:
+        data[place : place + length] = bytes(min(length, len(data) - place))
+    elif kind == 3:
+        del data[place : place + length]
+    elif kind == 4:
+        data[place:] = b"\xff\xd9"
+    else:
+        data[place:place] = data[place : place + length]
+    return bytes(data)
 
 
 def run_apart(script):

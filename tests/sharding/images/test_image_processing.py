@@ -62,9 +62,9 @@ GREY16 = Image.fromarray(DEEP[..., 0])
 PALETTE = smooth("RGB").quantize(16)
 
 
-def tiff16(planar=1):
+def tiff16(planar=1, samples=DEEP):
     """A TIFF of 16-bit RGB, which Pillow does not write: one strip, chunky."""
-    samples = DEEP[..., :3].astype("<u2").tobytes()
+    samples = samples[..., :3].astype("<u2").tobytes()
     tags = [(256, 16), (257, 12), (259, 1), (262, 2), (273, 8), (277, 3), (278, 12), (279, len(samples)), (284, planar)]
     entries = sorted([*((tag, 4, 1, value) for tag, value in tags), (258, 3, 3, 8 + len(samples) + 2 + 10 * 12 + 4)])
     directory = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *entry) for entry in entries) + bytes(4)
@@ -197,6 +197,44 @@ def test_16_bits_with_a_transparent_colour():
     body = b"tRNS" + DEEP[0, 0, :3].astype(">u2").tobytes()
     refusal = process_image(data[:33] + struct.pack(">I", 6) + body + struct.pack(">I", zlib.crc32(body)) + data[33:], KEEP)
     assert refusal.reason == "undecodable" and "transparent colour" in refusal.detail
+
+
+def of_camera(bits, *, brightest=1.0):
+    """RGBA samples of 16 bits as a camera of fewer bits gives them: white is 2**bits - 1."""
+    samples = np.random.default_rng(6).integers(0, int(brightest * (2**bits - 1)), (12, 16, 4), endpoint=True)
+    samples[0, 0] = int(brightest * (2**bits - 1))
+    samples[..., 3] = 2**16 - 1
+    return samples.astype(np.uint16)
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14])
+@pytest.mark.parametrize(
+    "as_file",
+    [
+        lambda samples: png_of(samples[..., :3], 2),
+        lambda samples: png_of(samples, 6),
+        lambda samples: png_of(samples[..., :1], 0),
+        lambda samples: saved(Image.fromarray(samples[..., 0]), "TIFF"),
+        lambda samples: tiff16(samples=samples),
+        lambda samples: saved(Image.fromarray(samples[..., 0]), "JPEG2000"),
+    ],
+    ids=["rgb png", "rgba png", "grey png", "grey tiff", "rgb tiff", "grey jpeg 2000"],
+)
+def test_data_of_fewer_bits_in_16_are_refused(bits, as_file):
+    """They would turn black: of 12 bits, the upper 8 of 16 hold 4. The right factor is the same for all, and no file knows it."""
+    for options in (KEEP, ImageOptions(check="header"), ImageOptions(encode="jpeg:95")):
+        refusal = process_image(as_file(of_camera(bits)), options)
+        assert refusal.reason == "upper bits unused"
+        assert f"the lower {bits} bits of 16" in refusal.detail and "by one factor" in refusal.detail
+    assert isinstance(process_image(as_file(of_camera(16)), KEEP), ProcessedImage)
+    assert isinstance(process_image(as_file(of_camera(16, brightest=0.3)), KEEP), ProcessedImage)
+
+
+def test_dark_images_of_8_bits_and_transparent_ones_of_16_are_packed():
+    assert isinstance(process_image(saved(Image.new("RGB", (16, 12), (3, 2, 1)), "TIFF"), KEEP), ProcessedImage)
+    clear = of_camera(12)
+    clear[..., 3] = 0
+    assert process_image(png_of(clear, 6), KEEP).converted == "16-bit, RGBA over white"
 
 
 @pytest.mark.parametrize(("levels", "kept"), [(2, True), (3, False)])
@@ -529,6 +567,8 @@ def test_nothing_is_raised_for_any_bytes(source, edits, options):
                 "not an image",
                 "undecodable",
                 "too large",
+                "too complex",
+                "upper bits unused",
                 "several images",
                 "too small",
                 "too little tissue",
