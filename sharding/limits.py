@@ -6,8 +6,8 @@ Patches stay far below. Without limits, a few bytes can fill the memory of a wor
 # Pixels. A false header could fill the memory.
 MAX_SIDE = 16_384
 MAX_PIXELS = 2**26
-# Pixels of an image that must be converted, which takes 12 bytes of memory for each: 0.4 GB. A plain one takes 3.
-MAX_CONVERTED_PIXELS = 2**25
+# Pixels of an image that Pillow decodes, which takes 11 (PNG, TIFF) to 20 (JPEG 2000) bytes of memory for each: 0.7 GB.
+MAX_PILLOW_PIXELS = 2**25
 # Bytes of a file: what MAX_PIXELS take as 16-bit RGBA without compression. Larger ones are not even read.
 MAX_FILE_BYTES = 8 * MAX_PIXELS
 # Chunks of a PNG, segments of a JPEG, strips or tiles of a TIFF. libpng writes one per 8 KB, and each costs time by itself.

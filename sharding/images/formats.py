@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from sharding.limits import (
     MAX_CHUNKS,
     MAX_COMPRESSED_TEXTS,
-    MAX_CONVERTED_PIXELS,
+    MAX_PILLOW_PIXELS,
     MAX_PIXELS,
     MAX_SCANNED_PIXELS,
     MAX_SCANS,
@@ -120,8 +120,8 @@ def read_jpeg(data: bytes) -> Frame | Refusal:
             place = end
         else:
             return Refusal("too complex", f"a JPEG of more than {MAX_CHUNKS:,} segments: {WAY_OUT}")
-        last = data.find(b"\xff\xd9", place)
-        if not frame or last < 0:
+        last = data.rfind(b"\xff\xd9")
+        if not frame or last < place:
             return damaged(data, "JPEG")
         end = frame + 10 + 3 * data[frame + 9]
         ids, sampling = data[frame + 10 : end : 3], data[frame + 11 : end : 3]
@@ -129,7 +129,9 @@ def read_jpeg(data: bytes) -> Frame | Refusal:
         return damaged(data, "JPEG")
     # As in libjpeg: JFIF is YCbCr; otherwise Adobe's segment decides, or else the components' names.
     rgb = len(ids) == 3 and not jfif and (adobe == 0 or (adobe < 0 and ids == b"RGB"))
-    scans = data.count(b"\xff\xda", place, last)
+    # A sequential JPEG whose first scan has all components has no other. (Searching all bytes would take longer than all else.)
+    single = data[frame + 1] & 3 < 2 and data[place + 4] == len(ids)
+    scans = 1 if single else data.count(b"\xff\xda", place, last)
     return Frame(_coding(data[frame + 1], sampling), data[frame + 4], rgb, _exif(data, exif, b"Exif\0\0", 4, 0), scans)
 
 
@@ -221,10 +223,10 @@ def too_large(width: int, height: int) -> Refusal | None:
     return None
 
 
-def too_large_to_convert(width: int, height: int) -> Refusal | None:
-    """The refusal of an image that is too large, or too large for one that must be converted; None for any other."""
-    if width * height > MAX_CONVERTED_PIXELS:
-        limit = f"at most {MAX_CONVERTED_PIXELS:,} in all where it must be converted"
+def too_large_for_pillow(width: int, height: int) -> Refusal | None:
+    """The refusal of an image that is too large for Pillow to decode; None for any other."""
+    if width * height > MAX_PILLOW_PIXELS:
+        limit = f"at most {MAX_PILLOW_PIXELS:,} in all unless it is a plain JPEG or PNG"
         return too_large(width, height) or Refusal("too large", f"{width} x {height} px by its header; {limit}")
     return too_large(width, height)
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import PIL.Image
 
-from sharding.images.formats import WAY_OUT, Frame, damaged, read_jpeg, remove_spans, too_large_to_convert
+from sharding.images.formats import WAY_OUT, Frame, damaged, read_jpeg, remove_spans, too_large_for_pillow
 from sharding.images.image_checks import STORABLE, Header, Refusal, check_data, decode, decode_pixels, read_header
 from sharding.images.pillow_decoder import DecodedImage, decode_with_pillow, strips
 
@@ -159,7 +159,7 @@ def _plain_pixels(data: bytes, header: Header) -> tuple[np.ndarray, list[str]] |
 
 def _decode_twice(data: bytes, header: Header) -> DecodedImage | Refusal:
     """A JPEG or PNG by Pillow, which gives the alpha channel, if nvImageCodec agrees on the colours."""
-    if refusal := too_large_to_convert(header.width, header.height):
+    if refusal := too_large_for_pillow(header.width, header.height):
         return refusal
     bare = remove_spans(data, header.exif.spans)
     if header.kind == "JPEG" and (refusal := check_data(bare, header)):

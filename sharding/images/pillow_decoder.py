@@ -14,7 +14,7 @@ import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 
-from sharding.images.formats import WAY_OUT, Refusal, damaged, several_images, too_large, too_large_to_convert, webp_size
+from sharding.images.formats import WAY_OUT, Refusal, damaged, several_images, too_large, too_large_for_pillow, webp_size
 from sharding.images.jpeg_decoder import decode_jpeg
 from sharding.limits import MAX_CHUNKS, MAX_IMAGES
 
@@ -67,7 +67,7 @@ def decode_with_pillow(data: bytes, kind: str) -> DecodedImage | Refusal:
 
     A JPEG or PNG must have no EXIF data: sharding/images/image_checks.py decides what a decoder may see.
     """
-    if kind == "WebP" and (refusal := too_large_to_convert(*webp_size(data))):
+    if kind == "WebP" and (refusal := too_large_for_pillow(*webp_size(data))):
         return refusal  # Pillow allocates memory before it knows the size
     try:
         with warnings.catch_warnings():
@@ -76,7 +76,7 @@ def decode_with_pillow(data: bytes, kind: str) -> DecodedImage | Refusal:
                 warnings.filterwarnings("error", _DAMAGE)
             # Only this format: some of Pillow's formats run other programs.
             image: PIL.Image.Image = PIL.Image.open(io.BytesIO(data), formats=[PILLOW_FORMATS[kind]])
-            if refusal := too_large_to_convert(*image.size):
+            if refusal := too_large_for_pillow(*image.size):
                 return refusal
             images = _count_images(image) if kind in _ORIENTED else 1
             if images != 1:
@@ -89,8 +89,6 @@ def decode_with_pillow(data: bytes, kind: str) -> DecodedImage | Refusal:
             if kind in _ORIENTED:
                 image = PIL.ImageOps.exif_transpose(image)
             pixels = _rgba(image)
-    except MemoryError:
-        raise  # says nothing about the file
     except Exception:  # Pillow's readers raise nearly anything
         return damaged(data, kind)
     return DecodedImage(pixels, deviations)

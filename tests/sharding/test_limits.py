@@ -20,7 +20,7 @@ from PIL import Image
 from sharding import shard_writer
 from sharding.images.image_checks import silent_decoders
 from sharding.images.image_processing import ImageOptions, check_stored, process_image
-from sharding.limits import MAX_CHUNKS, MAX_COMPRESSED_TEXTS, MAX_CONVERTED_PIXELS, MAX_FILE_BYTES, MAX_IMAGES, MAX_SCANS
+from sharding.limits import MAX_CHUNKS, MAX_COMPRESSED_TEXTS, MAX_FILE_BYTES, MAX_IMAGES, MAX_PILLOW_PIXELS, MAX_SCANS
 from sharding.packing import build_shards
 from sharding.sources.archives import FileReader
 from tests.helpers import ROOT, encoded, write_tree
@@ -84,7 +84,7 @@ HOSTILE = {
     "png to convert": (
         lambda: png(8192, 4097, png_chunk(b"IDAT", zlib.compress(bytes(8192 * 4097 + 4097))), colour=0),
         "too large",
-        f"{MAX_CONVERTED_PIXELS:,} in all where it must be converted",
+        f"{MAX_PILLOW_PIXELS:,} in all unless it is a plain JPEG or PNG",
     ),
     "webp to convert": (
         lambda: b"RIFF\x1a\0\0\0WEBPVP8L\x0d\0\0\0\x2f" + ((8192 - 1) | (4097 - 1) << 14).to_bytes(4, "little") + bytes(8),

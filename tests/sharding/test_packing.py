@@ -8,6 +8,7 @@ import shutil
 import tarfile
 
 import numpy as np
+import PIL.Image
 import pyarrow.parquet as pq
 import pytest
 import webdataset
@@ -151,6 +152,21 @@ def test_refused_images_are_listed_and_everything_adds_up(breast, tmp_path):
     assert "4 images were refused (1 empty, 2 undecodable, 1 unreadable)" in note
     assert "cut.jpg" in note
     assert str(tmp_path / "set" / "quarantine.parquet") in note
+
+
+def test_images_of_12_bits_in_16_say_what_to_do(tmp_path):
+    samples = np.random.default_rng(1).integers(0, 4096, (12, 16), np.uint16)
+    samples[0, 0] = 4095
+    PIL.Image.fromarray(samples).save(tmp_path / "camera.png")
+    files = {f"a/{i}.png": (tmp_path / "camera.png").read_bytes() for i in range(2)}
+    with pytest.raises(
+        ValueError, match=r"all 2 images were refused \(2 upper bits unused\), .*lower 12 bits of 16.*by one factor"
+    ):
+        build_shards([write_tree(tmp_path / "tree", files)], tmp_path / "set")
+    write_tree(tmp_path / "tree", {"a/2.png": encoded(1, format="PNG")})
+    summary = build_shards([tmp_path / "tree"], tmp_path / "set")
+    assert (summary.found, summary.packed, summary.quarantined) == (3, 1, 2)
+    assert any("2 upper bits unused" in note for note in summary.notes)
 
 
 def test_strict_writes_nothing(breast, tmp_path):
