@@ -13,7 +13,7 @@ MAX_FILE_BYTES = 8 * MAX_PIXELS
 # Chunks of a PNG, segments of a JPEG, strips or tiles of a TIFF. libpng writes one per 8 KB, and each costs time by itself.
 MAX_CHUNKS = 2**16
 # Compressed texts and profiles of a PNG: libpng inflates each of them to as much as 8 MB, and keeps up to 1000.
-MAX_COMPRESSED_TEXTS = 16
+MAX_COMPRESSED_TEXTS = 64
 # Scans of a JPEG. Encoders write 10 to 20. A decoder visits every pixel again in each, although it may take no bytes.
 MAX_SCANS = 100
 MAX_SCANNED_PIXELS = 16 * MAX_PIXELS

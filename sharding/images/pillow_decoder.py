@@ -83,6 +83,7 @@ def decode_with_pillow(data: bytes, kind: str) -> DecodedImage | Refusal:
                 return several_images(f"{images} in one file" if images <= MAX_IMAGES else f"over {MAX_IMAGES} in one file")
             if kind == "TIFF" and (refusal := _check_tiff(image.tag_v2, data)):  # type: ignore[attr-defined]
                 return refusal
+            warnings.simplefilter("ignore")  # from here on about EXIF data, on which no pixel depends
             deviations = _deviations(image, kind)
             if deviations is None:
                 return Refusal("undecodable", f"a {kind} of samples that are not read reliably ({image.mode}): {WAY_OUT}")
