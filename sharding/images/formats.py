@@ -148,7 +148,9 @@ def _coding(marker: int, sampling: bytes) -> str:
 
 def png_chunks(data: bytes) -> tuple[set[bytes], Exif] | Refusal:
     """The names of a PNG's chunks up to IEND, and its EXIF data. Refuses one in which IEND is not reached."""
-    names, exif, place = [], [], 8
+    names: list[bytes] = []
+    exif: list[tuple[int, int]] = []
+    place = 8
     while place + 12 <= len(data) and len(names) < MAX_CHUNKS:
         name = data[place + 4 : place + 8]
         names.append(name)
