@@ -50,7 +50,7 @@ ONLY_IN = {
     "ray": {"train.cluster.ray_cluster", "train.cluster.launcher", "tune.execution.ray_trials"},
     "nvidia.dali": {"pipelines.dali_graph"},
     "nvidia": {"pipelines.dali_graph", "sharding.images.image_checks"},
-    "simplejpeg": {"sharding.images.image_checks"},
+    "simplejpeg": {"sharding.images.jpeg_decoder"},
 }
 MOST_LINES = 400
 
