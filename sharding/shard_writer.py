@@ -9,12 +9,13 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from errno import EFBIG
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -165,34 +166,38 @@ class _TimeIsUp(BaseException):
     """No Exception: the code around decoders takes those for damage."""
 
 
+_image_started: float | None = None  # processor time in seconds; None between images
+
+
 def _process_in_time(data: bytes, options: ImageOptions) -> ProcessedImage | Refusal:
     """process_image, or the refusal of an image that takes more than MAX_SECONDS. It is stopped only where it runs Python."""
-    limited = signal.getsignal(signal.SIGVTALRM) is _stop_image
+    global _image_started
+    _image_started = time.process_time()
     try:
-        if limited:
-            signal.setitimer(signal.ITIMER_VIRTUAL, MAX_SECONDS)
         return process_image(data, options)
     except _TimeIsUp:
         return Refusal("too complex", f"takes more than {MAX_SECONDS:g} s of processor time")
     finally:
-        if limited:
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        _image_started = None
 
 
-def _stop_image(number: int, frame: object) -> NoReturn:
-    raise _TimeIsUp
+def _stop_image(number: int, frame: object) -> None:
+    if _image_started is not None and time.process_time() - _image_started > MAX_SECONDS:
+        raise _TimeIsUp
 
 
 @contextmanager
 def _time_limit() -> Iterator[None]:
-    """Lets `_process_in_time` stop an image. Without effect outside the main thread, which alone gets signals."""
+    """Check each second of processor time. Without effect outside the main thread, which alone gets signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(signal.SIGVTALRM, _stop_image)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 1, 1)
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
 
 

@@ -125,12 +125,12 @@ def read_jpeg(data: bytes) -> Frame | Refusal:
             return damaged(data, "JPEG")
         end = frame + 10 + 3 * data[frame + 9]
         ids, sampling = data[frame + 10 : end : 3], data[frame + 11 : end : 3]
+        # A sequential JPEG whose first scan has all components has no other. (Searching all bytes would take far longer.)
+        single = data[frame + 1] & 3 < 2 and data[place + 4] == len(ids)
     except IndexError:
         return damaged(data, "JPEG")
     # As in libjpeg: JFIF is YCbCr; otherwise Adobe's segment decides, or else the components' names.
     rgb = len(ids) == 3 and not jfif and (adobe == 0 or (adobe < 0 and ids == b"RGB"))
-    # A sequential JPEG whose first scan has all components has no other. (Searching all bytes would take longer than all else.)
-    single = data[frame + 1] & 3 < 2 and data[place + 4] == len(ids)
     scans = 1 if single else data.count(b"\xff\xda", place, last)
     return Frame(_coding(data[frame + 1], sampling), data[frame + 4], rgb, _exif(data, exif, b"Exif\0\0", 4, 0), scans)
 

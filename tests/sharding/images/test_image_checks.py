@@ -85,6 +85,7 @@ ZOO = {
     "jpeg without its last byte": (JPEG[:-1], "undecodable"),
     "half a jpeg": (JPEG[: len(JPEG) // 2], "undecodable"),
     "a jpeg's header alone": (JPEG[: JPEG.index(b"\xff\xda")], "undecodable"),
+    "a jpeg whose scan is a marker alone": (JPEG[: JPEG.index(b"\xff\xda") + 2] + b"\xff\xd9", "undecodable"),
     "three bytes of a jpeg": (JPEG[:3], "undecodable"),
     "jpeg then zeros": (JPEG[: len(JPEG) // 2] + bytes(len(JPEG) // 2), "undecodable"),
     "that with a thumbnail's end": (
