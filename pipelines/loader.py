@@ -13,6 +13,7 @@ import torch
 
 from pipelines.mixture import Mixture
 from pipelines.recipes import Recipe
+from pipelines.replacements import Replacements
 from pipelines.sampler import Order, by_first_use, epoch_order, rank_slice, steps_per_epoch
 from pipelines.shard_reader import ShardReader, check_ids
 from pipelines.torchvision_reference import reference_views
@@ -25,7 +26,7 @@ BACKENDS = ("dali", "torchvision")
 
 @dataclass(frozen=True)
 class Batch:
-    """views: (V, B, 3, S, S), normalised; id: (B,) int64 patch ids; label: (B,) int64, -1 where unlabelled.
+    """views: (V, B, 3, S, S), normalised; id: (B,) int64 ids of the patches shown; label: (B,) int64, -1 where unlabelled.
 
     views are on the loader's device and of its dtype, id and label on the CPU. B may be 0, in an incomplete last batch.
     """
@@ -51,6 +52,7 @@ class ViewLoader:
     backend: "dali", or "torchvision" for the slow reference with the same draws. device: "cpu" or "cuda", torch's current GPU.
     dtype: of the views, converted from float32 at the end; channels_last: memory layout of the views (torch.channels_last, also
     after `views.flatten(0, 1)`).
+    replace_damaged: read another patch for a damaged one (see Replacements); `damaged` has their ids.
     On a GPU, rank 0 warns once of patches that the CPU has to decode (PNG and rarer kinds of JPEG).
     Raises ValueError without ids, for ids that the set does not have, for a batch that the ranks do not divide or that is larger
     than the selection, and, while iterating, for a shard that changed or cannot be decoded.
@@ -76,6 +78,7 @@ class ViewLoader:
         threads: int | None = None,
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
+        replace_damaged: bool = False,
     ):
         assert 0 <= rank < world_size, (rank, world_size)
         self._owns_reader = not isinstance(shards, ShardReader | Mixture)
@@ -87,6 +90,7 @@ class ViewLoader:
         self.dtype, self.channels_last = dtype, channels_last
         self.threads = threads or max(1, len(os.sched_getaffinity(0)) // world_size)
         self._check()
+        self._replacements = Replacements(self.reader, self.ids, seed) if replace_damaged else None
         self.epoch = self.step = 0
         self._wait = WaitClock(device)
         self._graph: Any = None  # a DaliGraph, made at the first use
@@ -128,6 +132,11 @@ class ViewLoader:
         return steps_per_epoch(len(self.ids), self.batch_size, drop_last=self.drop_last)
 
     @property
+    def damaged(self) -> set[int]:
+        """The ids of the patches that this rank found damaged and replaced."""
+        return self._replacements.damaged if self._replacements else set()
+
+    @property
     def wait_seconds(self) -> float:
         """Seconds that the consumer, or on a GPU the device, has waited for batches so far."""
         return self._wait.seconds
@@ -142,9 +151,12 @@ class ViewLoader:
             raise ValueError(f"epoch {state['epoch']}, step {state['step']} is no position in epochs of {len(self)} steps")
         self.epoch, self.step = state["epoch"], state["step"]
 
-    def parameters(self, ids: np.ndarray, epochs: np.ndarray | None = None) -> ViewParameters:
-        """The view parameters of these patches in the current epoch, or in `epochs` (n,), one for each patch."""
-        keys, sizes = self.reader.draw_keys(ids), self.reader.sizes[ids]
+    def parameters(self, ids: np.ndarray, epochs: np.ndarray | None = None, *, read: np.ndarray | None = None) -> ViewParameters:
+        """The view parameters of these patches in the current epoch, or in `epochs` (n,), one for each patch.
+
+        read: (n,) the patches that are read in their place.
+        """
+        keys, sizes = self.reader.draw_keys(ids), self.reader.sizes[ids if read is None else read]
         different = np.unique(epochs) if epochs is not None and len(epochs) else [self.epoch]
         if len(different) == 1:
             return draw_views(keys, seed=self.seed, epoch=int(different[0]), recipe=self.recipe, sizes=sizes)
@@ -203,15 +215,20 @@ class ViewLoader:
             views_VBCSS = views_VBCSS.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
         return views_VBCSS
 
+    def _read(self, part: Order) -> tuple[np.ndarray, list[np.ndarray], ViewParameters]:
+        """The ids of the patches that are read for a rank's part, their bytes, and their parameters."""
+        read = self._replacements.read_for(*part) if self._replacements else part.ids
+        return read, self.reader.read(read), self.parameters(*part, read=read)
+
     def _reference_views(self, parts: Iterable[Order]) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-        for ids, epochs in parts:
+        for part in parts:
             with self._wait.waiting():
-                views = self._empty_views()
-                if len(ids):
-                    parameters = self.parameters(ids, epochs)
-                    views = reference_views(self.reader.read(ids), parameters, recipe=self.recipe, image_size=self.image_size)
+                read, views = part.ids, self._empty_views()
+                if len(read):
+                    read, encoded, parameters = self._read(part)
+                    views = reference_views(encoded, parameters, recipe=self.recipe, image_size=self.image_size)
                 views = self._convert(views)
-            yield ids, views
+            yield read, views
 
     def _dali_views(self, parts: Iterable[Order]) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         from pipelines.dali_graph import AHEAD
@@ -222,9 +239,11 @@ class ViewLoader:
         while True:
             with self._wait.waiting():
                 while len(in_flight) < AHEAD and (part := next(parts, None)) is not None:
-                    if len(part.ids):
-                        graph.put(self.reader.read(part.ids), self.parameters(*part))
-                    in_flight.append(part.ids)
+                    read = part.ids
+                    if len(read):
+                        read, encoded, parameters = self._read(part)
+                        graph.put(encoded, parameters)
+                    in_flight.append(read)
                 if not in_flight:
                     return
                 views = self._convert(self._next_views(graph, in_flight))

@@ -102,6 +102,21 @@ class Mixture:
                 encoded[row] = data
         return encoded
 
+    def damaged(self, ids: np.ndarray) -> np.ndarray:
+        """As ShardReader.damaged."""
+        found = np.zeros(len(ids), bool)
+        for reader, rows, own in self._by_set(ids):
+            found[rows] = reader.damaged(own)
+        return found
+
+    def name_patches(self, ids: np.ndarray) -> list[str]:
+        """As ShardReader.name_patches, with the set's folder in front."""
+        found = [""] * len(ids)
+        for reader, rows, own in self._by_set(ids):
+            for row, name in zip(rows, reader.name_patches(own), strict=True):
+                found[row] = f"{reader.folder.name}/{name}"
+        return found
+
     def check(self, ids: np.ndarray) -> None:
         """As ShardReader.check."""
         for reader, _, own in self._by_set(ids):

@@ -37,6 +37,10 @@ class _Mapped(NamedTuple):
     stat: os.stat_result
 
 
+class DamagedPatch(ValueError):
+    """One patch's bytes, or its header, are not those that were packed."""
+
+
 class ShardReader:
     """Random access to the patches of a shard set.
 
@@ -115,18 +119,41 @@ class ShardReader:
             self._check_unchanged(shard, i)
         encoded = [self._patch_bytes(i) for i in ids.tolist()]
         for row in np.flatnonzero(~self._checked[ids]).tolist():
-            i = int(ids[row])
-            self._check_bytes(i, encoded[row])
-            if (found := parsed_size(encoded[row])) != tuple(self.sizes[i].tolist()):
-                self._raise_wrong_header(i, found)
-            self._checked[i] = True  # the bytes of a mapped file change only with its time (see _check_unchanged)
+            self._check_patch(int(ids[row]), encoded[row])
         return encoded
+
+    def damaged(self, ids: np.ndarray) -> np.ndarray:
+        """(n,) bool: which of these patches `read` refuses because of their own bytes. Checks those that were not read before.
+
+        Raises ValueError as `read` does if a shard is missing, or changed since it was first read.
+        """
+        found = np.zeros(len(ids), bool)
+        for row in np.flatnonzero(~self._checked[ids]).tolist():
+            i = int(ids[row])
+            self._check_unchanged(int(self.shards[i]), i)
+            try:
+                self._check_patch(i, self._patch_bytes(i))
+            except DamagedPatch:
+                found[row] = True
+        return found
+
+    def name_patches(self, ids: np.ndarray) -> list[str]:
+        """For messages: each patch's shard and key, such as "shard-000003.tar: 000003_000012_tile"."""
+        keys = read_manifest(self.folder, columns=["key"])["key"]
+        return [f"{shard_file(int(self.shards[i]))}: {keys[i].as_py()}" for i in ids.tolist()]
+
+    def _check_patch(self, i: int, data: np.ndarray) -> None:
+        """Check the bytes and the header. Raises DamagedPatch."""
+        self._check_bytes(i, data)
+        if (found := parsed_size(data)) != tuple(self.sizes[i].tolist()):
+            self._raise_wrong_header(i, found)
+        self._checked[i] = True  # the bytes of a mapped file change only with its time (see _check_unchanged)
 
     def _raise_wrong_header(self, i: int, found: tuple[int, int] | None) -> NoReturn:
         path, key = self._path(int(self.shards[i])), self._key(i)
         if found is None:
-            raise ValueError(f"{path}: patch {key} cannot be decoded, although its bytes match the manifest")
-        raise ValueError(
+            raise DamagedPatch(f"{path}: patch {key} cannot be decoded, although its bytes match the manifest")
+        raise DamagedPatch(
             f"{path}: patch {key} has {found[1]} x {found[0]} pixels, but {self.sizes[i, 1]} x {self.sizes[i, 0]} in the"
             " manifest, which was changed or damaged: copy or build the set again"
         )
@@ -139,7 +166,7 @@ class ShardReader:
 
     def _check_bytes(self, i: int, data: np.ndarray) -> None:
         if int.from_bytes(hashlib.sha256(data.data).digest()[:8]) != self._digests[i]:
-            raise ValueError(
+            raise DamagedPatch(
                 f"{self._path(int(self.shards[i]))}: the bytes of patch {self._key(i)} do not match"
                 " the manifest; the shard was changed or damaged: copy or build it again"
             )
@@ -185,7 +212,7 @@ class ShardReader:
         data = self._mapped[shard].data if shard in self._mapped else self._map_shard(shard, i)
         stop = start + int(self._size[i])
         if stop > len(data):
-            raise ValueError(
+            raise DamagedPatch(
                 f"{self._path(shard)}: {len(data)} bytes long, but patch {self._key(i)} ends at byte {stop};"
                 " the shard was cut short: copy or build it again"
             )

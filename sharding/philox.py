@@ -12,7 +12,7 @@ import numpy as np
 
 # Each purpose has its own stream, so that equal ids draw unrelated numbers for different purposes.
 # Append only: the position of a name is part of every published run.
-STREAMS = ("shuffle", "split", "selection", "validation", "order", "view", "bootstrap", "exhibits", "head")
+STREAMS = ("shuffle", "split", "selection", "validation", "order", "view", "bootstrap", "exhibits", "head", "replacement")
 
 _MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], np.uint64)
 _WEYL = (0x9E3779B9, 0xBB67AE85)

@@ -15,6 +15,8 @@ RECORD = 10_240  # bytes: a tar's length is a multiple of this
 MIN_PATCHES = 256  # per shard, so that tiny patches do not make thousands of files
 MAX_PATCHES = 16_384  # per shard, because a shard's list is in memory as Python objects
 MIN_SHARDS = 16  # if there are enough patches: packers, readers and ranks share the work by shards
+# The formats that a set may contain: their names in the manifest by the names that nvImageCodec gives, and the files' extensions.
+STORABLE = {"JPEG": "jpeg", "PNG": "png", "JPEG 2000": "jpeg2000"}
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "jpeg2000": "jp2"}
 
 _NOT_PLAIN = re.compile(r"[^A-Za-z0-9_-]")

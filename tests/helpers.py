@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,17 @@ def replace_manifest(shards: Path, table: pa.Table) -> None:
     dataset = json.loads((shards / "dataset.json").read_bytes())
     dataset["files"][path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
     (shards / "dataset.json").write_text(json.dumps(dataset))
+
+
+def damage_patches(shards: Path, ids: Iterable[int]) -> None:
+    """Flip a bit in the last bytes of these patches, which a decoder may not notice."""
+    rows = pq.read_table(shards / "manifest.parquet", columns=["shard", "offset", "size"]).take(pa.array(sorted(ids))).to_pylist()
+    for row in rows:
+        with open(shards / f"shard-{row['shard']:06d}.tar", "r+b") as file:
+            file.seek(row["offset"] + row["size"] - 9)
+            byte = file.read(1)[0]
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte ^ 1]))
 
 
 def open_files(folder: Path) -> set[str]:

@@ -125,6 +125,12 @@ class PretrainConfig:
         identity=False,
         least=0,
     )
+    on_bad_patch: Literal["stop", "skip"] = option(
+        "stop",
+        "when a patch was damaged after packing: stop the run, or skip the patch, in whose place another one is drawn; the run"
+        " still stops if more than 1 percent are damaged",
+        identity=False,
+    )
     cache_gib: float | None = option(None, _CACHE, identity=False)
     storage: str = option("runs", _STORAGE, identity=False)
 

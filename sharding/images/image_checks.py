@@ -41,18 +41,13 @@ from sharding.images.formats import (
 )
 from sharding.images.jpeg_decoder import decode_jpeg
 from sharding.images.pillow_decoder import PILLOW_FORMATS, DecodedImage, decode_with_pillow
+from sharding.shard_format import STORABLE
 
 # Read at nvImageCodec's first import. Refused files are listed in quarantine.parquet, not on the terminal.
 os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
 
 # What libjpeg and libpng write about damaged data. (Of libpng's other warnings most are about metadata, such as colour profiles.)
 _DAMAGE = re.compile(rb"JPEG|Inconsistent progression|libpng [a-z]+: .*(IDAT|CRC error)")
-
-STORABLE = {
-    "JPEG": "jpeg",
-    "PNG": "png",
-    "JPEG 2000": "jpeg2000",
-}  # the formats that a set may contain, and their names in its manifest
 
 
 class Header(NamedTuple):

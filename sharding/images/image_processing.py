@@ -16,8 +16,9 @@ import numpy as np
 import PIL.Image
 
 from sharding.images.formats import WAY_OUT, Frame, damaged, read_jpeg, remove_spans, too_large_for_pillow
-from sharding.images.image_checks import STORABLE, Header, Refusal, check_data, decode, decode_pixels, read_header
+from sharding.images.image_checks import Header, Refusal, check_data, decode, decode_pixels, read_header
 from sharding.images.pillow_decoder import DecodedImage, decode_with_pillow, strips
+from sharding.shard_format import STORABLE
 
 # A pixel is tissue if it lets at most this much light through in its darkest channel: optical density 0.15, the threshold
 # beta of Macenko et al., "A method for normalizing histology slides for quantitative analysis", ISBI 2009.

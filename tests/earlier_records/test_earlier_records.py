@@ -155,7 +155,11 @@ def test_cached_features_are_used(records, monkeypatch):
     monkeypatch.setattr("train.stages.feature_cache.compute_features", lambda *_, **__: pytest.fail("computed again"))
     run = evaluate(EvaluateConfig(**EVALUATE, name="again", fraction=[0.5], seeds=1))
     earlier = Run("runs/linear").result["cells"][0]
-    assert run.result["cells"][0]["metrics"] == earlier["metrics"]
+    found = run.result["cells"][0]["metrics"]
+    assert found["confusion"] == earlier["metrics"]["confusion"]
+    for name in ("accuracy", "auroc", "balanced_accuracy", "log_loss"):
+        # Up to rounding: the classifier is fitted here, and was on another kind of CPU.
+        assert found[name] == pytest.approx(earlier["metrics"][name], rel=1e-9)
 
 
 def test_reports(records):

@@ -20,7 +20,7 @@ from train.records.runs import Run, Stage, identity, named_run
 from train.reporting.report_writer import write_report
 from train.trainer.grad_cache import check_micro_batch
 from train.trainer.health_checks import HealthChecks
-from train.trainer.loop import Job
+from train.trainer.loop import DAMAGED_NAME, Job
 from train.trainer.methods import Method, build_method
 from train.trainer.model_summary import describe_model, describe_rate
 from train.trainer.online_probe import build_probe
@@ -207,6 +207,7 @@ def _finish(run, job, stage, seconds, device):
         "probe": job.probe.describe() if job.probe else None,
         "init": json.loads((run.folder / "init.json").read_text()),
         "engine": json.loads((run.folder / "engine.json").read_text()),
+        "damaged_patches": json.loads(damaged.read_text()) if (damaged := run.folder / DAMAGED_NAME).exists() else [],
         "warnings": [text for row in rows for text in checks.add(row)],
         "compare_by": job.method.comparison_note,
     }

@@ -1,4 +1,4 @@
-"""Warnings about a run's metrics: the model learns nothing, or the embeddings collapse."""
+"""Warnings about a run's metrics: the model learns nothing, the embeddings collapse, or patches are damaged."""
 
 from typing import Any
 
@@ -32,6 +32,11 @@ class HealthChecks:
                     f"at step {row['step']} embedding_std is {std:.3f} (1: spread out, 0: all in one point):"
                     " the embeddings are collapsing"
                 )
+        if row.get("damaged_patches"):
+            found["damaged"] = (
+                f"at step {row['step']} damaged patches were met, and others were drawn in their place (--on-bad-patch skip);"
+                " damaged_patches in result.json lists them when the run ends"
+            )
         new = [text for kind, text in found.items() if kind not in self._given]
         self._given |= found.keys()
         return new

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -20,9 +21,12 @@ from torch.nn.parallel import DistributedDataParallel
 from models.backbones import build_backbone
 from models.weights import all_finite, apply_init, save_backbone
 from pipelines.loader import Batch, ViewLoader
+from pipelines.mixture import Mixture
 from pipelines.recipes import describe_recipe
+from pipelines.shard_reader import ShardReader
 from train.records.checkpoints import copied_state
 from train.records.data import Input
+from train.records.json_files import write_json
 from train.records.runs import Run
 from train.trainer.early_stopping import EarlyStopping, Validation
 from train.trainer.grad_cache import check_micro_batch, grad_cache_backward
@@ -37,6 +41,8 @@ from train.trainer.worker import Worker, damaged_checkpoint
 # V views, B local patches, D width of the head's output, S image size
 
 HEAD_NAME = "head.pt"
+DAMAGED_NAME = "damaged.json"  # the patches that were skipped
+_MOST_DAMAGED = 0.01  # of the patches of an epoch
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,8 @@ class Job:
     """All that a worker needs to know. It travels to every worker, so it is plain data.
 
     compile, channels_last: None is on a GPU. micro_batch: patches of a rank that have a graph at a time, None: all. profile:
-    trace a few steps into folder/profile. validation: evaluate the model after every epoch, end with the best weights.
+    trace a few steps into folder/profile. on_bad_patch: "stop", or "skip" to replace damaged patches. validation: evaluate the
+    model after every epoch, end with the best weights.
     """
 
     folder: Path  # of the run, which all workers share; or where it is at a URL, one on each node
@@ -73,6 +80,7 @@ class Job:
     channels_last: bool | None = None
     deterministic: bool = False
     profile: bool = False
+    on_bad_patch: str = "stop"
     validation: Validation | None = None
     url: str | None = None  # of the run, where it is at one
 
@@ -146,8 +154,10 @@ def _train(job: Job, worker: Worker, on_row: Callable[[dict[str, float]], None] 
                 # As the model takes them on a GPU: under autocast its first layer would round them to bf16 itself.
                 dtype=torch.bfloat16 if device.type == "cuda" and job.precision == "bf16" else torch.float32,
                 channels_last=default_on_cuda(job.channels_last, device),
+                replace_damaged=job.on_bad_patch == "skip",
             )
         )
+        damaged: set[int] = set()  # patches that were replaced, on all ranks
 
         # ---- Model and optimiser ----
 
@@ -167,6 +177,7 @@ def _train(job: Job, worker: Worker, on_row: Callable[[dict[str, float]], None] 
                 if stopping:
                     stopping.load_state_dict(state["stopping"])
                 step = int(state["step"])
+                damaged |= set(map(int, state.get("damaged", ())))
             except torch.OutOfMemoryError:
                 raise
             except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -207,18 +218,26 @@ def _train(job: Job, worker: Worker, on_row: Callable[[dict[str, float]], None] 
                 probe = job.probe if job.probe and job.probe.due(step + 1, job.steps_per_epoch, job.steps) else None
                 validation = stopping if (step + 1) % job.steps_per_epoch == 0 else None
                 log = bool(probe or validation) or last or (step + 1) % job.log_every == 0
+                save = last or (step + 1) % (job.checkpoint_every or job.steps_per_epoch) == 0
                 values = _step(parallel, optimizer, batch, rate, step, job, worker, with_metrics=log)
                 step += 1
                 clock.patches += job.batch_size
+                if job.on_bad_patch == "skip" and (log or save):
+                    damaged |= worker.union(loader.damaged)
+                    if len(damaged) > _MOST_DAMAGED * job.input.patches:
+                        raise _too_many_damaged(shards, damaged, job)
 
                 # ---- Log, probe and validate ----
 
                 if log:
                     row = {"epoch": loader.epoch, "step": step, "learning_rate": rate} | worker.mean(values)
+                    if damaged:
+                        row["damaged_patches"] = len(damaged)
                     if logger:
                         row |= clock.read(device)
                         if probe:
-                            row |= run_probe(probe, model.backbone, job.image_size, device.type, threads)
+                            whole = probe.without_damaged() if job.on_bad_patch == "skip" else probe
+                            row |= run_probe(whole, model.backbone, job.image_size, device.type, threads)
                         if validation:
                             row |= validation.evaluate(
                                 model, loader.epoch, image_size=job.image_size, device=device.type, threads=threads
@@ -234,7 +253,7 @@ def _train(job: Job, worker: Worker, on_row: Callable[[dict[str, float]], None] 
                 # ---- Save ----
 
                 worker.store.wait(0)  # a disk that stays full ends the run now, not at the next checkpoint
-                if worker.is_main and (last or stopped or step % (job.checkpoint_every or job.steps_per_epoch) == 0):
+                if worker.is_main and (save or stopped):
                     worker.store.wait()  # one copy of the state at a time
                     state = {
                         "model": model.state_dict(),
@@ -246,10 +265,15 @@ def _train(job: Job, worker: Worker, on_row: Callable[[dict[str, float]], None] 
                         raise _diverged("a weight is not finite", step)
                     if stopping:
                         state["stopping"] = stopping.state_dict()
+                    if damaged:
+                        state["damaged"] = sorted(damaged)
                     worker.store.save(step, copied_state(state, device))
                 after_step()
                 if stopped:
                     break
+        if worker.is_main and damaged:
+            names = shards.name_patches(np.array(sorted(damaged)))
+            worker.retry(lambda: write_json(job.folder / DAMAGED_NAME, names), job.folder)
     if stopping:
         stopping.load_best(model)
     return model
@@ -323,6 +347,15 @@ def _diverged(what: str, step: int) -> ValueError:
     return ValueError(
         f"at step {step} {what}: training has diverged, and no weights are written. Try a smaller --learning-rate or more"
         " --warmup-epochs, under another --name; the newest checkpoint before that step is kept"
+    )
+
+
+def _too_many_damaged(shards: ShardReader | Mixture, damaged: set[int], job: Job) -> ValueError:
+    (first,) = shards.name_patches(np.array([min(damaged)]))
+    return ValueError(
+        f"{shards.folder}: {len(damaged):,} of {job.input.patches:,} selected patches are damaged, more than {_MOST_DAMAGED:.0%}"
+        f" ({first}, ...): copy or build the set again (sharding/inspect_shards.py --verify lists what is damaged), and the same"
+        " command resumes from the newest checkpoint"
     )
 
 

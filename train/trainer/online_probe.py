@@ -5,6 +5,7 @@ numbers to a row of metrics.jsonl: `probe_accuracy` and `probe_balanced_accuracy
 `probe_knn_accuracy` and `probe_knn_balanced_accuracy`. They compare runs whose losses cannot be compared.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +55,17 @@ class Probe:
     def due(self, step: int, steps_per_epoch: int, steps: int) -> bool:
         """Whether to probe after this step: at the end of every `every`-th epoch, and of the last one."""
         return step % (self.every * steps_per_epoch) == 0 or step == steps
+
+    def without_damaged(self) -> "Probe":
+        """The same probe without the patches that are damaged."""
+        with self.input.opened() as (reader, ids):
+            whole = ~reader.damaged(ids)
+        if whole.all():
+            return self
+        (chosen,) = self.input.sets
+        kept = dataclasses.replace(self.input, sets=(dataclasses.replace(chosen, ids=chosen.ids[whole]),))
+        masks = {name: getattr(self, name)[whole] for name in ("labels", "held_out", "tuning")}
+        return dataclasses.replace(self, input=kept, **masks)
 
     def describe(self) -> dict[str, Any]:
         """As plain data, for the run's result."""

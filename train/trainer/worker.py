@@ -53,6 +53,14 @@ class Worker:
             dist.broadcast_object_list(found, src=0, group=self.group, device=self.device)
         return found[0]
 
+    def union(self, values: set[int]) -> set[int]:
+        """The values of all ranks together."""
+        found: list[Any] = [values]
+        if self.world_size > 1:
+            found = [None] * self.world_size
+            dist.all_gather_object(found, values, group=self.group)
+        return set().union(*found)
+
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The state in the newest checkpoint, or None. Rank 0 chooses: others may see a shared folder as it was
         a moment ago."""

@@ -10,16 +10,18 @@ import sys
 import numpy as np
 import pytest
 
+from pipelines.sampler import epoch_order
 from sharding.cli import parse
 from sharding.manifest import fingerprint, read_manifest
+from sharding.packing import build_shards
 from sharding.selection import select
-from tests.helpers import ROOT
+from tests.helpers import ROOT, damage_patches, encoded, write_tree
 from train.cluster import launcher as workers
 from train.cluster.launcher import run_job, usable_workers
 from train.config import PretrainConfig, worker_range
 from train.records.data import Input, SetInput
 from train.records.runs import Run
-from train.trainer.loop import Job, fit
+from train.trainer.loop import DAMAGED_NAME, Job, fit
 from train.trainer.methods import SimCLR
 from train.trainer.worker import single_worker
 
@@ -78,6 +80,23 @@ def test_two_workers_give_the_loss_curve_of_one_process(ray_here, one_process, t
 
     ours, theirs = (load_file(folder / "backbone.safetensors") for folder in (job.folder, one_process.folder))
     assert max(abs(ours[name] - theirs[name]).max() for name in ours) < 1e-6
+
+
+@pytest.mark.faults
+def test_two_workers_skip_the_patches_that_one_process_skips(ray_here, tmp_path):
+    """Each rank meets one of them, and rank 0 lists both. Ray starts a process for its controller and one for each worker."""
+    write_tree(tmp_path / "images", {f"{i:03d}.png": encoded(i, format="PNG") for i in range(240)})
+    build_shards([tmp_path / "images"], tmp_path / "shards", unlabelled=True)
+    ids = np.arange(240)
+    batch = epoch_order(ids, seed=3, epoch=0)[:20]
+    damage_patches(tmp_path / "shards", batch[[2, 15]].tolist())
+    data, jobs = Input((SetInput(str(tmp_path / "shards"), fingerprint(tmp_path / "shards"), ids),)), []
+    for name, count in (("one", 0), ("two", 2)):
+        jobs.append(make_job(tmp_path / name, tmp_path / "shards", input=data, epochs=1, on_bad_patch="skip"))
+        run_job(jobs[-1], workers=count)
+    names = [json.loads((job.folder / DAMAGED_NAME).read_text()) for job in jobs]
+    assert names[0] == names[1] and len(names[0]) == 2
+    assert abs(curve(jobs[0].folder) - curve(jobs[1].folder)).max() < 1e-6
 
 
 def test_a_worker_s_mistake_of_the_user_is_one_sentence(ray_here, tmp_path, small_set):
