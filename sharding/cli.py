@@ -173,10 +173,18 @@ def run_script(main: Callable, config_class: type, *, prog: str, description: st
     """Parse, call main(config), and turn a user's mistake into one sentence on stderr.
 
     Returns the exit code: 0, 2 for a mistake in the input (ValueError, or a file that cannot be read or written), 130
-    after Ctrl-C. Anything else is our fault and keeps its traceback.
+    after Ctrl-C, 143 after SIGTERM, which schedulers send. Anything else is our fault and keeps its traceback.
     """
     _open_standard_streams()
     config = parse(config_class, arguments, prog=prog, description=description)
+    received = signal.SIGINT
+
+    def terminate(*_) -> None:
+        nonlocal received
+        received = signal.SIGTERM
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         main(config)
         sys.stdout.flush()
@@ -190,7 +198,9 @@ def run_script(main: Callable, config_class: type, *, prog: str, description: st
         return _refused(prog, error)
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; run the same command again to resume", file=sys.stderr)
-        return 130
+        return 128 + received
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 

@@ -43,12 +43,12 @@ def images_in(archive: bytes, skipped: SkippedFiles) -> Iterator[ImageBatch]:
     shown = printable(archive)
     file = os.open(archive, os.O_RDONLY)
     try:
-        if os.pread(file, _LONGEST_MAGIC, 0).startswith(_COMPRESSED):
+        if _is_tar(archive):  # first: a tar begins with the name of a member, which may be BZh.jpg
+            members = _tar_members(archive, skipped)
+        elif os.pread(file, _LONGEST_MAGIC, 0).startswith(_COMPRESSED):
             raise ValueError(
                 f"{shown} is compressed as a whole and cannot be read in place: unpack it, or make it a plain tar or a zip"
             )
-        if _is_tar(archive):
-            members = _tar_members(archive, skipped)
         elif is_zip(file):
             members = zip_members(file, shown, skipped)
         else:

@@ -1,8 +1,12 @@
 """The scripts: each starts in a process of its own, and refuses what a user did wrong."""
 
+import subprocess
+import sys
+import time
+
 import pytest
 
-from tests.helpers import assert_refused, call_script, run_python
+from tests.helpers import ROOT, assert_refused, call_script, run_python
 
 SCRIPTS = (
     "train/pretrain.py",
@@ -21,6 +25,24 @@ def test_help_names_every_flag(script):
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
     assert done.stderr == ""
+
+
+def test_sigterm_ends_a_run_as_ctrl_c_does(tmp_path, small_set):
+    """Schedulers send it when a job's time is over. What was trained is kept: the newest checkpoint is whole."""
+    command = [sys.executable, str(ROOT / "train/pretrain.py"), "--data", str(small_set), "--name", "x", "--epochs", "1000"]
+    command += ["--storage", str(tmp_path), "--backbone", "test_resnet", "--image-size", "16", "--batch-size", "16"]
+    command += ["--workers", "0", "--threads", "1", "--log-every", "1", "--probe-every", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    try:
+        while not any(tmp_path.glob("x/checkpoints/step-*")):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        process.terminate()
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, stderr) == (143, "pretrain.py: interrupted; run the same command again to resume\n")
+    assert any(tmp_path.glob("x/checkpoints/step-*"))
 
 
 def test_pretrain_refuses_a_missing_set(tmp_path):

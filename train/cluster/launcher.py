@@ -195,6 +195,8 @@ def _attempt(job, least, most, per_worker, *, again) -> BaseException | None:
     )
     try:
         trainer.fit()
+    except SystemExit:  # what Ray Train makes of Ctrl-C, once the workers have ended
+        raise KeyboardInterrupt from None
     except ray.train.TrainingFailedError as error:
         cause = _cause(error)
         cause.__cause__ = None if cause is error else error

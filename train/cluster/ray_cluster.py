@@ -4,6 +4,8 @@ import contextlib
 import logging
 import os
 import re
+import signal
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,10 @@ def connect(name: str | None = None) -> None:
         return
     _listen_on_loopback()
     job = ray.job_config.JobConfig(metadata={"job_name": name} if name else None)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     context = ray.init(job_config=job, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own prints its stack and aborts
     with contextlib.suppress(FileNotFoundError):  # Ray writes it for everyone to read
         (Path.home() / ".ray" / "auth_token").chmod(0o600)
     place = context.dashboard_url

@@ -32,6 +32,7 @@ def run_trials(state: StudyState) -> None:
     Raises ValueError if a single trial needs more than the cluster has.
     """
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # no progress tables: the state logs each event
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends the command as it ends any other
     connect(state.study.name)
     import ray
     from ray import tune

@@ -11,7 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sharding.sources import archives
@@ -217,6 +217,8 @@ PATHS = st.lists(
 
 
 @given(paths=PATHS, format=st.sampled_from((tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)))
+@example(paths=[b"BZh.jpg"], format=tarfile.GNU_FORMAT)  # as a compressed file begins
+@example(paths=[b"Rar!.jpg"], format=tarfile.PAX_FORMAT)
 def test_any_names_in_a_tar(paths, format):
     files = {path: b"bytes of %d" % number for number, path in enumerate(paths)}
     with tempfile.TemporaryDirectory() as folder:

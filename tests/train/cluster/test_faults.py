@@ -138,6 +138,23 @@ def test_killed_workers_and_drivers_leave_the_run_as_it_would_have_been(ray_here
     same_in_the_end(folder, undisturbed)
 
 
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_that_is_told_to_end_says_how_to_go_on(ray_here, undisturbed, small_set, tmp_path, sent):
+    """By Ctrl-C, or by a scheduler: one sentence, and no stack of Ray's."""
+    given, folder, log = settings(small_set, tmp_path), tmp_path / "run", tmp_path / "log"
+    with command(given, "1", log) as driver:
+        until(lambda: len(steps_of(folder)) >= 2, driver, log)
+        driver.send_signal(sent)
+        assert driver.wait(_SECONDS) == 128 + sent, log.read_text()
+    text = log.read_text()
+    assert text.endswith("pretrain.py: interrupted; run the same command again to resume\n")
+    assert "Traceback" not in text and "***" not in text and "stack" not in text.lower()
+    with command(given, "1", log) as driver:
+        assert driver.wait(_SECONDS) == 0, log.read_text()
+    same_in_the_end(folder, undisturbed)
+
+
 @pytest.mark.timeout(400)
 def test_a_run_goes_on_when_a_node_dies(undisturbed, small_set, tmp_path):
     """Two nodes of a cluster of its own, with a worker each; the node without the driver dies."""

@@ -67,7 +67,7 @@ def test_places_and_workers_are_no_part_of_the_key():
     }
     probe = {"probe_every", "probe_data", "probe_patches"}
     speed = {"compile", "channels_last", "deterministic", "profile"}
-    assert names[PretrainConfig] == common | probe | speed | {"mix", "init", "checkpoint_every"}
+    assert names[PretrainConfig] == common | probe | speed | {"mix", "init", "checkpoint_every", "on_bad_patch"}
     assert names[EvaluateConfig] == common | {"backbone", "architecture"}
 
 
