@@ -21,6 +21,16 @@ class Outcome(NamedTuple):
     error: str | None
 
 
+def told(call: Callable[[], Any]) -> Outcome:
+    """Make the call. Raises what is not for the user."""
+    try:
+        return Outcome(call(), None)
+    except (ValueError, OSError) as error:
+        text = describe(error)
+        assert text.strip() and "\n" not in text and "object at 0x" not in text, repr(text)
+        return Outcome(None, text)
+
+
 def outcome_of(call: Callable[[], Any]) -> Outcome:
     """Make the call in a fork of this process. Raises AssertionError for a signal, a hang, and any other error."""
     reading, writing = os.pipe()
@@ -29,9 +39,7 @@ def outcome_of(call: Callable[[], Any]) -> Outcome:
         try:
             os.close(reading)
             try:
-                answer: tuple[str, Any] = ("value", call())
-            except (ValueError, OSError) as error:
-                answer = ("error", describe(error))
+                answer: tuple[str, Any] = ("told", told(call))
             except BaseException as error:  # the parent shows it
                 answer = ("fault", f"{type(error).__name__}: {error}")
             with os.fdopen(writing, "wb") as file:
@@ -52,10 +60,7 @@ def outcome_of(call: Callable[[], Any]) -> Outcome:
     assert not os.WIFSIGNALED(status), f"ended by {signal.Signals(os.WTERMSIG(status)).name}"
     kind, value = pickle.loads(data)
     assert kind != "fault", value
-    if kind == "error":
-        assert value.strip() and "\n" not in value and "object at 0x" not in value, repr(value)
-        return Outcome(None, value)
-    return Outcome(value, None)
+    return value
 
 
 def digest(*parts: bytes) -> str:

@@ -15,7 +15,7 @@ from pipelines.loader import ViewLoader
 from pipelines.recipes import get_recipe
 from sharding.manifest import fingerprint, read_manifest
 from sharding.verification import verify
-from tests.fuzz.child import digest, outcome_of
+from tests.fuzz.child import digest, outcome_of, told
 from tests.fuzz.conftest import PROFILE
 from tests.helpers import replace_manifest
 
@@ -65,14 +65,16 @@ def received(small_set, tmp_path):
 
 def check(folder, *, same: str | None = None) -> None:
     """Read and verify the set twice, in fresh processes. same: the pixels that it has if it can be read."""
-    read = [outcome_of(lambda: pixels(folder)) for _ in range(2)]
-    assert read[0] == read[1], "two runs read different pixels"
-    if same is not None and read[0].error is None:
-        assert read[0].value == same
-    verified = outcome_of(lambda: verify(folder))
-    outcome_of(lambda: fingerprint(folder))
-    incomplete = "lacks the images' width and height" in (read[0].error or "")
-    assert verified.error is not None or read[0].error is None or incomplete, "verified, and cannot be read"
+
+    def looked_at():
+        return told(lambda: pixels(folder)), told(lambda: verify(folder)), told(lambda: fingerprint(folder))
+
+    read, verified, _ = outcome_of(looked_at).value
+    assert outcome_of(lambda: pixels(folder)) == read, "two runs read different pixels"
+    if same is not None and read.error is None:
+        assert read.value == same
+    incomplete = "lacks the images' width and height" in (read.error or "")
+    assert verified.error is not None or read.error is None or incomplete, "verified, and cannot be read"
 
 
 def test_any_column_of_the_manifest(small_set, received):
