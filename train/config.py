@@ -34,6 +34,7 @@ _GPUS = (
 _CPUS = "CPU cores per worker; 0: an equal share of all cores, so that one run fills the cluster"
 _THREADS = "decoding and augmentation threads per worker; 0: one for each of the worker's cores"
 _STORAGE = "folder of runs (on a cluster: one that all nodes share), or a writable URL such as s3://bucket/runs"
+_PRIVATE = "record no host, no command, and of folders and URLs only the last part, so that the run's folder can be shared"
 _PRECISION = "precision of the forward and backward pass: bf16 uses autocast; fp64 is for tests"
 _AUTO_PRECISION = _PRECISION + "; auto: bf16 if the GPUs support it, else fp32; a resumed run keeps its precision"
 _OPTIMIZER = "lars as in SimCLR; adam; adamw; sgd with momentum 0.9"
@@ -133,6 +134,7 @@ class PretrainConfig:
     )
     cache_gib: float | None = option(None, _CACHE, identity=False)
     storage: str = option("runs", _STORAGE, identity=False)
+    private: bool = option(False, _PRIVATE, identity=False)
 
 
 @dataclass(frozen=True)
@@ -212,6 +214,7 @@ class EvaluateConfig:
     )
     cache_gib: float | None = option(None, _CACHE, identity=False)
     storage: str = option("runs", _STORAGE, identity=False)
+    private: bool = option(False, _PRIVATE, identity=False)
 
 
 @dataclass(frozen=True)

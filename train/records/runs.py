@@ -26,6 +26,7 @@ from sharding.cli import old_defaults
 from sharding.folder_names import check_name
 from train.records.data import place_of
 from train.records.json_files import check_fields, json_text, parse_row, read_json, write_json, write_text
+from train.records.places import private_config, private_record
 from train.records.remote_run import CELLS, RESULT_NAME, Mirror
 from train.records.uploader import locked_run
 
@@ -179,7 +180,8 @@ class Run:
         if not self._is_finished(stage, config):
             with locked_run(self.folder, self.mirror):
                 if not self._is_finished(stage, config):  # nor was it taken or finished while this process waited
-                    settings = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+                    kept = private_config(config) if config.private else config
+                    settings = yaml.safe_dump(dataclasses.asdict(kept), sort_keys=False, allow_unicode=True)
                     write_text(self.folder / "config.yaml", settings)
                     started = self.record["started"] if self.exists else _now()
                     self._write_record(stage, config, {"input": reads, "started": started, "status": "running"})
@@ -254,8 +256,8 @@ class Run:
             "commit": code_commit(),
             "versions": versions(),
             "machine": {"host": platform.node(), "cores": os.cpu_count(), "system": platform.platform()},
-        }
-        write_json(self.folder / RECORD_NAME, record | extra)
+        } | extra
+        write_json(self.folder / RECORD_NAME, private_record(record) if config.private else record)
 
 
 def open_run(storage: str, name: str, *, whole: bool = False) -> Run:

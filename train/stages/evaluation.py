@@ -18,6 +18,7 @@ from sharding.selection import select
 from train.config import EvaluateConfig
 from train.records.data import Input, SetInput, cache_limit, open_set
 from train.records.init_weights import InitialWeights, StartingPoint, resolve_backbone, resolve_init, view_size
+from train.records.places import with_name_of
 from train.records.provenance import earlier_stages, find_overlap
 from train.records.remote_run import local_storage
 from train.records.runs import Run, Stage, find_run, identity, named_run
@@ -182,6 +183,7 @@ def _evaluate_frozen_features(config, reader, known, data, start, splits):
     """The results; a function from a result to the features for its gallery; what else the record says; the device."""
     options = WorkerOptions.from_config(config)
     backbone, init = init_backbone(start, config.seed)
+    init = with_name_of(start.parent.source, init) if config.private else init
     what = FeaturePass(backbone, data.shards, data.fingerprint, "eval", start.image_size, cache_limit(config.cache_gib))
     parts = _whole_splits(config, reader, known)
     features = split_features(what, parts, len(reader), options, local_storage(config.storage) / ".features")

@@ -1,5 +1,6 @@
 """The pretraining stage: a backbone from unlabelled patches."""
 
+import contextlib
 import functools
 import json
 import time
@@ -17,6 +18,7 @@ from train.records.data import Input, SetInput, cache_limit, open_set, parse_mix
 from train.records.init_weights import InitialWeights, resolve_init
 from train.records.provenance import write_training_record
 from train.records.runs import Run, Stage, identity, named_run
+from train.reporting.kept_views import keep_views
 from train.reporting.report_writer import write_report
 from train.trainer.grad_cache import check_micro_batch
 from train.trainer.health_checks import HealthChecks
@@ -103,7 +105,7 @@ def pretrain(config: PretrainConfig) -> Run:
 
     # ---- Result and report ----
 
-    _finish(run, job, stage, time.monotonic() - started, device)
+    _finish(run, config, job, stage, time.monotonic() - started, device)
     return run
 
 
@@ -190,7 +192,7 @@ def _check(config: PretrainConfig, patches: int) -> None:
         raise ValueError(f"--shuffle-window {config.shuffle_window}: give at least 1 shard, or leave it out to shuffle all")
 
 
-def _finish(run, job, stage, seconds, device):
+def _finish(run, config, job, stage, seconds, device):
     rows, checks = run.metrics(), _health_checks(job)
     last = rows[-1]
     result = {
@@ -211,6 +213,9 @@ def _finish(run, job, stage, seconds, device):
         "warnings": [text for row in rows for text in checks.add(row)],
         "compare_by": job.method.comparison_note,
     }
+    if config.private:  # later, its record does not tell where the data are
+        with contextlib.suppress(ValueError):
+            keep_views(run, config.data)
     run.finish(result, wall_seconds=seconds, device=device)
     report = write_report([run], run.folder / "report.html")
     run.publish()

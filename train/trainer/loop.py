@@ -27,6 +27,7 @@ from pipelines.shard_reader import ShardReader
 from train.records.checkpoints import copied_state
 from train.records.data import Input
 from train.records.json_files import write_json
+from train.records.places import with_name_of
 from train.records.runs import Run
 from train.trainer.early_stopping import EarlyStopping, Validation
 from train.trainer.grad_cache import check_micro_batch, grad_cache_backward
@@ -50,8 +51,8 @@ class Job:
     """All that a worker needs to know. It travels to every worker, so it is plain data.
 
     compile, channels_last: None is on a GPU. micro_batch: patches of a rank that have a graph at a time, None: all. profile:
-    trace a few steps into folder/profile. on_bad_patch: "stop", or "skip" to replace damaged patches. validation: evaluate the
-    model after every epoch, end with the best weights.
+    trace a few steps into folder/profile. on_bad_patch: "stop", or "skip" to replace damaged patches. private: record no
+    folders. validation: evaluate the model after every epoch, end with the best weights.
     """
 
     folder: Path  # of the run, which all workers share; or where it is at a URL, one on each node
@@ -81,6 +82,7 @@ class Job:
     deterministic: bool = False
     profile: bool = False
     on_bad_patch: str = "stop"
+    private: bool = False
     validation: Validation | None = None
     url: str | None = None  # of the run, where it is at one
 
@@ -197,6 +199,7 @@ def _train(job: Job, worker: Worker, on_row: Callable[[dict[str, float]], None] 
         logger, profile = None, None
         if worker.is_main:
             engine = _describe_engine(job, worker, compiled)
+            init_lines = with_name_of(job.init, init_lines) if job.private else init_lines
             logger = MetricsLogger(
                 Run(job.folder), step, init_lines, engine, on_row, retry_timeout_s=worker.store.retry_timeout_s
             )

@@ -141,14 +141,13 @@ def _records(outcome: StudyResult, runs: Sequence[Run], folder: Path) -> list[Ht
                 record["stage"]["kind"],
                 number(record["wall_seconds"], 0),
                 record["device"],
-                record["machine"]["host"],
                 record["started"][:16].replace("T", " "),
                 record["commit"][:9],
             ]
         )
     spent = sum(record["wall_seconds"] for _, record in records)
     devices = ", ".join(dict.fromkeys(record["device"] for _, record in records))
-    titles: list[Content] = ["run", left("also used as"), "kind", "seconds", "device", "host", "started", "commit"]
+    titles: list[Content] = ["run", left("also used as"), "kind", "seconds", "device", "started", "commit"]
     shown = table("Runs, each with its own report", titles, lines, kind="study")
     return [
         note(f"The runs took {_duration(spent)} in total, on {devices}."),

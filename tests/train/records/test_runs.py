@@ -64,6 +64,7 @@ def test_places_and_workers_are_no_part_of_the_key():
         "max_failures",
         "cache_gib",
         "storage",
+        "private",
     }
     probe = {"probe_every", "probe_data", "probe_patches"}
     speed = {"compile", "channels_last", "deterministic", "profile"}
