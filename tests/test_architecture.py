@@ -191,6 +191,14 @@ def test_no_module_hides_another(module):
     assert name not in MAY_IMPORT
 
 
+@functools.cache
+def left_out() -> list[str]:
+    """Patterns of names that git, or what copies the project to the nodes of a cluster, leaves out."""
+    ignored = [line.strip("/") for line in source_of(ROOT / ".gitignore").splitlines()]
+    clusters = [yaml.safe_load(source_of(ROOT / file)) for file in ("cluster.yaml", "cluster.local.yaml")]
+    return ignored + [pattern for cluster in clusters for pattern in cluster["rsync_exclude"]]
+
+
 FOLDERS = sorted({path.parent.relative_to(ROOT).as_posix() for path in MODULES.values()})
 
 
@@ -201,15 +209,19 @@ def test_no_folder_hides_a_package_or_stays_behind(folder):
     if "/" in folder:
         assert name not in sys.stdlib_module_names and not set(installed_modules().get(name, ())) - {"patchclr"}
         assert name not in MAY_IMPORT
-    ignored = [line.strip("/") for line in source_of(ROOT / ".gitignore").splitlines()]
-    excluded = [
-        pattern
-        for file in ("cluster.yaml", "cluster.local.yaml")
-        for pattern in yaml.safe_load(source_of(ROOT / file))["rsync_exclude"]
-    ]
-    assert not [pattern for pattern in ignored + excluded if fnmatch.fnmatch(name, pattern)]
+    assert not [pattern for pattern in left_out() if fnmatch.fnmatch(name, pattern)]
     assert folder.replace("/", ".") in tomllib.loads(source_of(ROOT / "pyproject.toml"))["tool"]["setuptools"]["packages"]
     assert (ROOT / folder / "__init__.py").exists()
+
+
+def test_no_file_stays_behind():
+    """Modules and what lies beside them: no name is left out, and what is no module is listed as the package's data."""
+    files = [path for folder in FOLDERS for path in (ROOT / folder).iterdir() if path.is_file()]
+    assert not [path for path in files if any(fnmatch.fnmatch(path.name, pattern) for pattern in left_out())]
+    listed = tomllib.loads(source_of(ROOT / "pyproject.toml"))["tool"]["setuptools"]["package-data"]
+    for path in files:
+        if path.suffix != ".py":
+            assert path.name in listed[path.parent.relative_to(ROOT).as_posix().replace("/", ".")], path
 
 
 def test_scripts_are_short():
