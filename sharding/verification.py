@@ -55,6 +55,10 @@ def verify(shards: str | Path, *, workers: int = 1) -> None:
         raise ValueError(
             f"{folder / 'manifest.parquet'} does not list the {dataset['patches']:,} patches of dataset.json in order"
         )
+    if (np.diff(manifest["shard"].to_numpy()) < 0).any():
+        raise ValueError(
+            f"{folder / 'manifest.parquet'} does not list the patches in the order of the shards: copy the set again"
+        )
     _check_classes(folder, dataset, manifest)
     _check_listing(folder, dataset)
     for name in sorted(dataset["files"]):

@@ -7,11 +7,13 @@ import shutil
 import subprocess
 import sys
 
+import pyarrow as pa
 import pytest
 
 from sharding.inspect_shards import verify
+from sharding.manifest import read_manifest
 from sharding.packing import build_shards
-from tests.helpers import BREAST_LAYOUT, ROOT, assert_refused, call_script, encoded, run_python, write_tree
+from tests.helpers import BREAST_LAYOUT, ROOT, assert_refused, call_script, encoded, replace_manifest, run_python, write_tree
 
 
 def build(*arguments, cwd=None):
@@ -137,6 +139,15 @@ def change_byte(path, place):
     path.write_bytes(data)
 
 
+def move_to_shard(shards, patch, shard):
+    """In the manifest alone, as its packer would have written it."""
+    table = read_manifest(shards)
+    numbers = table["shard"].to_numpy().copy()
+    numbers[patch] = shard
+    place = table.column_names.index("shard")
+    replace_manifest(shards, table.set_column(place, table.schema.field("shard"), pa.array(numbers)))
+
+
 def edit_dataset(folder, **changes):
     path = folder / "dataset.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -153,6 +164,7 @@ def edit_dataset(folder, **changes):
         (lambda s: (s / "shard-000001.idx").unlink(), "is missing"),
         (lambda s: (s / "shard-000000.tar").rename(s / "shard-000001.tar"), "is missing"),
         (lambda s: shutil.copy(s / "shard-000000.tar", s / "shard-000002.tar"), "shard-000002.tar is no file of this set of 2"),
+        (lambda s: move_to_shard(s, patch=0, shard=1), "in the order of the shards"),
         (lambda s: edit_dataset(s, shards=0), "'shard'"),
         (lambda s: edit_dataset(s, shards=1), "'shard'"),
         (lambda s: edit_dataset(s, shards=3), "does not list shard-000002.tar"),
