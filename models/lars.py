@@ -105,10 +105,16 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
-def describe_groups(groups: list[dict]) -> list[str]:
-    """One line per group for the console: its name, tensors, numbers, decay (optimizer.param_groups do as well)."""
-    return [
-        f"{group['name']}: {len(group['params'])} tensors, {sum(p.numel() for p in group['params']):,} numbers, "
-        f"weight decay {group['weight_decay']:g}, layer adaptation {'on' if group['adapt'] else 'off'} (LARS only)"
-        for group in groups
-    ]
+def describe_groups(groups: list[dict], *, adapted: bool) -> list[str]:
+    """One line per group for the console: its name, tensors, numbers, decay (optimizer.param_groups do as well).
+
+    adapted: whether the optimizer is LARS, which adapts the rate to each layer of some groups.
+    """
+    lines = []
+    for group in groups:
+        adaptation = f", layer adaptation {'on' if group['adapt'] else 'off'}" if adapted else ""
+        lines.append(
+            f"{group['name']}: {len(group['params'])} tensors, {sum(p.numel() for p in group['params']):,} numbers, "
+            f"weight decay {group['weight_decay']:g}{adaptation}"
+        )
+    return lines

@@ -90,7 +90,7 @@ class _Parser(ArgumentParser):
         text = readable(message)
         hint = f"see {self.prog} --help"
         if text.startswith("unrecognized arguments") and os.path.dirname(os.path.abspath(sys.argv[0])) == os.path.expanduser("~"):
-            hint += "; `ray submit` cuts arguments at blanks: give those that have some in a file of the node, with --config"
+            hint += "; `ray submit` cuts arguments at spaces: give those that have some in a file of the node, with --config"
         print(f"{self.prog}: {text} ({hint})", file=sys.stderr)
         sys.exit(2)
 

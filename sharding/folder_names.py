@@ -16,10 +16,10 @@ def check_name(name: str, *, what: str = "--name") -> None:
     if wrong := [character for character in name if not _is_plain(character)]:
         raise ValueError(
             f"{what} {name!r} has the character {wrong[0]!r}, and the name becomes that of a folder: give letters, digits,"
-            f" blanks and {' '.join(_MARKS.strip())}"
+            f" spaces and {' '.join(_MARKS.strip())}"
         )
     if name.startswith(".") or name != name.strip():
-        raise ValueError(f"{what} {name!r}: a name neither begins with a dot nor has a blank at its ends: leave it out")
+        raise ValueError(f"{what} {name!r}: a name neither begins with a dot nor has a space at its ends: leave it out")
     if (size := len(name.encode())) > MAX_BYTES:
         raise ValueError(f"{what} {name[:40]!r}... has {size} bytes: give a name of at most {MAX_BYTES}")
 

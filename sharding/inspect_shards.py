@@ -126,11 +126,9 @@ def _groups_table(manifest: pa.Table) -> Table | None:
     counts = np.zeros((len(names), len(split_names)), np.int64)
     np.add.at(counts, (groups[known], splits[known]), 1)
     totals = counts.sum(1)
-    table = _table(
-        f"{len(names):,} groups of {totals.min():,} to {totals.max():,} patches, median {np.median(totals):,.0f}",
-        "group",
-        *split_names,
-    )
+    low, high = totals.min(), totals.max()
+    size = f"{low:,} patches" if low == high else f"{low:,} to {high:,} patches, median {np.median(totals):,.0f}"
+    table = _table(f"{len(names):,} groups of {size}", "group", *split_names)
     order = sorted(range(len(names)), key=lambda group: (-totals[group], names[group]))
     for group in order[:_MAX_ROWS]:
         table.add_row(names[group], *(f"{n:,}" if n else "" for n in counts[group]))

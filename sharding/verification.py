@@ -111,9 +111,26 @@ def _check_file(folder: Path, name: str, digest: str) -> None:
             )
 
 
+def _damaged_patches(tar: Path, shard: _Shard) -> str:
+    """Which patches of a changed tar are not those of the manifest, in words for the end of a message."""
+    damaged = []
+    with tar.open("rb") as file:
+        for key, offset, size, digest in zip(shard.keys, shard.offsets, shard.sizes, shard.digests, strict=True):
+            file.seek(offset)
+            if hashlib.sha256(file.read(size)).hexdigest() != digest:
+                damaged.append(key)
+    if not damaged:
+        return "; its patches are whole"
+    others = f" and {len(damaged) - 3:,} more" if len(damaged) > 3 else ""
+    return f"; damaged: {', '.join(damaged[:3])}{others}"
+
+
 def _verify_shard(shard: _Shard, *, folder: Path, files: dict[str, str]) -> None:
     tar = folder / shard_file(shard.number)
-    _check_file(folder, tar.name, files[tar.name])
+    try:
+        _check_file(folder, tar.name, files[tar.name])
+    except ValueError as error:
+        raise ValueError(f"{error}{_damaged_patches(tar, shard)}") from None
     extensions = [EXTENSIONS[name] for name in shard.formats]
     if (folder / index_file(shard.number)).read_text() != index_text(
         shard.keys, extensions, shard.offsets, shard.sizes, shard.labels

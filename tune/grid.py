@@ -29,7 +29,10 @@ def main(config: GridConfig) -> None:
     from tune.reporting.table_writers import console_table, study_report, write_tables
 
     if config.plan:
-        print("\n".join(dry_run_lines(study)))
+        lines = dry_run_lines(study)
+        print("\n".join(lines))
+        if any(line.startswith("CANNOT RUN") for line in lines):
+            raise ValueError(f"{config.study}: not all trials can run; the plan says why")
         return
     outcome = run_study(study, force=config.force, without_ray=config.without_ray, log=lambda line: print(line, flush=True))
     tables = build_tables(study, outcome)

@@ -86,7 +86,7 @@ def scan_sources(
     if builder.unmatched == builder.seen:
         assert parsed is not None
         raise ValueError(
-            f"--layout {parsed.text!r} matches none of {counted(builder.seen, 'image')}, for example not {builder.example!r}: "
+            f"--layout {parsed.text!r} matches none of {counted(builder.seen, 'image')}, such as {builder.example!r}: "
             "give one that fits the paths below the source, or --unlabelled without a layout"
         )
     if builder.unmatched:

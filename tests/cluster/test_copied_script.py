@@ -24,4 +24,4 @@ def test_a_copied_script_finds_the_project_and_says_what_became_of_a_blank(scrip
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HOME": str(tmp_path)}
     command = [sys.executable, copy, *arguments.split()]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60, check=False)
-    assert_refused(done, "unrecognized arguments", "cuts arguments at blanks", "--config")
+    assert_refused(done, "unrecognized arguments", "cuts arguments at spaces", "--config")

@@ -141,6 +141,8 @@ def test_a_killed_run_goes_on(records, capsys):
     assert [row["step"] for row in rows] == list(range(1, 10))
     assert rows[3]["patches_per_s"] == 46.31  # step 4, before the kill
     assert run.finished and (run.folder / "backbone.safetensors").exists()
+    said = capsys.readouterr().out
+    assert "cut off: resuming from step 4\n" in said and "random weights" not in said and "step 4/9" not in said
 
 
 def test_features_are_found(records, capsys):

@@ -204,6 +204,12 @@ def _attempt(job, least, most, per_worker, *, again) -> BaseException | None:
     return None
 
 
+def steps_done(job: Job) -> int:
+    """The step of the newest checkpoint, from which the job resumes; 0 without one."""
+    newest = _newest_checkpoint(job)
+    return int(newest.rpartition("-")[2]) if newest else 0
+
+
 def _newest_checkpoint(job) -> str | None:
     return CheckpointStore(job.folder, url=job.url).newest()
 

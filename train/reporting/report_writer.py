@@ -33,13 +33,13 @@ class Section(NamedTuple):
 
 SECTIONS = (
     Section("warnings", "Read this first", run_warnings.show),
-    Section("lineage", "What was trained on what", lineage.show),
-    Section("scores", "How good it is", scores.show),
+    Section("lineage", "Runs and their data", lineage.show),
+    Section("scores", "Test metrics", scores.show),
     Section("classes", "Class by class", by_class.show),
     Section("maps", "Map of the test patches", embedding_maps.show),
     Section("neighbours", "Nearest neighbours", patches.show_neighbours),
     Section("mistakes", "Worst mistakes", patches.show_mistakes),
-    Section("training", "How training went", training.show),
+    Section("training", "Training", training.show),
     Section("views", "What pretraining saw", view_pairs.show),
     Section("records", "Records", run_records.show),
 )

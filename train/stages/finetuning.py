@@ -70,7 +70,12 @@ def train_and_predict(
         write_training_record(folder, kind=config.mode, data=_subset(data, split.used, config), parent=start.parent)
     if not (folder / _FEATURES_NAME).exists():  # else it had finished before the run was interrupted
         model = describe_model(
-            job.method, backbone=job.backbone, image_size=job.image_size, init=start.parent.source, weight_decay=job.weight_decay
+            job.method,
+            backbone=job.backbone,
+            image_size=job.image_size,
+            init=start.parent.source,
+            weight_decay=job.weight_decay,
+            optimizer=job.optimizer,
         )
         for line in [*model, describe_rate(job)]:
             say(line)

@@ -11,7 +11,7 @@ import numpy as np
 from pipelines.recipes import describe_recipe
 from sharding.cli import check_numbers
 from sharding.selection import select
-from train.cluster.launcher import run_job
+from train.cluster.launcher import run_job, steps_done
 from train.cluster.ray_cluster import gpus_with_bf16
 from train.config import PretrainConfig, worker_range
 from train.records.data import Input, SetInput, cache_limit, open_set, parse_mix
@@ -49,6 +49,7 @@ def pretrain(config: PretrainConfig) -> Run:
         image_size=config.image_size,
         init=parent.source,
         weight_decay=config.weight_decay,
+        optimizer=config.optimizer,
     )
     # Before Ray is asked for its GPUs, so that a mistake shows in seconds. Of a run that has begun, the config is compared first.
     model_lines = None if run.has_work() else describe()
@@ -94,11 +95,15 @@ def pretrain(config: PretrainConfig) -> Run:
         f" (split {config.split}), {job.steps:,} steps of {config.batch_size}",
         flush=True,
     )
+    done = steps_done(job)
     for line in [*(model_lines or describe()), describe_rate(job), probe_line]:
-        print(f"{run.name}: {line}", flush=True)
+        if not done:
+            print(f"{run.name}: {line}", flush=True)
     started = time.monotonic()
-    starting = "starting the workers" if worker_range(config.workers)[1] else "starting"
-    with follow(run, steps=job.steps, title=run.name, starting=starting, accuracy=method.accuracy, checks=_health_checks(job)):
+    starting = f"resuming from step {done:,}" if done else "starting"
+    starting += " on the workers" if worker_range(config.workers)[1] else ""
+    checks = _health_checks(job)
+    with follow(run, steps=job.steps, title=run.name, starting=starting, after=done, accuracy=method.accuracy, checks=checks):
         device = run_job(job, config.workers, config.gpus_per_worker, config.cpus_per_worker)
     if config.profile:
         print(f"{run.name}: {_profile_message(run)}", flush=True)
@@ -161,7 +166,8 @@ def _settle_precision(config: PretrainConfig, run: Run) -> str:
 
 def _health_checks(job: Job) -> HealthChecks:
     return HealthChecks(
-        chance_loss=job.method.chance_loss(job.batch_size), grace_steps=max(job.warmup_steps, job.steps_per_epoch)
+        chance_loss=job.method.chance_loss(job.batch_size),
+        grace_steps=job.warmup_steps + max(job.steps_per_epoch, job.steps // 10),
     )
 
 
@@ -193,7 +199,7 @@ def _check(config: PretrainConfig, patches: int) -> None:
 
 
 def _finish(run, config, job, stage, seconds, device):
-    rows, checks = run.metrics(), _health_checks(job)
+    rows = run.metrics()
     last = rows[-1]
     result = {
         "kind": "pretrain",
@@ -210,7 +216,7 @@ def _finish(run, config, job, stage, seconds, device):
         "init": json.loads((run.folder / "init.json").read_text()),
         "engine": json.loads((run.folder / "engine.json").read_text()),
         "damaged_patches": json.loads(damaged.read_text()) if (damaged := run.folder / DAMAGED_NAME).exists() else [],
-        "warnings": [text for row in rows for text in checks.add(row)],
+        "warnings": _health_checks(job).of_finished(rows),
         "compare_by": job.method.comparison_note,
     }
     if config.private:  # later, its record does not tell where the data are
@@ -219,6 +225,6 @@ def _finish(run, config, job, stage, seconds, device):
     run.finish(result, wall_seconds=seconds, device=device)
     report = write_report([run], run.folder / "report.html")
     run.publish()
-    print(f"{run.name}: loss {last['loss']:.3f} (nothing learned: {result['nothing_learned_loss']:.3f}), {report}", flush=True)
+    print(f"{run.name}: loss {last['loss']:.3f} (chance: {result['nothing_learned_loss']:.3f}), {report}", flush=True)
     if result["compare_by"]:
         print(f"{run.name}: {result['compare_by']}", flush=True)

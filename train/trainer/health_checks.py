@@ -1,5 +1,6 @@
 """Warnings about a run's metrics: the model learns nothing, the embeddings collapse, or patches are damaged."""
 
+from collections.abc import Iterable
 from typing import Any
 
 _NEAR_CHANCE = 0.02  # of the chance loss
@@ -19,24 +20,37 @@ class HealthChecks:
 
     def add(self, row: dict[str, Any]) -> list[str]:
         """The new warnings that this row causes."""
+        found = self._find(row)
+        new = [text for kind, text in found.items() if kind not in self._given]
+        self._given |= found.keys()
+        return new
+
+    def of_finished(self, rows: Iterable[dict[str, Any]]) -> list[str]:
+        """The warnings about all rows of a finished run. A loss that was at chance level and has left it causes none."""
+        first: dict[str, str] = {}
+        last: dict[str, str] = {}
+        for row in rows:
+            last = self._find(row)
+            first = last | first
+        if "damaged" in first:
+            first["damaged"] = last["damaged"]  # with their final number
+        return [text for kind, text in first.items() if kind != "chance" or kind in last]
+
+    def _find(self, row: dict[str, Any]) -> dict[str, str]:
         found = {}
         loss, std = row["loss"], row.get("embedding_std")
         if row["step"] >= self._grace_steps:
             if loss is not None and loss >= (1 - _NEAR_CHANCE) * self._chance:
                 found["chance"] = (
                     f"at step {row['step']} the loss is {loss:.3f}, and chance level is {self._chance:.3f}:"
-                    " look at the views (pipelines/preview.py) and at --learning-rate"
+                    " check the augmentations (pipelines/preview.py) and --learning-rate"
                 )
             if std is not None and std < _COLLAPSED:
                 found["collapse"] = (
                     f"at step {row['step']} embedding_std is {std:.3f} (1: spread out, 0: all in one point):"
                     " the embeddings are collapsing"
                 )
-        if row.get("damaged_patches"):
-            found["damaged"] = (
-                f"at step {row['step']} damaged patches were met, and others were drawn in their place (--on-bad-patch skip);"
-                " damaged_patches in result.json lists them when the run ends"
-            )
-        new = [text for kind, text in found.items() if kind not in self._given]
-        self._given |= found.keys()
-        return new
+        if damaged := row.get("damaged_patches"):
+            skipped = "1 damaged patch was" if damaged == 1 else f"{damaged:,} damaged patches were"
+            found["damaged"] = f"{skipped} skipped (--on-bad-patch): damaged_patches in result.json lists them"
+        return found

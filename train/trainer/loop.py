@@ -23,7 +23,7 @@ from models.weights import all_finite, apply_init, save_backbone
 from pipelines.loader import Batch, ViewLoader
 from pipelines.mixture import Mixture
 from pipelines.recipes import describe_recipe
-from pipelines.shard_reader import ShardReader
+from pipelines.shard_reader import DamagedPatch, ShardReader
 from train.records.checkpoints import copied_state
 from train.records.data import Input
 from train.records.json_files import write_json
@@ -51,8 +51,8 @@ class Job:
     """All that a worker needs to know. It travels to every worker, so it is plain data.
 
     compile, channels_last: None is on a GPU. micro_batch: patches of a rank that have a graph at a time, None: all. profile:
-    trace a few steps into folder/profile. on_bad_patch: "stop", or "skip" to replace damaged patches. private: record no
-    folders. validation: evaluate the model after every epoch, end with the best weights.
+    trace a few steps into folder/profile. on_bad_patch: "skip" to replace damaged patches, None where that cannot be chosen.
+    private: record no folders. validation: evaluate the model after every epoch, end with the best weights.
     """
 
     folder: Path  # of the run, which all workers share; or where it is at a URL, one on each node
@@ -81,7 +81,7 @@ class Job:
     channels_last: bool | None = None
     deterministic: bool = False
     profile: bool = False
-    on_bad_patch: str = "stop"
+    on_bad_patch: str | None = None
     private: bool = False
     validation: Validation | None = None
     url: str | None = None  # of the run, where it is at one
@@ -127,7 +127,12 @@ def fit(job: Job, worker: Worker, on_row: Callable[[dict[str, float]], None] | N
     with worker.store.locked() if worker.is_main else contextlib.nullcontext():
         if worker.is_main:
             Run(job.folder).check_key(job.card.get("key"))
-        model = _train(job, worker, on_row)
+        try:
+            model = _train(job, worker, on_row)
+        except DamagedPatch as error:
+            if job.on_bad_patch is None:
+                raise
+            raise ValueError(f"{error}; or resume without it: the same command with --on-bad-patch skip") from error
         if worker.is_main:
             worker.retry(lambda: _write_weights(job, model), job.folder)
 

@@ -7,7 +7,9 @@ from train.trainer.loop import Job, ViewModel
 from train.trainer.methods import Method
 
 
-def describe_model(method: Method, *, backbone: str, image_size: int, init: str, weight_decay: float) -> list[str]:
+def describe_model(
+    method: Method, *, backbone: str, image_size: int, init: str, weight_decay: float, optimizer: str
+) -> list[str]:
     """Lines for the console: which weights were and weren't loaded, and which groups of them are trained how.
 
     init: as Job's. The model is built as every worker will build it, and dropped, in a second or two. So a mistake shows
@@ -18,7 +20,7 @@ def describe_model(method: Method, *, backbone: str, image_size: int, init: str,
     lines = apply_init(built, backbone, init)
     head = method.build_head(int(built.num_features))  # type: ignore[arg-type]
     lines.append(f"head: random weights, {sum(p.numel() for p in head.parameters()):,} numbers")
-    return lines + describe_groups(parameter_groups(ViewModel(built, head), weight_decay))
+    return lines + describe_groups(parameter_groups(ViewModel(built, head), weight_decay), adapted=optimizer == "lars")
 
 
 def describe_rate(job: Job) -> str:

@@ -22,18 +22,28 @@ _LINE_INTERVAL_S = 20  # where the console is a file or a pipe: a line now and t
 
 @contextlib.contextmanager
 def follow(
-    run: Run, *, steps: int, title: str, starting: str, accuracy: str | None = None, checks: HealthChecks | None = None
+    run: Run,
+    *,
+    steps: int,
+    title: str,
+    starting: str,
+    after: int = 0,
+    accuracy: str | None = None,
+    checks: HealthChecks | None = None,
 ) -> Iterator[None]:
     """Show the run's progress while the block runs.
 
-    starting: shown until the first step; accuracy: name of a metric, 0 to 1, to show beside the loss; checks: their warnings are
-    printed as they occur.
+    starting: shown until the first step; after: the step that the run resumes from, up to which rows are not shown again;
+    accuracy: name of a metric, 0 to 1, to show beside the loss; checks: their warnings are printed as they occur.
     """
     console = Console()
     stop = threading.Event()
     show = _show_bar if console.is_terminal else _print_lines
     tail = Tail(run.folder / "metrics.jsonl")
-    tail.read()  # skip the rows of an earlier start; those that are kept are read again
+    for row in tail.read():  # of an earlier start
+        if checks:
+            checks.add(row)
+    tail.after = after
     watcher = threading.Thread(target=show, args=(tail, steps, title, starting, accuracy, checks, console, stop), daemon=True)
     watcher.start()
     try:
@@ -96,17 +106,21 @@ def _note(row, steps, seconds_left, accuracy):
 
 class Tail:
     """The rows of metrics.jsonl as they are written. What is no row yet is left for the next look, and all that follows it: it is
-    being written, or, over NFS, reads as zeros until another node's bytes are there."""
+    being written, or, over NFS, reads as zeros until another node's bytes are there.
+
+    after: a step; where the file was replaced, rows up to it are skipped.
+    """
 
     def __init__(self, path: Path):
         self._path, self._inode, self._at = path, 0, 0
+        self.after = 0
 
     def read(self) -> list[dict[str, Any]]:
-        """The rows since the last call; all rows if the file was replaced, as when a resumed run removes rows."""
+        """The rows since the last call; if the file was replaced, as when a resumed run removes rows, all after that step."""
         try:
             with self._path.open("rb") as file:
                 inode = os.fstat(file.fileno()).st_ino
-                if inode != self._inode:
+                if replaced := inode != self._inode:
                     self._inode, self._at = inode, 0
                 file.seek(self._at)
                 lines = file.readlines()
@@ -117,7 +131,8 @@ class Tail:
             row = parse_row(line) if line.endswith(b"\n") else None
             if row is None:
                 break
-            rows.append(row)
+            if not replaced or row["step"] > self.after:
+                rows.append(row)
             self._at += len(line)
         return rows
 

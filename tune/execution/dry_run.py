@@ -13,6 +13,7 @@ from tune.study.schema import Study, Trial
 def dry_run_lines(study: Study) -> list[str]:
     """A line for each trial and selection, and the total. Runs and writes nothing.
 
+    A line begins with finished, resumes, to do, to choose, CANNOT RUN, or blocked (it starts from one that cannot run).
     Raises ValueError for selections as run_study does.
     """
     check_probes(study)
@@ -24,23 +25,35 @@ def dry_run_lines(study: Study) -> list[str]:
         state.mark_failed(ready.trial.name, "not run: planned only")
     rates = _rates(state.runs)
     lines, sum_seconds, unknown = [], 0.0, 0
+    impossible: set[str] = set()
     for node in study.nodes:
         if node.name in state.outcome.runs:
-            lines.append(f"{'finished':9} {node.name}")
-            continue
-        if not isinstance(node, Trial):
-            lines.append(f"{'to choose':9} {node.name}, of {len(node.candidates)} by {node.by}")
+            lines.append(f"{'finished':10} {node.name}")
             continue
         why = state.outcome.failed[node.name]
-        status_text = status.get(node.name) or ("to do" if why.startswith("not run") else f"CANNOT: {why}")
-        seconds = _estimate(node, rates)
-        unknown += seconds is None
-        sum_seconds += seconds or 0.0
-        about = "time unknown: no similar run on record" if seconds is None else f"about {_duration(seconds)}"
-        lines.append(f"{status_text:9} {node.name} ({about})")
-    counted = f"{_duration(sum_seconds)} of trials" + (f", and {unknown} of unknown time" if unknown else "")
+        if blocked := impossible.intersection(node.parents if isinstance(node, Trial) else node.candidates):
+            impossible.add(node.name)
+            lines.append(f"{'blocked':10} {node.name}, which needs {min(blocked)}")
+        elif not why.startswith("not run"):
+            impossible.add(node.name)
+            lines.append(f"CANNOT RUN {node.name}: {why}")
+        elif not isinstance(node, Trial):
+            lines.append(f"{'to choose':10} {node.name}, of {len(node.candidates)} by {node.by}")
+        else:
+            seconds = _estimate(node, rates)
+            unknown += seconds is None
+            sum_seconds += seconds or 0.0
+            about = "time unknown: no similar run on record" if seconds is None else f"about {_duration(seconds)}"
+            lines.append(f"{status.get(node.name, 'to do'):10} {node.name} ({about})")
     finished = sum(node.name in state.outcome.runs for node in study.nodes)
-    return [*lines, f"{finished} of {len(study.nodes)} finished; to do: {counted}"]
+    total = [f"{finished} of {len(study.nodes)} finished"]
+    if sum_seconds:
+        total.append(f"about {_duration(sum_seconds)} of trials to do")
+    if unknown:
+        total.append(f"{unknown} to do whose time is unknown")
+    if impossible:
+        total.append(f"{len(impossible)} cannot run")
+    return [*lines, ", ".join(total)]
 
 
 def _rates(runs: list[Run]) -> dict[tuple, float]:

@@ -24,7 +24,8 @@ def notes_below(table: ResultTable) -> list[str]:
         )
     if _unlike_losses(table):
         notes.append(
-            "Losses of different batch sizes, methods, temperatures or sets are not comparable; the best of each group is marked."
+            "Losses of different batch sizes, methods, temperatures or sets are not comparable. If there are several of a kind,"
+            " the best is marked."
         )
     overlaps = list(_overlapping(table))
     if overlaps:

@@ -41,9 +41,9 @@ def console_table(table: ResultTable) -> Table:
     parts, footnotes = sub_tables(table), Footnotes()
     shown = Table(title=Text(table.title, style="bold"), title_justify="left", caption_justify="left")
     for title in (*([""] if table.columns else []), *map(format_axis, table.rows)):
-        shown.add_column(Text(title))
+        shown.add_column(Text(title), overflow="fold")  # names that are cut look alike
     for head in parts[0].columns:
-        shown.add_column(Text(head), justify="right")
+        shown.add_column(Text(head), justify="right", overflow="fold")
     for part in parts:
         for row, (heads, entries) in enumerate(part.rows):
             metric = [Text(part.title if row == 0 else "")] if part.title else []

@@ -193,7 +193,7 @@ def test_where_knows_the_name_too_though_it_is_no_column(breast):
         (dict(sources=["{root}", "{root}/Benign"]), "reached again"),
         (dict(sources=["{root}/x.tar", "{root}/x.tar"]), "given twice"),
         (dict(sources=["{root}/pipe"]), "neither a folder nor a file"),
-        (dict(layout="{class}/{name}"), "not 'Benign/S B0/x40/patch x40 (0).png'"),
+        (dict(layout="{class}/{name}"), "such as 'Benign/S B0/x40/patch x40 (0).png'"),
         (dict(layout="{slide}/{a}/{b}/{name}"), "--unlabelled"),
         (dict(where=["magnification"]), "field=value"),
         (dict(where=["stain=HE"]), "class, slide, magnification, name"),

@@ -285,7 +285,7 @@ def test_warnings_come_first_and_name_their_runs(full, tmp_path):
     found = re.findall(r"<ul class=\"warnings\">(.*?)</ul>", text)
     about = f'<span class="about">(linear, {html.escape(ODD)})</span>'
     assert found == [f"<li><b>Warning: </b>no groups &lt;are&gt; known {about}</li>"]  # said once, for both
-    assert text.index("no groups &lt;are&gt;") < text.index("What was trained on what</h2>")
+    assert text.index("no groups &lt;are&gt;") < text.index("Runs and their data</h2>")
     text, _ = page_of([judged(tmp_path, warnings=[])], tmp_path)
     assert "Read this first" not in text
 

@@ -123,13 +123,13 @@ def test_a_probe_leaves_damaged_patches_out(tmp_path, damaged_set):
 def test_the_result_lists_them_and_the_report_warns(tmp_path, damaged_set, capfd):
     """A run that stopped at a damaged patch goes on with skip: the flag is no part of its key."""
     config = tiny_pretraining(damaged_set, tmp_path / "runs", epochs=2, probe_every=1)
-    with pytest.raises(ValueError, match="changed or damaged"):
+    with pytest.raises(ValueError, match=r"changed or damaged.*: the same command with --on-bad-patch skip$"):
         pretrain(config)
     run = pretrain(dataclasses.replace(config, on_bad_patch="skip"))
     splits = read_manifest(damaged_set, columns=["split"])["split"].to_pylist()
     split = [patch for patch in (3, 11) if splits[patch] == "train"]
     assert len(run.result["damaged_patches"]) == len(split) > 0
     (warning,) = (text for text in run.result["warnings"] if "damaged" in text)
-    assert "others were drawn in their place" in warning
+    assert warning == "1 damaged patch was skipped (--on-bad-patch): damaged_patches in result.json lists them"
     assert warning in (run.folder / "report.html").read_text().replace("&#x27;", "'")
-    assert "warning: at step" in capfd.readouterr().out
+    assert f"warning: {warning}" in capfd.readouterr().out

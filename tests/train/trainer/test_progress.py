@@ -51,6 +51,21 @@ def test_a_collapse_is_told(std, warned):
     assert ["embedding_std is 0.090" in text for text in texts] == [True] * warned
 
 
+def test_a_finished_run_is_not_warned_of_a_loss_that_has_left_chance_level():
+    checks = HealthChecks(chance_loss=CHANCE, grace_steps=10)
+    stuck = [row_of(step, loss=CHANCE) for step in range(9, 14)]
+    assert len(checks.of_finished(stuck)) == 1
+    assert checks.of_finished([*stuck, row_of(20, loss=CHANCE / 2)]) == []
+    assert len(checks.of_finished([row_of(12, embedding_std=0.01), row_of(20)])) == 1  # a collapse may have cost the run
+
+
+def test_damaged_patches_are_counted_to_the_end():
+    rows = [row_of(1), row_of(2, damaged_patches=1), row_of(3, damaged_patches=1200)]
+    assert said(rows)[0].startswith("1 damaged patch was skipped")
+    (text,) = HealthChecks(chance_loss=CHANCE, grace_steps=10).of_finished(rows)
+    assert text.startswith("1,200 damaged patches were skipped")
+
+
 def test_different_alarms_are_all_told():
     assert len(said([row_of(20, loss=CHANCE, embedding_std=0.01), row_of(21, loss=None)])) == 2
 
@@ -162,3 +177,19 @@ def test_rows_of_an_earlier_version_are_shown(tmp_path, capsys):
     with follow(Run(tmp_path), steps=4, title="tiny", starting="starting"):
         (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     assert "step 3/4 · epoch 1 · loss not a number · data wait 2%" in capsys.readouterr().out
+
+
+def test_a_resumed_run_shows_only_what_is_new(tmp_path, capsys):
+    """Rows up to the checkpoint are written again, and their warnings were given."""
+    run = Run(tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    old = [row_of(step) for step in (1, 2, 3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in old))
+    checks = HealthChecks(chance_loss=1.0, grace_steps=1)
+    with follow(run, steps=9, title="run", starting="resuming from step 2", after=2, checks=checks):
+        kept = path.with_suffix(".new")
+        kept.write_text("".join(json.dumps(row) + "\n" for row in [*old[:2], row_of(3)]))
+        kept.replace(path)
+    shown = capsys.readouterr().out
+    assert "resuming from step 2" in shown and "step 3/9" in shown
+    assert "step 2/9" not in shown and "step 1/9" not in shown and "warning" not in shown

@@ -18,8 +18,8 @@ def show(runs: Sequence[RunView]) -> list[Html]:
     if not mapped:
         return []
     text = note(
-        "Each point is a test patch; nearby points look similar to the backbone. It distinguishes classes that lie apart. If"
-        " slides lie apart too, it may have learned their stains. Distances between clusters have no meaning."
+        "Each point is a test patch; nearby points look similar to the backbone. It can tell classes apart that are well"
+        " separated. If slides are separated too, it may have learned their stains. Distances between clusters have no meaning."
     )
     return [text, *per_run(runs, mapped, _map_section)]
 

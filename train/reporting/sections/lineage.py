@@ -1,4 +1,4 @@
-"""What was trained on what: a card for each run, with the stages that led to its weights."""
+"""Runs and their data: a card for each run, with the stages that led to its weights."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -89,12 +89,13 @@ def _interval(found: dict[str, float | None]) -> str:
 def _legend_note(runs: Sequence[RunView]) -> Html:
     lower = " and ".join(metric.title for metric in METRICS.values() if metric.lower_is_better)
     units = {run.largest["unit"] for run in runs}
+    seeds = max(len(run.cells) for run in runs)
     resampled = "whole groups (slides or patients)"
     if units != {"group"}:
         resampled += "; or single patches if no groups are known, which makes it too narrow, because patches of a slide are alike"
     sentences = [
-        "Below each mean: the standard deviation over seeds, and a 95 % interval from a bootstrap of the test split that"
-        f" resamples {resampled}. Lower is better for {lower}."
+        f"Below each {'mean: the standard deviation over seeds, and' if seeds > 1 else 'value:'} a 95 % interval from a bootstrap"
+        f" of the test split that resamples {resampled}. Lower is better for {lower}."
     ]
     if len(runs) > 1:
         sentences.append(

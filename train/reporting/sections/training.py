@@ -1,4 +1,4 @@
-"""How training went: the metrics of pretraining, and curves over steps."""
+"""Training: the metrics of pretraining, and curves over steps."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -52,7 +52,7 @@ def _table(runs: Sequence[RunView]) -> Html:
                 number(run.record["wall_seconds"], 0),
             ]
         )
-    titles = ["run", "loss", "if nothing is learned", "accuracy of the task", "ridge probe", "kNN probe", "patches/s",
+    titles = ["run", "loss", "chance level", "accuracy of the pretext task", "ridge probe", "kNN probe", "patches/s",
               "data wait", "seconds"]  # fmt: skip
     return table("Pretraining", titles, lines)
 
