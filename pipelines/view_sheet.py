@@ -16,6 +16,7 @@ from pipelines.views import OPERATIONS, ViewParameters
 from sharding.manifest import class_names
 
 _GAP, _CAPTION, _TITLE = 8, 38, 34  # pixels; a caption has three lines, a title two
+_SHORT = {"brightness": "bright.", "contrast": "contr.", "saturation": "satur."}  # a caption has room for three
 MIN_CELL_WIDTH = 192  # pixels; fits the longest captions
 
 
@@ -89,11 +90,8 @@ def step_sheet(training: TrainingInput, step: int, *, patches: int) -> Image.Ima
 def describe_view(parameters: ViewParameters, patch: int, view: int) -> str:
     """What was drawn for a view, in three short lines."""
     top, left, height, width = parameters.box[patch, view]
-    steps = [
-        f"{OPERATIONS[operation][:6]} {parameters.factors[patch, view, operation]:+.2f}"
-        for operation in parameters.order[patch, view]
-        if operation >= 0
-    ]
+    drawn = [(OPERATIONS[i], parameters.factors[patch, view, i]) for i in parameters.order[patch, view] if i >= 0]
+    steps = [f"hue {amount:+.2f}" if name == "hue" else f"{_SHORT[name]} ×{amount:.2f}" for name, amount in drawn]
     if (parameters.stain[patch, view] != [[1], [0]]).any():
         steps.append("stain")
     if sigma := parameters.sigma[patch, view]:

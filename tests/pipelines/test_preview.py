@@ -136,10 +136,11 @@ def test_description_says_what_was_drawn():
     top, left, height, width = drawn.box[jittered, 1]
     text = describe_view(drawn, jittered, 1)
     assert text.startswith(f"{width} x {height} at {left}, {top}")
-    places = [text.index(OPERATIONS[operation][:6]) for operation in drawn.order[jittered, 1]]
+    places = [text.index(OPERATIONS[operation][:5]) for operation in drawn.order[jittered, 1]]
     assert places == sorted(places)  # in the order of application
     for operation, name in enumerate(OPERATIONS):
-        assert f"{name[:6]} {drawn.factors[jittered, 1, operation]:+.2f}" in text
+        amount = drawn.factors[jittered, 1, operation]
+        assert (f"hue {amount:+.2f}" if name == "hue" else f". ×{amount:.2f}") in text
     for i in range(60):
         text = describe_view(drawn, i, 0)
         assert ("flip" in text, "grey" in text) == (drawn.flip[i, 0], drawn.grey[i, 0])
