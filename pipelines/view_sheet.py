@@ -91,7 +91,7 @@ def describe_view(parameters: ViewParameters, patch: int, view: int) -> str:
     """What was drawn for a view, in three short lines."""
     top, left, height, width = parameters.box[patch, view]
     drawn = [(OPERATIONS[i], parameters.factors[patch, view, i]) for i in parameters.order[patch, view] if i >= 0]
-    steps = [f"hue {amount:+.2f}" if name == "hue" else f"{_SHORT[name]} ×{amount:.2f}" for name, amount in drawn]
+    steps = [f"hue {amount:+.2f}" if name == "hue" else f"{_SHORT[name]} x{amount:.2f}" for name, amount in drawn]
     if (parameters.stain[patch, view] != [[1], [0]]).any():
         steps.append("stain")
     if sigma := parameters.sigma[patch, view]:

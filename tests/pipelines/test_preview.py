@@ -140,7 +140,7 @@ def test_description_says_what_was_drawn():
     assert places == sorted(places)  # in the order of application
     for operation, name in enumerate(OPERATIONS):
         amount = drawn.factors[jittered, 1, operation]
-        assert (f"hue {amount:+.2f}" if name == "hue" else f". ×{amount:.2f}") in text
+        assert (f"hue {amount:+.2f}" if name == "hue" else f". x{amount:.2f}") in text
     for i in range(60):
         text = describe_view(drawn, i, 0)
         assert ("flip" in text, "grey" in text) == (drawn.flip[i, 0], drawn.grey[i, 0])
