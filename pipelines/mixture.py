@@ -69,7 +69,7 @@ class Mixture:
         an epoch gets new views.
         Raises ValueError if a set's weight is too small for one patch, or none of its patches is among ids.
         """
-        sets = self._set_of(ids)
+        sets = self.set_numbers(ids)
         counts = apportion(len(ids), self.weights)
         drawn = []
         for number, (reader, count) in enumerate(zip(self.readers, counts, strict=True)):
@@ -91,7 +91,7 @@ class Mixture:
 
     def draw_keys(self, ids: np.ndarray) -> np.ndarray:
         """The keys of the patches' random numbers: the id in its own set, with the set's number in the high bits."""
-        sets = self._set_of(ids)
+        sets = self.set_numbers(ids)
         return ids - self._starts[sets] + (sets << _SET_BITS)
 
     def read(self, ids: np.ndarray) -> list[np.ndarray]:
@@ -137,12 +137,13 @@ class Mixture:
         for reader in self.readers:
             reader.close()
 
-    def _set_of(self, ids: np.ndarray) -> np.ndarray:
+    def set_numbers(self, ids: np.ndarray) -> np.ndarray:
+        """(n,) int64: which of the mixture's sets each patch is of."""
         return np.searchsorted(self._starts, ids, side="right") - 1
 
     def _by_set(self, ids: np.ndarray) -> Iterator[tuple[ShardReader, np.ndarray, np.ndarray]]:
         """For each set among these ids: its reader, the rows of its ids, and the ids within the set."""
-        sets = self._set_of(ids)
+        sets = self.set_numbers(ids)
         for number in np.unique(sets):
             rows = np.flatnonzero(sets == number)
             yield self.readers[number], rows, ids[rows] - self._starts[number]

@@ -12,14 +12,16 @@ _DRAWS = 32  # per damaged patch: with half of all patches damaged, one in four 
 class Replacements:
     """What is read for each patch: the patch, or another one if it is damaged.
 
-    The replacement is drawn from all `ids`, as a function of (seed, epoch, patch). So it is the same for every batch size, world
-    size and restart. damaged: the ids found damaged so far, including drawn ones.
+    The replacement is drawn from those `ids` that are of the same set, as a function of (seed, epoch, patch). So it is the same
+    for every batch size, world size and restart. damaged: the ids found damaged so far, including drawn ones.
 
     ids: (n,) the selected patches, in any order.
     """
 
     def __init__(self, reader: ShardReader | Mixture, ids: np.ndarray, seed: int):
-        self._reader, self._ids, self._seed = reader, np.sort(ids), seed
+        self._reader, self._seed = reader, seed
+        numbers = reader.set_numbers(ids)
+        self._pools = {int(number): np.sort(ids[numbers == number]) for number in np.unique(numbers)}
         self.damaged: set[int] = set()
 
     def read_for(self, ids: np.ndarray, epochs: np.ndarray) -> np.ndarray:
@@ -41,6 +43,7 @@ class Replacements:
         )
 
     def _draw(self, patch: int, epoch: int, draw: int) -> int:
-        key = self._reader.draw_keys(np.array([patch]))
-        (place,) = uniforms(key, 1, seed=self._seed, stream="replacement", epoch=epoch, view=draw)[0]
-        return int(self._ids[int(place * len(self._ids))])
+        only = np.array([patch])
+        pool = self._pools[int(self._reader.set_numbers(only)[0])]
+        (place,) = uniforms(self._reader.draw_keys(only), 1, seed=self._seed, stream="replacement", epoch=epoch, view=draw)[0]
+        return int(pool[int(place * len(pool))])

@@ -79,6 +79,10 @@ class ShardReader:
         """The keys of the patches' random numbers: their ids."""
         return ids
 
+    def set_numbers(self, ids: np.ndarray) -> np.ndarray:
+        """(n,) int64: which set of a mixture each patch is of. Here, all are of set 0."""
+        return np.zeros(len(ids), np.int64)
+
     def expect(self, shards: np.ndarray) -> None:
         """Announce the shards that are read next, in this order, and unmap all others.
 
@@ -166,10 +170,11 @@ class ShardReader:
 
     def _check_bytes(self, i: int, data: np.ndarray) -> None:
         if int.from_bytes(hashlib.sha256(data.data).digest()[:8]) != self._digests[i]:
-            raise DamagedPatch(
-                f"{self._path(int(self.shards[i]))}: the bytes of patch {self._key(i)} do not match"
-                " the manifest; the shard was changed or damaged: copy or build it again"
-            )
+            path = self._path(int(self.shards[i]))
+            differs = f"{path}: the bytes of patch {self._key(i)} do not match the manifest; "
+            if self.remote:  # the original is whole, since it was checked when it was downloaded
+                raise ValueError(f"{differs}this copy was changed or damaged: remove the file, and it is downloaded again")
+            raise DamagedPatch(f"{differs}the shard was changed or damaged: copy or build it again")
 
     @functools.cached_property
     def _digests(self) -> np.ndarray:

@@ -65,6 +65,7 @@ def step_sheet(training: TrainingInput, step: int, *, patches: int) -> Image.Ima
             seed=training.seed,
             window=training.shuffle_window,
             world_size=ranks,
+            replace_damaged=True,
         ) as loader,
     ):
         epoch, batch = divmod(step - 1, len(loader))
@@ -76,15 +77,15 @@ def step_sheet(training: TrainingInput, step: int, *, patches: int) -> Image.Ima
         shown = next(iter(loader))
         order = mixture.epoch_order(mixture.ids, seed=training.seed, epoch=epoch, window=training.shuffle_window)
         ids, passes = order.part(batch, size, rank=0, world_size=ranks)
-        assert ids.tolist() == shown.id.tolist(), (ids, shown.id)
-        ids, passes = ids[:patches], passes[:patches]
+        ids, read, passes = ids[:patches], shown.id.numpy()[:patches], passes[:patches]
+        damaged = int((ids != read).sum())
         title = (
             f"{training.name}: step {step:,} (epoch {epoch}, batch {batch + 1:,} of {len(loader):,})\n"
             f"{' + '.join(map(_set_name, mixture.readers))}, recipe {training.recipe}, seed {training.seed}, "
-            f"{count_of(len(ids), size)}"
+            f"{count_of(len(ids), size)}{f', {damaged} damaged and replaced' if damaged else ''}"
         )
-        parameters = loader.parameters(ids, passes)
-        return _sheet(mixture, ids, shown.views[:, :patches], parameters, recipe=recipe, passes=passes, title=title)
+        parameters = loader.parameters(ids, passes, read=read)
+        return _sheet(mixture, read, shown.views[:, :patches], parameters, recipe=recipe, passes=passes, title=title)
 
 
 def describe_view(parameters: ViewParameters, patch: int, view: int) -> str:

@@ -182,6 +182,7 @@ def run_script(main: Callable, config_class: type, *, prog: str, description: st
     def terminate(*_) -> None:
         nonlocal received
         received = signal.SIGTERM
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not disturb the end
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, terminate)
@@ -200,7 +201,8 @@ def run_script(main: Callable, config_class: type, *, prog: str, description: st
         print(f"{prog}: interrupted; run the same command again to resume", file=sys.stderr)
         return 128 + received
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if received != signal.SIGTERM:
+            signal.signal(signal.SIGTERM, before)
     return 0
 
 

@@ -3,6 +3,7 @@
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import sys
 import threading
 from collections import deque
@@ -52,14 +53,26 @@ class ProcessPool:
             )
             if prepare:
                 for _ in range(workers):
-                    self._executor.submit(prepare)
+                    self._submit(prepare)
 
     def __enter__(self) -> "ProcessPool":
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._executor:
+            if kind is not None and not issubclass(kind, Exception):  # Ctrl-C or SIGTERM: wait for no work
+                for child in multiprocessing.active_children():
+                    child.kill()
             self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def _submit(self, function: Callable, *arguments: object) -> Future:
+        """Start it. A process that this starts never sees Ctrl-C, which a terminal sends to all: it ends with this one."""
+        assert self._executor
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which a new process inherits
+        try:
+            return self._executor.submit(function, *arguments)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item], *, total: int, title: str) -> Iterator[Result]:
         """function(item) for each item, in order.
@@ -85,10 +98,9 @@ class ProcessPool:
 
     def _submitted(self, function: Callable, items: Iterable) -> Iterator[Future]:
         """At most two items per worker are pending, so that memory does not grow with the number of items."""
-        assert self._executor
         pending: deque[Future] = deque()
         for item in items:
-            pending.append(self._executor.submit(function, item))
+            pending.append(self._submit(function, item))
             if len(pending) >= 2 * self.workers:
                 yield pending.popleft()
         yield from pending

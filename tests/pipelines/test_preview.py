@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import shutil
 import threading
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from pipelines.view_sheet import describe_patch, describe_view, step_sheet, view
 from pipelines.views import OPERATIONS, draw_views
 from sharding.manifest import fingerprint
 from sharding.selection import select
-from tests.helpers import assert_refused, call_script, open_files
+from tests.helpers import assert_refused, call_script, damage_patches, open_files
 
 GAP, CAPTION, TITLE, CELL = 8, 38, 34, 192
 SIMCLR = get_recipe("simclr")
@@ -278,6 +279,24 @@ def test_steps_that_cannot_be(shard_set, step, changes, words):
 
 def test_last_step_of_a_run_is_shown(shard_set):
     assert step_sheet(training_on((shard_set, 1.0), epochs=2), 8, patches=4)
+
+
+def test_replaced_patches_are_shown_and_counted(shard_set, tmp_path, texts):
+    """The batch as a run with --on-bad-patch skip was trained on it."""
+    copied = shutil.copytree(shard_set, tmp_path / "copied")
+    training = training_on((copied, 1.0))
+    ids = [int(text.split()[1].rstrip(":")) for text in shown_patches(training, texts)]
+    damage_patches(copied, ids[:2])
+    again = [int(text.split()[1].rstrip(":")) for text in shown_patches(training, texts)]
+    assert not set(again[:2]) & set(ids[:2]) and again[2:] == ids[2:]
+    assert texts[0].endswith(", 2 damaged and replaced")
+
+
+def shown_patches(training, texts):
+    """The captions of the first patches of step 1."""
+    texts.clear()
+    step_sheet(training, 1, patches=4)
+    return [text.split("\n")[0] for text in texts if text.startswith("patch ")]
 
 
 def test_set_that_is_another_one_now_is_refused(shard_set, drawn_set):

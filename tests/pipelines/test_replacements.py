@@ -131,6 +131,18 @@ def test_shard_that_is_cut_short(shard_set, tmp_path):
         list(loader_of(copied, backend="torchvision"))
 
 
+def test_damaged_copy_in_the_cache(damaged_set, tmp_path, monkeypatch, shard_set):
+    """The set at the URL is whole: its copy is no damaged set, and nothing is replaced."""
+    monkeypatch.setenv("PATCHCLR_CACHE", str(tmp_path))
+    with ShardReader(f"file://{shard_set}").remote as remote:
+        remote.local("shard-000000.tar"), remote.local("shard-000001.tar")
+        damage_patches(remote.folder, [3])
+        loader = loader_of(ShardReader(remote), backend="torchvision")
+        with pytest.raises(ValueError, match="this copy was changed or damaged: remove the file, and it is downloaded again"):
+            list(loader)
+        assert not loader.damaged
+
+
 def test_mixture(shard_set, damaged_set):
     def loader():
         mixture = Mixture([Part(shard_set, np.arange(20)), Part(damaged_set, np.arange(40), 2.0)])
@@ -140,6 +152,7 @@ def test_mixture(shard_set, damaged_set):
     ids, _, views = epoch_of(found)
     assert found.damaged and found.damaged <= {55 + patch for patch in DAMAGED}
     assert not set(ids.tolist()) & found.damaged and len(ids) == 60
+    assert (ids >= 55).sum() == 40  # replacements are of the same set, so the weights hold
     assert torch.equal(epoch_of(loader())[2], views)
     (first, *_) = found.reader.name_patches(np.array(sorted(found.damaged)))
     assert first.startswith("copied/shard-00000") and ": 00000" in first

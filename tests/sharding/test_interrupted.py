@@ -102,6 +102,32 @@ def test_a_killed_build_leaves_no_set_and_the_next_one_ends_the_same(breast, sha
         assert (out / name).stat().st_ino == inode  # kept, not written again
 
 
+@pytest.mark.parametrize(("sent", "to_all"), [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, True)])
+def test_an_interrupted_build_ends_at_once_and_the_next_one_ends_the_same(breast, shards, tmp_path, sent, to_all):
+    """Sent to one process by a scheduler, or to all of them, as a terminal sends Ctrl-C; SIGTERM twice."""
+    out = tmp_path / "again" / "set"
+    command = [
+        sys.executable, "sharding/build.py", str(breast), "--out", str(out), "--layout", BREAST_LAYOUT,
+        "--split", SETTINGS["split"], "--shard-patches", "20", "--workers", "2",
+    ]  # fmt: skip
+    build = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    try:
+        while build.poll() is None and not out.with_name("set.partial").exists():
+            time.sleep(0.005)
+        for _ in range(1 + (sent == signal.SIGTERM)):
+            (os.killpg if to_all else os.kill)(build.pid, sent)
+            time.sleep(0.02)
+        _, stderr = build.communicate(timeout=60)
+    finally:
+        build.kill()
+    assert (build.returncode, stderr) == (128 + sent, "sharding/build.py: interrupted; run the same command again to resume\n")
+    build_shards([breast], out, **SETTINGS)
+    assert folder_bytes(out) == folder_bytes(shards)
+
+
 @pytest.mark.faults
 def test_a_build_killed_again_and_again_ends_the_same(breast, shards, tmp_path):
     """As a user's: two workers, SIGKILL for all processes, each time a little later."""

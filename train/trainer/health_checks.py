@@ -50,6 +50,8 @@ class HealthChecks:
                     f"at step {row['step']} embedding_std is {std:.3f} (1: spread out, 0: all in one point):"
                     " the embeddings are collapsing"
                 )
+        if row.get("probe_damaged"):
+            found["probe"] = f"at step {row['step']} a patch of the probe was damaged: there are no probe metrics from then on"
         if damaged := row.get("damaged_patches"):
             skipped = "1 damaged patch was" if damaged == 1 else f"{damaged:,} damaged patches were"
             found["damaged"] = f"{skipped} skipped (--on-bad-patch): damaged_patches in result.json lists them"

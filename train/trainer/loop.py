@@ -43,7 +43,7 @@ from train.trainer.worker import Worker, damaged_checkpoint
 
 HEAD_NAME = "head.pt"
 DAMAGED_NAME = "damaged.json"  # the patches that were skipped
-_MOST_DAMAGED = 0.01  # of the patches of an epoch
+_MOST_DAMAGED = 0.01  # of the selected patches of a set
 
 
 @dataclass(frozen=True)
@@ -232,8 +232,7 @@ def _train(job: Job, worker: Worker, on_row: Callable[[dict[str, float]], None] 
                 clock.patches += job.batch_size
                 if job.on_bad_patch == "skip" and (log or save):
                     damaged |= worker.union(loader.damaged)
-                    if len(damaged) > _MOST_DAMAGED * job.input.patches:
-                        raise _too_many_damaged(shards, damaged, job)
+                    _check_damaged(shards, damaged, job)
 
                 # ---- Log, probe and validate ----
 
@@ -244,8 +243,12 @@ def _train(job: Job, worker: Worker, on_row: Callable[[dict[str, float]], None] 
                     if logger:
                         row |= clock.read(device)
                         if probe:
-                            whole = probe.without_damaged() if job.on_bad_patch == "skip" else probe
-                            row |= run_probe(whole, model.backbone, job.image_size, device.type, threads)
+                            try:
+                                row |= run_probe(probe, model.backbone, job.image_size, device.type, threads)
+                            except DamagedPatch:  # since the probe's patches were chosen
+                                if job.on_bad_patch != "skip":
+                                    raise
+                                row["probe_damaged"] = 1
                         if validation:
                             row |= validation.evaluate(
                                 model, loader.epoch, image_size=job.image_size, device=device.type, threads=threads
@@ -358,13 +361,18 @@ def _diverged(what: str, step: int) -> ValueError:
     )
 
 
-def _too_many_damaged(shards: ShardReader | Mixture, damaged: set[int], job: Job) -> ValueError:
-    (first,) = shards.name_patches(np.array([min(damaged)]))
-    return ValueError(
-        f"{shards.folder}: {len(damaged):,} of {job.input.patches:,} selected patches are damaged, more than {_MOST_DAMAGED:.0%}"
-        f" ({first}, ...): copy or build the set again (sharding/inspect_shards.py --verify lists what is damaged), and the same"
-        " command resumes from the newest checkpoint"
-    )
+def _check_damaged(shards: ShardReader | Mixture, damaged: set[int], job: Job) -> None:
+    """Raise ValueError if too many of a set's patches are damaged."""
+    ids = np.array(sorted(damaged), np.int64)
+    numbers = shards.set_numbers(ids)
+    for number, each in enumerate(job.input.sets):
+        if (count := int((numbers == number).sum())) > _MOST_DAMAGED * len(each.ids):
+            (first,) = shards.name_patches(ids[numbers == number][:1])
+            raise ValueError(
+                f"{each.shards}: {count:,} of {len(each.ids):,} selected patches are damaged, more than {_MOST_DAMAGED:.0%}"
+                f" ({first}, ...): copy or build the set again (sharding/inspect_shards.py --verify lists what is damaged), and"
+                " the same command resumes from the newest checkpoint"
+            )
 
 
 def _write_weights(job: Job, model: ViewModel) -> None:

@@ -5,7 +5,6 @@ numbers to a row of metrics.jsonl: `probe_accuracy` and `probe_balanced_accuracy
 `probe_knn_accuracy` and `probe_knn_balanced_accuracy`. They compare runs whose losses cannot be compared.
 """
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from torch import nn
 
+from pipelines.shard_reader import ShardReader
 from sharding.manifest import class_names, read_manifest
 from sharding.selection import select
 from train.config import PretrainConfig
@@ -56,17 +56,6 @@ class Probe:
         """Whether to probe after this step: at the end of every `every`-th epoch, and of the last one."""
         return step % (self.every * steps_per_epoch) == 0 or step == steps
 
-    def without_damaged(self) -> "Probe":
-        """The same probe without the patches that are damaged."""
-        with self.input.opened() as (reader, ids):
-            whole = ~reader.damaged(ids)
-        if whole.all():
-            return self
-        (chosen,) = self.input.sets
-        kept = dataclasses.replace(self.input, sets=(dataclasses.replace(chosen, ids=chosen.ids[whole]),))
-        masks = {name: getattr(self, name)[whole] for name in ("labels", "held_out", "tuning")}
-        return dataclasses.replace(self, input=kept, **masks)
-
     def describe(self) -> dict[str, Any]:
         """As plain data, for the run's result."""
         return {
@@ -108,15 +97,28 @@ def _choose_patches(shards: str, config: PretrainConfig) -> Probe:
         manifest = read_manifest(reader.folder, columns=_COLUMNS)
         ids = select(manifest, split=config.split)
         ids = ids[reader.labels[ids] >= 0][: config.probe_patches]
+        looked_at = f"the patches looked at (split {config.split!r})"
+        if config.on_bad_patch == "skip" and (damaged := _damaged(reader, ids)).any():
+            looked_at += f", of which {damaged.sum():,} of {len(ids):,} are damaged"
+            ids = ids[~damaged]
         labels, classes = reader.labels[ids], len(class_names(reader.folder))
         if len(np.unique(labels)) < 2:
-            raise ValueError(f"has no labels of two classes among the patches looked at (split {config.split!r})")
-        looked_at = manifest.take(pa.array(ids))
-        held_out, by_group = _hold_out(looked_at, _HELD_OUT)
+            raise ValueError(f"has no labels of two classes among {looked_at}")
+        rows = manifest.take(pa.array(ids))
+        held_out, by_group = _hold_out(rows, _HELD_OUT)
         tuning = np.zeros(len(ids), bool)
-        tuning[~held_out], _ = _hold_out(looked_at.filter(pa.array(~held_out)), _TUNING)
+        tuning[~held_out], _ = _hold_out(rows.filter(pa.array(~held_out)), _TUNING)
         chosen = Input((SetInput.of(shards, reader, ids),), window=1, cache_bytes=cache_bytes)
     return Probe(config.probe_every, chosen, labels, held_out, tuning, classes, by_group)
+
+
+def _damaged(reader: ShardReader, ids: np.ndarray) -> np.ndarray:
+    """(n,) bool: which patches are damaged. One shard at a time, as a small cache has room for."""
+    found, shards = np.zeros(len(ids), bool), reader.shards[ids]
+    for shard in np.unique(shards):
+        reader.expect(np.array([shard]))
+        found[shards == shard] = reader.damaged(ids[shards == shard])
+    return found
 
 
 def _hold_out(manifest: pa.Table, share: float) -> tuple[np.ndarray, bool]:

@@ -12,14 +12,16 @@ import torch
 from pipelines.loader import ViewLoader
 from sharding.manifest import read_manifest
 from tests.helpers import damage_patches, tiny_pretraining
-from tests.train.trainer.test_loop import CutOff, assert_same_weights, cut_after, job_of, weights_of
+from tests.train.trainer.test_loop import CutOff, assert_same_weights, cut_after, input_of, job_of, weights_of
 from train.config import PretrainConfig
+from train.records.data import Input
 from train.records.runs import Run
 from train.scoring import features
 from train.stages.pretraining import pretrain
 from train.trainer import loop
+from train.trainer.health_checks import HealthChecks
 from train.trainer.loop import DAMAGED_NAME, fit
-from train.trainer.online_probe import build_probe, run_probe
+from train.trainer.online_probe import build_probe
 from train.trainer.worker import single_worker
 
 CPU = torch.device("cpu")
@@ -100,23 +102,47 @@ def test_more_than_one_percent_ends_the_run(tmp_path, damaged_set):
     assert not (job.folder / "backbone.safetensors").exists()
 
 
-def test_a_probe_leaves_damaged_patches_out(tmp_path, damaged_set):
-    class Colours(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.gain = torch.nn.Parameter(torch.ones(()))
+def test_a_probe_is_chosen_from_whole_patches(damaged_set):
+    config = PretrainConfig(data=str(damaged_set), name="probed", probe_every=1)
+    every, whole = (build_probe(each)[0] for each in (config, dataclasses.replace(config, on_bad_patch="skip")))
+    ids = set(every.input.sets[0].ids.tolist())
+    assert ids & {3, 11} and set(whole.input.sets[0].ids.tolist()) == ids - {3, 11}
+    assert whole.describe()["labels"] + whole.describe()["judged"] == len(ids - {3, 11})
 
-        def forward(self, images):
-            return self.gain * images.mean(dim=(2, 3))
 
-    probe, _ = build_probe(PretrainConfig(data=str(damaged_set), name="probed", probe_every=1))
-    with pytest.raises(ValueError, match="changed or damaged"):
-        run_probe(probe, Colours(), 16, "cpu", 1)
-    whole = probe.without_damaged()
-    ids = set(probe.input.sets[0].ids.tolist())
-    assert set(whole.input.sets[0].ids.tolist()) == ids - {3, 11} and ids & {3, 11}
-    assert len(whole.labels) == len(whole.held_out) == len(whole.tuning) == len(whole.input.sets[0].ids)
-    assert all(np.isfinite(value) for value in run_probe(whole, Colours(), 16, "cpu", 1).values())
+@pytest.mark.parametrize("classes", [[], [0]])
+def test_a_probe_that_damage_makes_impossible_is_refused_at_the_start(small_set, damaged_set, classes):
+    """Only patches of these classes are whole."""
+    damaged = np.flatnonzero(~np.isin(read_manifest(small_set)["label"].to_numpy(), classes))
+    damage_patches(damaged_set, set(damaged.tolist()) - {3, 11})
+    config = PretrainConfig(data=str(small_set), probe_data=str(damaged_set), name="probed", on_bad_patch="skip")
+    with pytest.raises(
+        ValueError, match=r"two classes among the patches looked at \(split 'train'\), of which \d+ of 60 are damaged"
+    ):
+        build_probe(config)
+
+
+@pytest.mark.usefixtures("tenth")
+def test_a_probe_whose_patches_are_damaged_later_ends_no_run(tmp_path, small_set):
+    shards = shutil.copytree(small_set, tmp_path / "shards")
+    probe, _ = build_probe(PretrainConfig(data=str(shards), name="probed", probe_every=1, on_bad_patch="skip"))
+    damage_patches(shards, [int(probe.input.sets[0].ids[0])])
+    job = job_of(tmp_path / "run", small_set, on_bad_patch="skip", probe=probe)
+    fit(job, single_worker(job.folder, CPU))
+    rows = Run(job.folder).metrics()
+    assert [row.get("probe_damaged") for row in rows] == [None, None, None, None, 1] * 2
+    assert not any("probe_accuracy" in row for row in rows)
+    (text,) = HealthChecks(chance_loss=9, grace_steps=99).of_finished(rows[:5])
+    assert text == "at step 5 a patch of the probe was damaged: there are no probe metrics from then on"
+
+
+def test_the_limit_is_of_each_set(tmp_path, small_set, damaged_set, monkeypatch):
+    """Two patches of 24: too many for their set, though not for the mixture of 114."""
+    monkeypatch.setattr(loop, "_MOST_DAMAGED", 0.05)
+    sets = (*input_of(small_set, np.arange(90)).sets, *input_of(damaged_set, np.arange(24)).sets)
+    job = job_of(tmp_path / "run", small_set, input=Input(sets), on_bad_patch="skip")
+    with pytest.raises(ValueError, match=r"shards: 2 of 24 selected patches are damaged, more than 5% \(shards/shard-000000.tar"):
+        fit(job, single_worker(job.folder, CPU))
 
 
 @pytest.mark.usefixtures("tenth")
