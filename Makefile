@@ -38,8 +38,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfi
 test: $(INSTALLED)
 	$(PYTEST) -m "not faults" $(ARGS)
 
-# In one process: outages and time-outs want the machine to themselves.
-test-faults: PROCESSES = 1
+# Half of its time is waiting, for Ray and for time-outs. On a busy machine: make test-faults PROCESSES=1
 test-faults: $(INSTALLED)
 	$(PYTEST) -m faults $(ARGS)
 
