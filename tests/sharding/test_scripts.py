@@ -139,13 +139,13 @@ def change_byte(path, place):
     path.write_bytes(data)
 
 
-def move_to_shard(shards, patch, shard):
+def set_in_manifest(shards, column, patch, value):
     """In the manifest alone, as its packer would have written it."""
     table = read_manifest(shards)
-    numbers = table["shard"].to_numpy().copy()
-    numbers[patch] = shard
-    place = table.column_names.index("shard")
-    replace_manifest(shards, table.set_column(place, table.schema.field("shard"), pa.array(numbers)))
+    numbers = table[column].to_numpy().copy()
+    numbers[patch] = value
+    place = table.column_names.index(column)
+    replace_manifest(shards, table.set_column(place, table.schema.field(column), pa.array(numbers)))
 
 
 def edit_dataset(folder, **changes):
@@ -164,7 +164,8 @@ def edit_dataset(folder, **changes):
         (lambda s: (s / "shard-000001.idx").unlink(), "is missing"),
         (lambda s: (s / "shard-000000.tar").rename(s / "shard-000001.tar"), "is missing"),
         (lambda s: shutil.copy(s / "shard-000000.tar", s / "shard-000002.tar"), "shard-000002.tar is no file of this set of 2"),
-        (lambda s: move_to_shard(s, patch=0, shard=1), "in the order of the shards"),
+        (lambda s: set_in_manifest(s, "shard", patch=0, value=1), "in the order of the shards"),
+        (lambda s: (change_byte(s / "shard-000000.tar", 600), set_in_manifest(s, "size", 0, 2**60)), "damaged: 000000_000000_"),
         (lambda s: edit_dataset(s, shards=0), "'shard'"),
         (lambda s: edit_dataset(s, shards=1), "'shard'"),
         (lambda s: edit_dataset(s, shards=3), "does not list shard-000002.tar"),
