@@ -96,12 +96,13 @@ def pretrain(config: PretrainConfig) -> Run:
         flush=True,
     )
     done = steps_done(job)
-    for line in [*(model_lines or describe()), describe_rate(job), probe_line]:
-        if not done:
+    if done:
+        starting = f"resuming from step {done:,}"
+    else:
+        for line in [*(model_lines or describe()), describe_rate(job), probe_line]:
             print(f"{run.name}: {line}", flush=True)
+        starting = "starting the workers" if worker_range(config.workers)[1] else "starting"
     started = time.monotonic()
-    starting = f"resuming from step {done:,}" if done else "starting"
-    starting += " on the workers" if worker_range(config.workers)[1] else ""
     checks = _health_checks(job)
     with follow(run, steps=job.steps, title=run.name, starting=starting, after=done, accuracy=method.accuracy, checks=checks):
         device = run_job(job, config.workers, config.gpus_per_worker, config.cpus_per_worker)
